@@ -1,0 +1,16 @@
+// Small arithmetic that CUDA C++ lacks without the standard library.
+#pragma once
+
+namespace cuflash {
+
+constexpr unsigned kFullMask = 0xffffffffu;
+constexpr float kLn2 = 0.693147180559945309f;
+constexpr float kLog2e = 1.442695040888963407f;
+
+__device__ __forceinline__ float infinity() { return __int_as_float(0x7f800000); }
+
+__host__ __device__ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
+__host__ __device__ constexpr int larger(int a, int b) { return a > b ? a : b; }
+__host__ __device__ constexpr int smaller(int a, int b) { return a < b ? a : b; }
+
+}  // namespace cuflash

@@ -1,0 +1,183 @@
+// FlashAttention-2 backward on nvcuda::wmma fragments: the gradients of K and V.
+#pragma once
+
+#include <cuflash/attention/recompute.cuh>
+#include <cuflash/common/shared_memory.cuh>
+#include <cuflash/tile/fragment_map.cuh>
+
+namespace cuflash {
+
+// A block owns kBlockN keys of one key/value head and walks over the queries that see them, in tiles of kBlockM, for
+// every query head of the group. Scores are computed transposed (keys are rows), so that a query's lse and delta belong
+// to a column, and P^T dO and dS^T Q are plain products. The warps form a grid: kWarpsN of them share the keys, kWarpsD
+// the queries of a tile of scores, and then the columns of dK and dV.
+template <class Number, int kHeadDim, int kHeadDimV, int kBlockM, int kBlockN, int kWarpsN, int kWarpsD, int kNumStages>
+struct BwdWmmaDkDv {
+  using Element = typename Number::Element;
+  using Map = FragmentMap<Number>;
+
+  static constexpr int kNumThreads = 32 * kWarpsN * kWarpsD;
+  static constexpr int kWarpN = kBlockN / kWarpsN;
+  static constexpr int kTilesN = kWarpN / 16;
+  // Where there are fewer tiles of queries than warps to share them, the other warps wait.
+  static constexpr int kScoreWarps = smaller(kWarpsD, kBlockM / 16);
+  static constexpr int kScoreM = kBlockM / kScoreWarps;
+  static constexpr int kTilesM = kScoreM / 16;
+  static constexpr int kWarpCols = kHeadDim / kWarpsD, kWarpColsV = kHeadDimV / kWarpsD;
+
+  static constexpr int kPitch = padded<Element>(kHeadDim);
+  static constexpr int kPitchV = padded<Element>(kHeadDimV);
+  static constexpr int kPitchP = padded<Element>(kBlockM);
+
+  static constexpr int kSizeK = kBlockN * kPitch * sizeof(Element);
+  static constexpr int kSizeV = kBlockN * kPitchV * sizeof(Element);
+  static constexpr int kSizeQ = kBlockM * kPitch * sizeof(Element);
+  static constexpr int kSizeDout = kBlockM * kPitchV * sizeof(Element);
+  static constexpr int kSizeP = kBlockN * kPitchP * sizeof(Element);
+  static constexpr int kSizeRows = 2 * kBlockM * sizeof(float);
+  static constexpr int kSizeStage = kSizeQ + kSizeDout + kSizeRows;
+  static constexpr int kSharedBytes = kSizeK + kSizeV + 2 * kSizeP + kNumStages * kSizeStage;
+
+  static_assert(kBlockN % (16 * kWarpsN) == 0 && kBlockM % (16 * kScoreWarps) == 0);
+  static_assert(kHeadDim % (16 * kWarpsD) == 0 && kHeadDimV % (16 * kWarpsD) == 0);
+  static_assert(kSharedBytes >= kWarpsN * kWarpsD * Map::kScratchFloats * sizeof(float));
+  static_assert(kBlockM <= kNumThreads, "one thread fetches the statistics of one row");
+
+  struct Arrays {
+    const Element *q, *k, *v, *dout;
+    const float *lse, *delta;
+    Element *dk, *dv;
+  };
+
+  // One tile of queries, as the block sees it in shared memory.
+  struct Stage {
+    Element *q, *dout;
+    float *lse_log2, *delta;
+
+    __device__ __forceinline__ explicit Stage(unsigned char* memory)
+        : q(reinterpret_cast<Element*>(memory)),
+          dout(reinterpret_cast<Element*>(memory + kSizeQ)),
+          lse_log2(reinterpret_cast<float*>(memory + kSizeQ + kSizeDout)),
+          delta(lse_log2 + kBlockM) {}
+  };
+
+  static __device__ __forceinline__ void run(const Arrays& arrays, const BwdParams& params) {
+    const Problem& problem = params.problem;
+    const Band band = problem.band();
+    const int num_n_blocks = ceil_div(problem.seqlen_k, kBlockN);
+    // Under a causal mask the first keys are seen by the most queries: they start first.
+    const int n_block = blockIdx.x % num_n_blocks;
+    const int head_kv = blockIdx.x / num_n_blocks % problem.num_heads_kv;
+    const int batch = blockIdx.x / num_n_blocks / problem.num_heads_kv;
+
+    const Matrix<const Element> k(arrays.k, params.k, batch, head_kv, problem.seqlen_k, problem.head_dim);
+    const Matrix<const Element> v(arrays.v, params.v, batch, head_kv, problem.seqlen_k, problem.head_dim_v);
+
+    const int warp = threadIdx.x / 32, warp_n = warp / kWarpsD, warp_d = warp % kWarpsD;
+    unsigned char* const shared = dynamic_shared_memory();
+    Element* const smem_k = reinterpret_cast<Element*>(shared);
+    Element* const smem_v = reinterpret_cast<Element*>(shared + kSizeK);
+    Element* const smem_p = reinterpret_cast<Element*>(shared + kSizeK + kSizeV);
+    Element* const smem_ds = reinterpret_cast<Element*>(shared + kSizeK + kSizeV + kSizeP);
+    unsigned char* const stages = shared + kSizeK + kSizeV + 2 * kSizeP;
+
+    const int first_key = n_block * kBlockN;
+    const int warp_key = first_key + warp_n * kWarpN;
+    const Range queries = band.queries_of({first_key, first_key + kBlockN});
+    const int m_begin = queries.begin / kBlockM;
+    const int num_m_blocks = larger(0, ceil_div(queries.end, kBlockM) - m_begin);
+    const int num_steps = num_m_blocks * problem.group_size();
+
+    Map map(reinterpret_cast<float*>(shared) + warp * Map::kScratchFloats);
+    __syncthreads();  // the map's scratch is no longer read
+
+    // A step is one tile of queries of one head of the group.
+    const auto head_of = [&](int step) { return head_kv * problem.group_size() + step / num_m_blocks; };
+    const auto first_query_of = [&](int step) { return (m_begin + step % num_m_blocks) * kBlockM; };
+    const auto load = [&](int step) {
+      const Stage stage(stages + step % kNumStages * kSizeStage);
+      const int head = head_of(step), first_query = first_query_of(step);
+      const Matrix<const Element> q(arrays.q, params.q, batch, head, problem.seqlen_q, problem.head_dim);
+      const Matrix<const Element> dout(arrays.dout, params.dout, batch, head, problem.seqlen_q, problem.head_dim_v);
+      load_tile<kBlockM, kHeadDim, kNumThreads>(stage.q, q, first_query);
+      load_tile<kBlockM, kHeadDimV, kNumThreads>(stage.dout, dout, first_query);
+      if (threadIdx.x < kBlockM) {
+        const RowStatistics rows(arrays.lse, arrays.delta, params, batch, head);
+        stage.lse_log2[threadIdx.x] = rows.lse_log2(first_query + threadIdx.x);
+        stage.delta[threadIdx.x] = rows.delta_of(first_query + threadIdx.x);
+      }
+    };
+
+    load_tile<kBlockN, kHeadDim, kNumThreads>(smem_k, k, first_key);
+    load_tile<kBlockN, kHeadDimV, kNumThreads>(smem_v, v, first_key);
+    if (num_steps > 0) load(0);
+    ptx::cp_async_commit();
+
+    WarpTile<Number, kTilesN, kWarpCols / 16> acc_dk;
+    WarpTile<Number, kTilesN, kWarpColsV / 16> acc_dv;
+    acc_dk.clear();
+    acc_dv.clear();
+
+    for (int step = 0; step < num_steps; ++step) {
+      const Stage stage(stages + step % kNumStages * kSizeStage);
+      map.stay_packed();
+      ptx::cp_async_wait<0>();
+      __syncthreads();  // this stage has arrived, and the previous one, P and dS are no longer read
+      if (kNumStages > 1 && step + 1 < num_steps) load(step + 1);
+      ptx::cp_async_commit();
+
+      if (warp_d < kScoreWarps) {
+        const int row = warp_n * kWarpN, col = warp_d * kScoreM;
+        const int first_query = first_query_of(step) + col;
+        WarpTile<Number, kTilesN, kTilesM> acc_s, acc_dp;
+        acc_s.clear();
+        acc_s.template add_product<kHeadDim, Stored::kTransposed>(smem_k + row * kPitch, kPitch, stage.q + col * kPitch,
+                                                                  kPitch);
+        acc_s.for_each([&](float& x, int, int m, int i) {
+          x = recomputed_weight(x * problem.softmax_scale_log2, stage.lse_log2[col + 16 * m + map.col(i)]);
+        });
+        if (!band.all_visible({first_query, first_query + kScoreM}, {warp_key, warp_key + kWarpN})) {
+          acc_s.for_each([&](float& x, int n, int m, int i) {
+            if (!band.visible(first_query + 16 * m + map.col(i), warp_key + 16 * n + map.row(i))) x = 0.0f;
+          });
+        }
+        map.store(smem_p + row * kPitchP + col, kPitchP, acc_s);
+
+        acc_dp.clear();
+        acc_dp.template add_product<kHeadDimV, Stored::kTransposed>(smem_v + row * kPitchV, kPitchV,
+                                                                    stage.dout + col * kPitchV, kPitchV);
+        acc_dp.for_each([&](float& x, int n, int m, int i) {
+          x = score_gradient(acc_s.tile[n][m].x[i], x, stage.delta[col + 16 * m + map.col(i)]);
+        });
+        map.store(smem_ds + row * kPitchP + col, kPitchP, acc_dp);
+      }
+      if constexpr (kWarpsD == 1) {
+        __syncwarp();  // P and dS are visible to the warp that wrote them
+      } else {
+        __syncthreads();
+      }
+      acc_dv.template add_product<kBlockM, Stored::kByRows>(smem_p + warp_n * kWarpN * kPitchP, kPitchP,
+                                                            stage.dout + warp_d * kWarpColsV, kPitchV);
+      acc_dk.template add_product<kBlockM, Stored::kByRows>(smem_ds + warp_n * kWarpN * kPitchP, kPitchP,
+                                                            stage.q + warp_d * kWarpCols, kPitch);
+      if (kNumStages == 1 && step + 1 < num_steps) {
+        __syncthreads();  // the only stage is no longer read
+        load(step + 1);
+        ptx::cp_async_commit();
+      }
+    }
+    ptx::cp_async_wait<0>();
+    __syncthreads();  // K and V are no longer read: the results take their places
+
+    acc_dk.for_each([&](float& x, int, int, int) { x *= problem.softmax_scale; });
+    map.store(smem_k + warp_n * kWarpN * kPitch + warp_d * kWarpCols, kPitch, acc_dk);
+    map.store(smem_v + warp_n * kWarpN * kPitchV + warp_d * kWarpColsV, kPitchV, acc_dv);
+    __syncthreads();
+    const Matrix<Element> dk(arrays.dk, params.dk, batch, head_kv, problem.seqlen_k, problem.head_dim);
+    const Matrix<Element> dv(arrays.dv, params.dv, batch, head_kv, problem.seqlen_k, problem.head_dim_v);
+    store_tile<kBlockN, kHeadDim, kNumThreads>(dk, first_key, smem_k, threadIdx.x);
+    store_tile<kBlockN, kHeadDimV, kNumThreads>(dv, first_key, smem_v, threadIdx.x);
+  }
+};
+
+}  // namespace cuflash

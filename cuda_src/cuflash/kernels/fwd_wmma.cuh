@@ -1,0 +1,172 @@
+// FlashAttention-2 forward on nvcuda::wmma fragments.
+#pragma once
+
+#include <cuflash/attention/params.cuh>
+#include <cuflash/attention/softmax.cuh>
+#include <cuflash/common/shared_memory.cuh>
+#include <cuflash/tile/fragment_map.cuh>
+
+namespace cuflash {
+
+// A block computes kBlockM rows of one head's output: it keeps their Q in shared memory, walks over K and V in tiles
+// of kBlockN keys, and never holds more than one tile of scores. Each warp owns kBlockM / kNumWarps rows.
+template <class Number, int kHeadDim, int kHeadDimV, int kBlockM, int kBlockN, int kNumWarps>
+struct FwdWmma {
+  using Element = typename Number::Element;
+  using Map = FragmentMap<Number>;
+
+  static constexpr int kNumThreads = 32 * kNumWarps;
+  static constexpr int kWarpM = kBlockM / kNumWarps;
+  static constexpr int kTilesM = kWarpM / 16;
+  static constexpr int kTilesN = kBlockN / 16;
+  static constexpr int kTilesV = kHeadDimV / 16;
+
+  static constexpr int kPitchK = padded<Element>(kHeadDim);
+  static constexpr int kPitchV = padded<Element>(kHeadDimV);
+  static constexpr int kPitchP = padded<Element>(kBlockN);
+
+  static constexpr int kSizeQ = kBlockM * kPitchK * sizeof(Element);
+  static constexpr int kSizeK = kBlockN * kPitchK * sizeof(Element);
+  static constexpr int kSizeV = kBlockN * kPitchV * sizeof(Element);
+  // A warp's P, and before it the scratch of row reductions.
+  static constexpr int kSizeP = larger(kWarpM * kPitchP * sizeof(Element), Map::kScratchFloats * sizeof(float));
+  static constexpr int kSharedBytes = kSizeQ + kSizeK + kSizeV + kNumWarps * kSizeP;
+
+  static_assert(kHeadDimV <= kHeadDim, "the output takes the place of Q");
+  static_assert(kBlockM % (16 * kNumWarps) == 0 && kBlockN % 16 == 0 && kHeadDim % 16 == 0 && kHeadDimV % 16 == 0);
+
+  struct Arrays {
+    const Element *q, *k, *v;
+    Element* out;
+    float* lse;  // may be null
+  };
+
+  static __device__ __forceinline__ void run(const Arrays& arrays, const FwdParams& params) {
+    const Problem& problem = params.problem;
+    const Band band = problem.band();
+    const int num_m_blocks = ceil_div(problem.seqlen_q, kBlockM);
+    // Under a causal mask the last rows see the most keys: they start first.
+    const int m_block = num_m_blocks - 1 - blockIdx.x % num_m_blocks;
+    const int head = blockIdx.x / num_m_blocks % problem.num_heads;
+    const int batch = blockIdx.x / num_m_blocks / problem.num_heads;
+    const int head_kv = head / problem.group_size();
+
+    const Matrix<const Element> q(arrays.q, params.q, batch, head, problem.seqlen_q, problem.head_dim);
+    const Matrix<const Element> k(arrays.k, params.k, batch, head_kv, problem.seqlen_k, problem.head_dim);
+    const Matrix<const Element> v(arrays.v, params.v, batch, head_kv, problem.seqlen_k, problem.head_dim_v);
+
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    unsigned char* const shared = dynamic_shared_memory();
+    Element* const smem_q = reinterpret_cast<Element*>(shared);
+    Element* const smem_k = reinterpret_cast<Element*>(shared + kSizeQ);
+    Element* const smem_v = reinterpret_cast<Element*>(shared + kSizeQ + kSizeK);
+    unsigned char* const warp_memory = shared + kSizeQ + kSizeK + kSizeV + warp * kSizeP;
+    Element* const smem_p = reinterpret_cast<Element*>(warp_memory);
+    float* const scratch = reinterpret_cast<float*>(warp_memory);
+    Element* const warp_q = smem_q + warp * kWarpM * kPitchK;
+
+    const int block_row = m_block * kBlockM;
+    const int warp_row = block_row + warp * kWarpM;
+    const Range warp_queries = {warp_row, warp_row + kWarpM};
+    const Range keys = band.keys_of({block_row, block_row + kBlockM});
+    const int n_begin = keys.begin / kBlockN, n_end = ceil_div(keys.end, kBlockN);
+
+    load_tile<kBlockM, kHeadDim, kNumThreads>(smem_q, q, block_row);
+    if (n_begin < n_end) load_tile<kBlockN, kHeadDim, kNumThreads>(smem_k, k, n_begin * kBlockN);
+    ptx::cp_async_commit();
+
+    Map map(scratch);
+    OnlineSoftmax softmax[kTilesM];        // of row lane / 2 of each tile
+    WarpTile<Number, kTilesM, 1> row_sum;  // still to be summed along each row
+    WarpTile<Number, kTilesM, kTilesV> acc_o;
+    row_sum.clear();
+    acc_o.clear();
+
+    for (int n_block = n_begin; n_block < n_end; ++n_block) {
+      const int first_key = n_block * kBlockN;
+      map.stay_packed();
+      ptx::cp_async_wait<0>();
+      __syncthreads();  // K has arrived, and the previous V is no longer read
+      load_tile<kBlockN, kHeadDimV, kNumThreads>(smem_v, v, first_key);
+      ptx::cp_async_commit();
+
+      WarpTile<Number, kTilesM, kTilesN> acc_s;
+      acc_s.clear();
+      acc_s.template add_product<kHeadDim, Stored::kTransposed>(warp_q, kPitchK, smem_k, kPitchK);
+
+      acc_s.for_each([&](float& score, int, int, int) { score *= problem.softmax_scale_log2; });
+      if (!band.all_visible(warp_queries, {first_key, first_key + kBlockN})) {
+        acc_s.for_each([&](float& score, int m, int n, int i) {
+          const int query = warp_row + 16 * m + map.row(i), key = first_key + 16 * n + map.col(i);
+          if (!band.visible(query, key)) score = -infinity();
+        });
+      }
+
+#pragma unroll
+      for (int m = 0; m < kTilesM; ++m) {
+        Accumulator<Number> maxima = acc_s.tile[m][0];
+#pragma unroll
+        for (int n = 1; n < kTilesN; ++n) {
+#pragma unroll
+          for (int i = 0; i < Map::kNumElements; ++i) maxima.x[i] = fmaxf(maxima.x[i], acc_s.tile[m][n].x[i]);
+        }
+        const float tile_max = map.reduce_rows(maxima, scratch, [](float x, float y) { return fmaxf(x, y); });
+        const float factor = softmax[m].rescale(tile_max), shift = softmax[m].shift();
+        if (__any_sync(kFullMask, factor != 1.0f)) {
+#pragma unroll
+          for (int i = 0; i < Map::kNumElements; ++i) {
+            const float row_factor = map.of_row(factor, i);
+            row_sum.tile[m][0].x[i] *= row_factor;
+#pragma unroll
+            for (int d = 0; d < kTilesV; ++d) acc_o.tile[m][d].x[i] *= row_factor;
+          }
+        }
+#pragma unroll
+        for (int i = 0; i < Map::kNumElements; ++i) {
+          const float row_shift = map.of_row(shift, i);
+#pragma unroll
+          for (int n = 0; n < kTilesN; ++n) {
+            float& weight = acc_s.tile[m][n].x[i];
+            weight = exp2f(weight - row_shift);
+            row_sum.tile[m][0].x[i] += weight;
+          }
+        }
+      }
+      map.store(smem_p, kPitchP, acc_s);
+
+      ptx::cp_async_wait<0>();
+      __syncthreads();  // V has arrived, P is visible to its warp, and K is no longer read
+      if (n_block + 1 < n_end) load_tile<kBlockN, kHeadDim, kNumThreads>(smem_k, k, first_key + kBlockN);
+      ptx::cp_async_commit();
+
+      acc_o.template add_product<kBlockN, Stored::kByRows>(smem_p, kPitchP, smem_v, kPitchV);
+      __syncwarp();  // P is no longer read
+    }
+    ptx::cp_async_wait<0>();
+    __syncthreads();  // without any key, Q is still on its way
+
+#pragma unroll
+    for (int m = 0; m < kTilesM; ++m) {
+      const float sum = map.reduce_rows(row_sum.tile[m][0], scratch, [](float x, float y) { return x + y; });
+      const float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
+#pragma unroll
+      for (int i = 0; i < Map::kNumElements; ++i) {
+        const float row_inverse = map.of_row(inverse, i);
+#pragma unroll
+        for (int d = 0; d < kTilesV; ++d) acc_o.tile[m][d].x[i] *= row_inverse;
+      }
+      const int row = warp_row + 16 * m + lane / 2;
+      if (arrays.lse != nullptr && lane % 2 == 0 && row < problem.seqlen_q) {
+        Matrix<float>(arrays.lse, params.lse, batch, head, problem.seqlen_q, 1).at(row, 0)[0] = softmax[m].lse(sum);
+      }
+    }
+    const Matrix<Element> out(arrays.out, params.out, batch, head, problem.seqlen_q, problem.head_dim_v);
+    // Through the warp's own rows of Q, which nobody reads any more, to whole rows in memory.
+    Element* const warp_o = smem_q + warp * kWarpM * kPitchV;
+    map.store(warp_o, kPitchV, acc_o);
+    __syncwarp();
+    store_tile<kWarpM, kHeadDimV, 32>(out, warp_row, warp_o, lane);
+  }
+};
+
+}  // namespace cuflash

@@ -1,0 +1,185 @@
+"""Measuring on a GPU: CuPy, CUDA events, a cold L2 cache, CuPy's memory hooks."""
+
+from __future__ import annotations
+
+import gc
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import Any
+
+import cupy
+import numpy as np
+
+from cuflash._cli.bench.cells import Cell
+from cuflash._cli.bench.machine import dtype_named
+from cuflash._cli.bench.timing import Call
+from cuflash._cli.driver import find_driver, version_text
+from cuflash._cli.families import obstacles
+from cuflash._cupy import backend_on
+from cuflash._device import Chip
+
+Array = Any
+
+CUDA_TYPES = {"float16": 2, "bfloat16": 14, "float32": 0, "float64": 1}  # cudaDataType
+COMPUTE_32F = 68  # cublasComputeType_t
+DEFAULT_ALGORITHM = -1
+HOST_LOOP = 200
+
+
+class Gpu:
+    """CuPy's current GPU, as a `cuflash._cli.bench.machine.Machine`."""
+
+    kind = "gpu"
+    xp = cupy
+
+    def __init__(self) -> None:
+        device = cupy.cuda.Device()
+        self._chip: Chip = backend_on(device.id).device.chip
+        self.default_dtype = "bfloat16" if self._chip.capability >= (8, 0) else "float16"
+        # Overwriting four times the L2 cache leaves nothing of the inputs in it, and gives the host the time
+        # to enqueue the call before the GPU gets to it.
+        l2_cache = cupy.cuda.runtime.getDeviceProperties(device.id)["l2CacheSize"]
+        self._flush = cupy.empty(max(4 * l2_cache, 1 << 28), np.uint8)
+
+    def head(self) -> dict[str, Any]:
+        driver = find_driver()
+        head = {
+            "device": self._chip.name,
+            "driver": driver.version if driver else None,
+            "cuda": version_text(cupy.cuda.runtime.runtimeGetVersion()),
+            "cupy": cupy.__version__,
+        }
+        torch = sys.modules.get("torch")
+        if torch is not None:
+            head["torch"] = torch.__version__
+            head["cudnn"] = torch.backends.cudnn.version()
+        return head
+
+    def normal(self, shape: tuple[int, ...], dtype: str, seed: int) -> Array:
+        return _flat_normal(int(np.prod(shape)), dtype, seed).reshape(shape)
+
+    def matmul(
+        self,
+        a: Array,
+        b: Array,
+        *,
+        transpose_a: bool = False,
+        transpose_b: bool = False,
+        dtype: Any = None,
+    ) -> Array:
+        """One ``cublasGemmStridedBatchedEx``.
+
+        `cupy.matmul` of stacks does not take bfloat16 and computes float16 in float32 (CuPy 14.2,
+        https://github.com/cupy/cupy/pull/10317): it would be too easy to beat.
+        """
+        from cupy_backends.cuda.libs import cublas
+
+        rows, inner = (a.shape[-1], a.shape[-2]) if transpose_a else a.shape[-2:]
+        columns = b.shape[-2] if transpose_b else b.shape[-1]
+        c = cupy.empty((*a.shape[:-2], rows, columns), np.float32 if dtype is None else dtype)
+        one, zero = np.ones(1, np.float32), np.zeros(1, np.float32)
+        cublas.gemmStridedBatchedEx(  # cuBLAS counts by columns: C^T = B^T A^T
+            cupy.cuda.device.get_cublas_handle(),
+            int(transpose_b),
+            int(transpose_a),
+            columns,
+            rows,
+            inner,
+            one.ctypes.data,
+            *_matrices(b),
+            *_matrices(a),
+            zero.ctypes.data,
+            *_matrices(c),
+            int(np.prod(a.shape[:-2])),
+            COMPUTE_32F,
+            DEFAULT_ALGORITHM,
+        )
+        return c
+
+    def kernel_name(self, cell: Cell, kernel: str) -> str:
+        if kernel != "auto":
+            return kernel
+        reasons = obstacles(cell.dtype, self._chip, head_dim=cell.head_dim)
+        return next((family for family, reason in reasons.items() if reason is None), kernel)
+
+    def sample(self, call: Call, repeats: int) -> list[float]:
+        spans = [(cupy.cuda.Event(), cupy.cuda.Event()) for _ in range(repeats)]
+        for start, stop in spans:
+            self._flush.data.memset_async(0, self._flush.nbytes)
+            start.record()
+            call()
+            stop.record()
+        cupy.cuda.get_current_stream().synchronize()
+        return [cupy.cuda.get_elapsed_time(start, stop) for start, stop in spans]
+
+    def sample_host(self, call: Call, repeats: int) -> list[float]:
+        """Each sample is the mean of a tight loop, short enough for the GPU's queue to take it all."""
+        samples = []
+        for _ in range(repeats):
+            cupy.cuda.get_current_stream().synchronize()
+            with _no_garbage_collection():
+                start = time.perf_counter()
+                for _ in range(HOST_LOOP):
+                    call()
+                samples.append((time.perf_counter() - start) * 1e3 / HOST_LOOP)
+        cupy.cuda.get_current_stream().synchronize()
+        return samples
+
+    def peak_bytes(self, call: Call) -> int:
+        meter = _PeakMeter()
+        with meter:
+            result = call()
+            extra = meter.peak - meter.live
+        cupy.cuda.get_current_stream().synchronize()
+        del result
+        return extra
+
+    def release(self) -> None:
+        gc.collect()
+        cupy.get_default_memory_pool().free_all_blocks()
+        torch = sys.modules.get("torch")
+        if torch is not None:
+            torch.cuda.empty_cache()
+
+
+class _PeakMeter(cupy.cuda.MemoryHook):  # type: ignore[misc]
+    """Bytes that were allocated from CuPy's pool since the meter was entered: now, and at most."""
+
+    name = "cuflash.PeakMeter"
+
+    def __init__(self) -> None:
+        self.live = 0
+        self.peak = 0
+        self._sizes: dict[int, int] = {}
+
+    def malloc_postprocess(self, **event: int) -> None:
+        if event["mem_ptr"]:
+            self._sizes[event["mem_ptr"]] = event["mem_size"]
+            self.live += event["mem_size"]
+            self.peak = max(self.peak, self.live)
+
+    def free_postprocess(self, **event: int) -> None:
+        self.live -= self._sizes.pop(event["mem_ptr"], 0)  # older blocks do not count
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+@lru_cache(maxsize=8)
+def _flat_normal(size: int, dtype: str, seed: int) -> Array:
+    numbers = np.random.default_rng(seed).standard_normal(size, np.float32)
+    return cupy.asarray(numbers).astype(dtype_named(dtype))
+
+
+def _matrices(stack: Array) -> tuple[int, int, int, int]:
+    """Pointer, type, leading dimension and stride of a contiguous stack, in cuBLAS's order."""
+    return stack.data.ptr, CUDA_TYPES[stack.dtype.name], stack.shape[-1], stack.shape[-2] * stack.shape[-1]

@@ -1,0 +1,163 @@
+"""The sweeps: what is measured, as steps, each of which makes records for one section of the results."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from cuflash._cli.bench import contenders, first_call
+from cuflash._cli.bench.cells import Cell, Op, flops, memory_cells, small_cell, timed_cells
+from cuflash._cli.bench.machine import Machine
+from cuflash._cli.bench.records import Record
+from cuflash._cli.bench.timing import Failure, Spread, describe, measure_in_turn
+
+SWEEPS = ("quick", "cells", "memory", "host", "compile")
+GPU_ONLY = ("host", "compile")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The records that a step has made, and the kernels of ours that could not make one, with the reason."""
+
+    records: list[Record]
+    failures: dict[str, Failure] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One unit of work: what is measured together, and the section of the results it belongs to."""
+
+    section: str
+    label: str
+    run: Callable[[], Outcome]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What the user wants to be measured."""
+
+    ops: Sequence[Op]
+    kernels: Sequence[str]
+    peers: Sequence[str]
+    dtype: str
+
+
+def plan(machine: Machine, sweep: str, choice: Choice) -> list[Step]:
+    """The steps of a sweep."""
+    if sweep == "host":
+        return [Step("host", f"host time, {small_cell(choice.dtype)}", partial(_host, machine, choice))]
+    if sweep == "compile":
+        return [
+            Step("compile", f"first {op} call, D {head_dim}", partial(_compile, machine, op, head_dim, choice))
+            for head_dim in (64, 128, 256)
+            for op in choice.ops
+        ]
+    if sweep == "memory":
+        return [
+            Step("memory", f"peak memory, {op} {cell}", partial(_memory, machine, op, cell, choice))
+            for cell in memory_cells(machine.kind, choice.dtype)
+            for op in choice.ops
+        ]
+    return [
+        Step("records", f"{op} {cell}", partial(_speed, machine, op, cell, choice))
+        for cell in timed_cells(sweep, machine.kind, choice.dtype)
+        for op in choice.ops
+    ]
+
+
+def _speed(machine: Machine, op: Op, cell: Cell, choice: Choice) -> Outcome:
+    def fields(spread: Spread) -> dict[str, Any]:
+        return spread.fields("ms")
+
+    outcome = _in_turn(machine, op, cell, choice, machine.sample, fields)
+    for record in outcome.records:
+        record["tflops"] = float(f"{flops(op, cell) / record['ms'] / 1e9:.4g}")
+    return outcome
+
+
+def _host(machine: Machine, choice: Choice) -> Outcome:
+    def fields(spread: Spread) -> dict[str, Any]:
+        return (spread * 1e3).fields("us")
+
+    return _in_turn(machine, "forward", small_cell(choice.dtype), choice, machine.sample_host, fields)
+
+
+def _in_turn(
+    machine: Machine,
+    op: Op,
+    cell: Cell,
+    choice: Choice,
+    sample: Callable[[Any, int], Sequence[float]],
+    fields: Callable[[Spread], dict[str, Any]],
+) -> Outcome:
+    """Time kernels and peers on a cell, in turn; one record for each kernel, with the same peers."""
+    kernels = _kernels(machine, cell, choice)
+    ready, failures = contenders.prepare(
+        contenders.kernels(machine, op, cell, kernels) | contenders.peers(machine, op, cell, choice.peers)
+    )
+    measured: Mapping[str, Spread | Failure] = measure_in_turn(ready, sample) | failures
+    ready.clear()
+    machine.release()
+    return _outcome(op, cell, kernels, choice.peers, measured, fields)
+
+
+def _memory(machine: Machine, op: Op, cell: Cell, choice: Choice) -> Outcome:
+    """Peak memory of kernels and of naive attention; its backward pass has to keep or to make the weights."""
+    kernels = _kernels(machine, cell, choice)
+    candidates = contenders.kernels(machine, op, cell, kernels)
+    if "naive" in choice.peers:
+        candidates |= contenders.peers(machine, op, cell, ["naive"])
+        if op == "backward":
+            candidates["naive"] = partial(contenders.naive_training_step, machine, cell)
+    measured: dict[str, int | Failure] = {}
+    for name, candidate in candidates.items():
+        try:
+            measured[name] = machine.peak_bytes(candidate().call)
+        except Exception as error:  # out of memory is a result too
+            measured[name] = describe(error)
+        machine.release()
+    return _outcome(op, cell, kernels, ["naive"], measured, lambda peak: {"peak_bytes": peak})
+
+
+def _compile(machine: Machine, op: Op, head_dim: int, choice: Choice) -> Outcome:
+    cell = Cell(head_dim, False, 128, batch=1, heads=8, dtype=choice.dtype)
+    kernels = _kernels(machine, cell, choice)
+    measured: dict[str, dict[str, Any] | Failure] = {}
+    for name, kernel in kernels.items():
+        try:
+            measured[name] = first_call.cold_and_warm(op, cell, kernel)
+        except Exception as error:
+            measured[name] = describe(error)
+    return _outcome(op, cell, kernels, [], measured, lambda seconds: seconds)
+
+
+def _kernels(machine: Machine, cell: Cell, choice: Choice) -> dict[str, str]:
+    """What to ask for, by the name of the family that it means: "auto" and what it picks are one."""
+    return {machine.kernel_name(cell, kernel): kernel for kernel in choice.kernels}
+
+
+def _outcome(
+    op: Op,
+    cell: Cell,
+    kernels: Iterable[str],
+    peers: Iterable[str],
+    measured: Mapping[str, Any],
+    fields: Callable[[Any], dict[str, Any]],
+) -> Outcome:
+    """One record for each kernel that was measured; a peer that was not has its reason in it."""
+
+    def peer_fields(result: Any) -> dict[str, Any]:
+        return {"error": result} if isinstance(result, str) else fields(result)
+
+    beside = {name: peer_fields(measured[name]) for name in peers if name in measured}
+    records, failures = [], {}
+    for kernel in kernels:
+        result = measured[kernel]
+        if isinstance(result, str):
+            failures[kernel] = result
+        else:
+            peers_field = {"peers": beside} if beside else {}
+            records.append({"op": op, "kernel": kernel, **cell.fields, **fields(result), **peers_field})
+    return Outcome(records, failures)

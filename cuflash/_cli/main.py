@@ -1,0 +1,26 @@
+"""The command line: ``python -m cuflash info`` and ``python -m cuflash bench``."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from cuflash._cli import info
+from cuflash._cli.bench import command as bench
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; the result is the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m cuflash",
+        description="cuflash: exact flash attention on CuPy and NumPy arrays.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{info,bench}")
+    for module in (info, bench):
+        module.add_parser(commands)
+    options = parser.parse_args(arguments)
+    try:
+        status: int = options.run(options)
+    except BrokenPipeError:  # the reader, `head` say, has seen enough
+        return 0
+    return status

@@ -1,0 +1,61 @@
+"""What the launch path asks of a device; CuPy is one, the test suite's CPU emulation is another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+Array = Any
+"""An array of the device: ``cupy.ndarray``, or ``numpy.ndarray`` on the emulated device."""
+
+Launch = Callable[[int, tuple[Any, ...]], None]
+"""``launch(num_blocks, arguments)``: arrays are passed as pointers, structs by value."""
+
+
+@dataclass(frozen=True)
+class Chip:
+    """The properties of a GPU that decide which kernels it can run."""
+
+    name: str
+    capability: tuple[int, int]
+    shared_memory: int  # bytes one block may use
+
+    @property
+    def arch(self) -> str:
+        return f"sm_{self.capability[0]}{self.capability[1]}"
+
+
+@dataclass(frozen=True)
+class KernelSource:
+    """One kernel, ready to compile: its symbol, the CUDA C++ that defines it, and how it is launched."""
+
+    symbol: str
+    code: str
+    num_threads: int
+    shared_bytes: int
+
+
+class Device(Protocol):
+    """Where kernels run."""
+
+    @property
+    def chip(self) -> Chip: ...
+
+    @property
+    def null(self) -> Any:
+        """What to pass for a null pointer."""
+
+    def empty(self, shape: tuple[int, ...], dtype: Any) -> Array:
+        """Allocate an uninitialised C-ordered array."""
+
+    def may_share_memory(self, a: Array, b: Array) -> bool:
+        """Whether the bounds of two arrays overlap."""
+
+    def struct(self, params: np.ndarray[Any, Any]) -> Any:
+        """What to pass for a struct, given as a structured array of size 1."""
+
+    def load(self, kernel: KernelSource) -> Launch:
+        """Compile a kernel, or find it compiled."""

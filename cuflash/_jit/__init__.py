@@ -1,0 +1,1 @@
+"""Compiling CUDA C++ at first use. Knows nothing of attention."""

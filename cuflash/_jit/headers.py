@@ -1,0 +1,54 @@
+"""Finding the CUDA headers that kernels include: cuda_fp16.h, mma.h and crt/mma.h."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+# mma.h includes crt/mma.h, which lies in another wheel.
+NEEDED = ("cuda_fp16.h", "cuda_bf16.h", "mma.h", "crt/mma.h")
+
+_WHEELS = {
+    12: ("nvidia-cuda-runtime-cu12", "nvidia-cuda-nvcc-cu12"),
+    13: ("nvidia-cuda-runtime", "nvidia-cuda-crt"),
+}
+_WHEEL_DIRECTORIES = {
+    12: ("cuda_runtime/include", "cuda_nvcc/include"),
+    13: ("cu13/include",),
+}
+
+
+def _candidates(cuda_major: int) -> Iterator[tuple[Path, ...]]:
+    """Sets of directories that together may hold the headers, the best first."""
+    spec = importlib.util.find_spec("nvidia")
+    for root in (spec.submodule_search_locations or []) if spec else []:
+        yield tuple(Path(root) / name for name in _WHEEL_DIRECTORIES.get(cuda_major, ()))
+    for variable in ("CUDA_PATH", "CUDA_HOME"):
+        if os.environ.get(variable):
+            yield (Path(os.environ[variable]) / "include",)
+    yield (Path("/usr/local/cuda/include"),)
+    yield (Path("/usr/local") / f"cuda-{cuda_major}/include",)
+    yield (Path("/usr/include"),)
+
+
+@cache
+def cuda_include_directories(cuda_major: int) -> tuple[Path, ...]:
+    """The include directories of a CUDA version, from NVIDIA's wheels, CUDA_PATH or the system.
+
+    Raises
+    ------
+    RuntimeError
+        If the headers are nowhere; the message says what to install.
+    """
+    for directories in _candidates(cuda_major):
+        if directories and all(any((d / header).is_file() for d in directories) for header in NEEDED):
+            return directories
+    wheels = _WHEELS.get(cuda_major, _WHEELS[13])
+    raise RuntimeError(
+        f"cuflash: the CUDA {cuda_major} headers {', '.join(NEEDED)} were not found. Install them with "
+        f"`pip install {' '.join(wheels)}` (or `pip install cuflash[cuda{cuda_major}x]`), "
+        f"or set CUDA_PATH to a CUDA toolkit."
+    )

@@ -1,0 +1,63 @@
+"""The kernel families: what each supports, on which GPUs, and with which tiles."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ._device import KernelSource
+from ._jit.sources import cuda_digest
+from ._params import PARAMS
+from ._problem import Problem
+
+# The oldest GPU whose tensor cores multiply each element type.
+MIN_CAPABILITY = {"float16": (7, 0), "bfloat16": (8, 0), "float32": (8, 0)}
+
+# What a kernel is built for: the C++ type, a short name for symbols, and the size of an element in bytes.
+NUMBERS = {
+    "float16": ("Float16", "f16", 2),
+    "bfloat16": ("BFloat16", "bf16", 2),
+    "float32": ("Float32", "f32", 4),
+    "tfloat32": ("TFloat32", "tf32", 4),
+}
+
+# Pairs of head_dim and head_dim_v that kernels are built for; others are padded with zeros in shared memory.
+HEAD_DIMS = ((32, 32), (64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256))
+
+
+def padded_head_dims(problem: Problem) -> tuple[int, int]:
+    """The first pair of HEAD_DIMS that has room for the problem's."""
+    return next((dim, dim_v) for dim, dim_v in HEAD_DIMS if problem.head_dim <= dim and problem.head_dim_v <= dim_v)
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel template with its arguments, and the block it runs in."""
+
+    template: str
+    header: str
+    symbol: str
+    arguments: tuple[str | int, ...]
+    pointers: tuple[str, ...]
+    params: str
+    num_threads: int
+    shared_bytes: int
+    min_blocks: int = 1
+
+    @property
+    def source(self) -> KernelSource:
+        """The CUDA C++ that instantiates the kernel; its assertions tie it to what this module believes."""
+        arguments = ", ".join(str(argument) for argument in self.arguments)
+        names = ", ".join(pointer.split()[-1] for pointer in self.pointers)
+        code = f"""\
+// cuda_src {cuda_digest()}
+#include <cuflash/kernels/{self.header}.cuh>
+using Kernel = cuflash::{self.template}<{arguments}>;
+using Element = Kernel::Element;
+static_assert(sizeof(cuflash::{self.params}) == {PARAMS[self.params].itemsize});
+static_assert(Kernel::kNumThreads == {self.num_threads} && Kernel::kSharedBytes == {self.shared_bytes});
+extern "C" __global__ void __launch_bounds__({self.num_threads}, {self.min_blocks})
+{self.symbol}({", ".join(self.pointers)}, const __grid_constant__ cuflash::{self.params} params) {{
+  Kernel::run({{{names}}}, params);
+}}
+"""
+        return KernelSource(self.symbol, code, self.num_threads, self.shared_bytes)

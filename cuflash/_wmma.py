@@ -1,0 +1,185 @@
+"""The wmma family: portable tensor-core kernels, forward and backward, with their tiles."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from ._device import Chip
+from ._kernel import NUMBERS, Kernel, padded_head_dims
+from ._problem import Problem
+
+# The oldest GPU whose tensor cores multiply numbers of each type.
+MIN_CAPABILITY = {"float16": (7, 0), "bfloat16": (8, 0), "float32": (8, 0), "tfloat32": (8, 0)}
+
+# Tiles by (bytes of an element, head_dim), the fastest first; the first that fits the chip's shared memory is taken.
+# sm_75 has 64 KB and must find one for 2-byte elements, sm_86, 89 and 120 have 99 KB and must for all elements.
+# Measured on an H200; none of them spills registers on any chip (docs/notes/wmma.md).
+# Forward: (block_m, block_n, warps).
+FORWARD_TILES = {
+    (2, 32): [(128, 64, 4)],
+    (2, 64): [(128, 64, 4)],
+    (2, 96): [(128, 64, 4), (64, 64, 4)],
+    (2, 128): [(128, 64, 4), (64, 64, 4)],
+    (2, 192): [(64, 64, 4), (64, 32, 4)],
+    (2, 256): [(64, 64, 4), (64, 32, 4), (64, 16, 4)],
+    (4, 32): [(64, 32, 4)],
+    (4, 64): [(64, 32, 4)],
+    (4, 96): [(64, 32, 4)],
+    (4, 128): [(64, 32, 4)],
+    (4, 192): [(64, 32, 4), (64, 16, 4)],
+    (4, 256): [(64, 16, 4), (32, 16, 2)],
+}
+# Gradients of K and V: (block_m, block_n, warps over keys, warps over columns, stages).
+DKDV_TILES = {
+    (2, 32): [(64, 128, 4, 1, 2), (64, 64, 4, 1, 2)],
+    (2, 64): [(64, 64, 2, 2, 2), (64, 64, 2, 2, 1)],
+    (2, 96): [(64, 64, 2, 2, 2), (32, 64, 2, 2, 1)],
+    (2, 128): [(64, 64, 2, 2, 1), (32, 64, 2, 2, 1), (32, 32, 2, 2, 1)],
+    (2, 192): [(64, 64, 2, 4, 1), (32, 32, 2, 2, 1), (16, 32, 2, 2, 1)],
+    (2, 256): [(64, 64, 2, 4, 1), (32, 32, 2, 2, 1), (16, 32, 2, 2, 1)],
+    (4, 32): [(32, 64, 4, 1, 1)],
+    (4, 64): [(32, 64, 4, 1, 1)],
+    (4, 96): [(32, 32, 2, 2, 1)],
+    (4, 128): [(32, 32, 2, 2, 1)],
+    (4, 192): [(32, 32, 2, 2, 1), (16, 32, 2, 2, 1)],
+    (4, 256): [(32, 32, 2, 4, 1), (16, 16, 1, 4, 1)],
+}
+# Gradient of Q: (block_m, block_n, warps, stages).
+DQ_TILES = {
+    (2, 32): [(128, 64, 4, 2), (64, 64, 4, 2)],
+    (2, 64): [(128, 48, 4, 1), (64, 64, 4, 1)],
+    (2, 96): [(128, 32, 4, 2), (64, 32, 4, 1)],
+    (2, 128): [(128, 32, 4, 2), (64, 32, 4, 1), (32, 32, 2, 1)],
+    (2, 192): [(64, 64, 4, 1), (64, 32, 4, 1), (32, 32, 2, 1)],
+    (2, 256): [(64, 32, 4, 1), (32, 16, 2, 1)],
+    (4, 32): [(64, 32, 4, 1)],
+    (4, 64): [(64, 32, 4, 1)],
+    (4, 96): [(64, 32, 4, 1), (32, 32, 2, 1)],
+    (4, 128): [(32, 32, 2, 1)],
+    (4, 192): [(32, 16, 2, 1)],
+    (4, 256): [(32, 16, 2, 1), (16, 16, 1, 1)],
+}
+DELTA_WARPS = 8
+
+# A lane learns the layout of fragments from 16 x 16 indices in rows of 24 floats (FragmentMap).
+MAP_SCRATCH_BYTES = 16 * 24 * 4
+
+
+def why_not(problem: Problem, number: str, chip: Chip) -> str | None:
+    """The reason why the family cannot compute the problem on a GPU, or None if it can."""
+    needed = MIN_CAPABILITY[number]
+    if chip.capability < needed:
+        return (
+            f"{problem.dtype} needs tensor cores of compute capability {needed[0]}.{needed[1]} or newer, "
+            f"{chip.name} has {chip.capability[0]}.{chip.capability[1]}"
+        )
+    return None
+
+
+def _pitch(cols: int, size: int) -> int:
+    """Bytes from one row of a tile to the next in shared memory: padded by 16 against bank conflicts."""
+    return cols * size + 16
+
+
+def _forward_bytes(size: int, dim: int, dim_v: int, block_m: int, block_n: int, warps: int) -> int:
+    warp_bytes = max(block_m // warps * _pitch(block_n, size), MAP_SCRATCH_BYTES)
+    return (block_m + block_n) * _pitch(dim, size) + block_n * _pitch(dim_v, size) + warps * warp_bytes
+
+
+def _dkdv_bytes(
+    size: int, dim: int, dim_v: int, block_m: int, block_n: int, warps_n: int, warps_d: int, stages: int
+) -> int:
+    row = _pitch(dim, size) + _pitch(dim_v, size)
+    return block_n * (row + 2 * _pitch(block_m, size)) + stages * block_m * (row + 8)
+
+
+def _dq_bytes(size: int, dim: int, dim_v: int, block_m: int, block_n: int, warps: int, stages: int) -> int:
+    row = _pitch(dim, size) + _pitch(dim_v, size)
+    return block_m * (row + _pitch(block_n, size) + 8) + stages * block_n * row
+
+
+Tile = tuple[int, ...]
+
+
+def _first_fit(tiles: Iterable[Tile], shared_bytes: Callable[..., int], chip: Chip, *sizes: int) -> tuple[Tile, int]:
+    for tile in tiles:
+        needed = shared_bytes(*sizes, *tile)
+        if needed <= chip.shared_memory:
+            return tile, needed
+    raise AssertionError(f"no tile for {sizes} fits {chip.shared_memory} bytes of shared memory")
+
+
+def forward(problem: Problem, number: str, chip: Chip) -> tuple[Kernel, int]:
+    """The kernel that computes out and lse, and the number of blocks it takes."""
+    name, short, size = NUMBERS[number]
+    dim, dim_v = padded_head_dims(problem)
+    tile, shared_bytes = _first_fit(FORWARD_TILES[size, dim], _forward_bytes, chip, size, dim, dim_v)
+    kernel = Kernel(
+        template="FwdWmma",
+        header="fwd_wmma",
+        symbol=f"cuflash_fwd_wmma_{short}_d{dim}x{dim_v}",
+        arguments=(f"cuflash::{name}", dim, dim_v, *tile),
+        pointers=("const Element* q", "const Element* k", "const Element* v", "Element* out", "float* lse"),
+        params="FwdParams",
+        num_threads=32 * tile[2],
+        shared_bytes=shared_bytes,
+    )
+    return kernel, -(-problem.seqlen_q // tile[0]) * problem.num_heads * problem.batch
+
+
+def delta(problem: Problem, number: str, chip: Chip) -> tuple[Kernel, int]:
+    """The kernel that computes delta = rowsum(dout * out)."""
+    name, short, _ = NUMBERS[number]
+    kernel = Kernel(
+        template="BwdDelta",
+        header="bwd_delta",
+        symbol=f"cuflash_bwd_delta_{short}",
+        arguments=(f"cuflash::{name}", DELTA_WARPS),
+        pointers=("const Element* out", "const Element* dout", "float* delta"),
+        params="BwdParams",
+        num_threads=32 * DELTA_WARPS,
+        shared_bytes=0,
+    )
+    return kernel, -(-problem.seqlen_q // DELTA_WARPS) * problem.num_heads * problem.batch
+
+
+_BACKWARD_INPUTS = (
+    *("const Element* q", "const Element* k", "const Element* v", "const Element* dout"),
+    *("const float* lse", "const float* delta"),
+)
+
+
+def backward_dkdv(problem: Problem, number: str, chip: Chip) -> tuple[Kernel, int]:
+    """The kernel that computes dk and dv."""
+    name, short, size = NUMBERS[number]
+    dim, dim_v = padded_head_dims(problem)
+    tile, shared_bytes = _first_fit(DKDV_TILES[size, dim], _dkdv_bytes, chip, size, dim, dim_v)
+    kernel = Kernel(
+        template="BwdWmmaDkDv",
+        header="bwd_wmma_dkdv",
+        symbol=f"cuflash_bwd_wmma_dkdv_{short}_d{dim}x{dim_v}",
+        arguments=(f"cuflash::{name}", dim, dim_v, *tile),
+        pointers=(*_BACKWARD_INPUTS, "Element* dk", "Element* dv"),
+        params="BwdParams",
+        num_threads=32 * tile[2] * tile[3],
+        shared_bytes=shared_bytes,
+    )
+    return kernel, -(-problem.seqlen_k // tile[1]) * problem.num_heads_kv * problem.batch
+
+
+def backward_dq(problem: Problem, number: str, chip: Chip) -> tuple[Kernel, int]:
+    """The kernel that computes dq."""
+    name, short, size = NUMBERS[number]
+    dim, dim_v = padded_head_dims(problem)
+    tile, shared_bytes = _first_fit(DQ_TILES[size, dim], _dq_bytes, chip, size, dim, dim_v)
+    kernel = Kernel(
+        template="BwdWmmaDq",
+        header="bwd_wmma_dq",
+        symbol=f"cuflash_bwd_wmma_dq_{short}_d{dim}x{dim_v}",
+        arguments=(f"cuflash::{name}", dim, dim_v, *tile),
+        pointers=(*_BACKWARD_INPUTS, "Element* dq"),
+        params="BwdParams",
+        num_threads=32 * tile[2],
+        shared_bytes=shared_bytes,
+    )
+    return kernel, -(-problem.seqlen_q // tile[0]) * problem.num_heads * problem.batch

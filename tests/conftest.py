@@ -1,0 +1,243 @@
+"""The rings: one test function runs on NumPy, on the kernels' source compiled for the CPU, and on a GPU."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+
+import cuflash
+from cuflash import _backends, _numpy
+from cuflash.testing import assert_attention_accurate, assert_gradients_accurate
+from cuflash.testing.strategies import AttentionProblem, attention_problems
+
+HALF = ("float16", "bfloat16")
+
+
+@dataclass(frozen=True)
+class Ring:
+    """Where the tests run, and how large problems may be there.
+
+    Parameters
+    ----------
+    name, kernel : str
+        The ring, and the kernel family that its calls name.
+    xp : module
+        The array library.
+    dtypes : tuple of str
+        The dtypes that it computes.
+    head_dims : tuple of int
+        Head dimensions of random problems; on the host each kernel takes seconds to compile, so few.
+    head_dim_pairs : tuple of (int, int)
+        Head dimensions of queries and values to go through one by one.
+    max_seqlen, examples : int
+        Of random problems, and how many of them.
+    long_seqlen : int
+        The longest sequence of other tests.
+    """
+
+    name: str
+    kernel: str
+    xp: Any
+    dtypes: tuple[str, ...]
+    head_dims: tuple[int, ...]
+    head_dim_pairs: tuple[tuple[int, int], ...]
+    max_seqlen: int
+    examples: int
+    long_seqlen: int
+
+    def given(self, *, examples: int | None = None, **restrictions: Any) -> Callable[..., Callable[[], None]]:
+        """Decorate a test of one problem, so that a call runs it on many: the same ones every time."""
+        restrictions = {
+            "dtypes": [dtype for dtype in self.dtypes if dtype != "float64"],
+            "head_dims": self.head_dims,
+            "max_seqlen": self.max_seqlen,
+        } | restrictions
+        configured = settings(
+            max_examples=examples or self.examples,
+            derandomize=True,
+            database=None,
+            deadline=None,
+            suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+        )
+        return lambda test: configured(given(attention_problems(**restrictions))(test))
+
+    def asarray(self, x: np.ndarray[Any, Any]) -> Any:
+        """Return a NumPy array as an array of this ring, with the same strides."""
+        if self.xp is np:
+            return x
+        if x.size == 0:
+            return self.xp.asarray(x)
+        low, high = np.lib.array_utils.byte_bounds(x)
+        memory = np.ctypeslib.as_array((ctypes.c_uint8 * (high - low)).from_address(low))
+        start = x.__array_interface__["data"][0] - low
+        return self.xp.ndarray(x.shape, x.dtype, self.xp.asarray(memory).data + start, strides=x.strides)
+
+    def numpy(self, x: Any) -> np.ndarray[Any, Any]:
+        """Return an array of this ring as a NumPy array."""
+        return x if self.xp is np else self.xp.asnumpy(x)
+
+    def attention(self, q: Any, k: Any, v: Any, **options: Any) -> Any:
+        return cuflash.attention(q, k, v, kernel=self.kernel, **options)
+
+    def attention_backward(self, *arrays: Any, **options: Any) -> Any:
+        return cuflash.attention_backward(*arrays, kernel=self.kernel, **options)
+
+    def attention_vjp(self, q: Any, k: Any, v: Any, **options: Any) -> Any:
+        return cuflash.attention_vjp(q, k, v, kernel=self.kernel, **options)
+
+    def gradients(self, problem: AttentionProblem) -> Any:
+        """Compute the gradients of a problem, from its own forward pass."""
+        _, vjp = self.attention_vjp(*problem.arrays(self.xp), **problem.options)
+        return vjp(problem.dout(self.xp))
+
+    def check_forward(self, problem: AttentionProblem) -> None:
+        """Hold the output and the log-sum-exp of a problem against the reference."""
+        q, k, v = problem.arrays(self.xp)
+        out, lse = self.attention(q, k, v, return_lse=True, **problem.options)
+        assert_attention_accurate(q, k, v, out, lse, **problem.options)
+
+    def check_backward(self, problem: AttentionProblem) -> None:
+        """Hold the gradients of a problem against the reference."""
+        q, k, v = problem.arrays(self.xp)
+        assert_gradients_accurate(problem.dout(self.xp), q, k, v, *self.gradients(problem), **problem.options)
+
+    def assert_same_bits(self, actual: Any, expected: Any) -> None:
+        """Assert that two arrays agree to the last bit; NaN equals NaN."""
+        actual, expected = self.numpy(actual), self.numpy(expected)
+        assert actual.dtype == expected.dtype
+        np.testing.assert_array_equal(actual.astype(np.float64), expected.astype(np.float64))
+
+
+ALL_HEAD_DIM_PAIRS = (
+    *((1, 1), (3, 8), (16, 16), (17, 32), (32, 17), (33, 64), (64, 64), (80, 80), (96, 64), (128, 128)),
+    *((100, 200), (192, 128), (192, 192), (255, 1), (256, 256)),
+)
+
+
+def numpy_ring() -> Ring:
+    return Ring(
+        name="numpy",
+        kernel="auto",
+        xp=np,
+        dtypes=(*HALF, "float32", "float64"),
+        head_dims=(1, 3, 8, 17, 32, 64),
+        head_dim_pairs=ALL_HEAD_DIM_PAIRS,
+        max_seqlen=129,
+        examples=100,
+        long_seqlen=1000,
+    )
+
+
+def host_ring(kernel: str) -> Ring:
+    return Ring(
+        name="host",
+        kernel=kernel,
+        xp=np,
+        dtypes=(*HALF, "float32"),
+        head_dims=(1, 8, 17, 32),
+        head_dim_pairs=((64, 64), (192, 128), (256, 256)),
+        max_seqlen=65,
+        examples=12,
+        long_seqlen=150,
+    )
+
+
+def gpu_ring(kernel: str) -> Ring:
+    import cupy
+
+    return Ring(
+        name="gpu",
+        kernel=kernel,
+        xp=cupy,
+        dtypes=(*HALF, "float32"),
+        head_dims=(1, 3, 8, 17, 32, 64, 96),
+        head_dim_pairs=ALL_HEAD_DIM_PAIRS,
+        max_seqlen=129,
+        examples=60,
+        long_seqlen=1000,
+    )
+
+
+@functools.cache
+def host_backend() -> Any:
+    """Return the launch path on the emulated GPU; one for all tests, so that plans and kernels are kept."""
+    from cuflash._launch import LaunchBackend
+    from tests.hostcuda import HostDevice
+
+    return LaunchBackend(HostDevice())
+
+
+@functools.cache
+def why_no_gpu() -> str | None:
+    """Return why the gpu ring cannot run here, or None if it can."""
+    try:
+        import cupy
+    except ImportError as error:
+        return f"CuPy cannot be imported: {error}"
+    try:
+        count = cupy.cuda.runtime.getDeviceCount()
+    except cupy.cuda.runtime.CUDARuntimeError as error:
+        return f"no GPU: {error}"
+    return None if count else "no GPU"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--ring",
+        action="append",
+        choices=("numpy", "host", "gpu"),
+        help="run the tests that go through several rings on this one only; may be given more than once",
+    )
+
+
+RINGS = [
+    pytest.param(("numpy", "auto"), marks=pytest.mark.numpy, id="numpy"),
+    pytest.param(("host", "wmma"), marks=pytest.mark.host, id="host-wmma"),
+    pytest.param(("gpu", "wmma"), marks=pytest.mark.gpu, id="gpu-wmma"),
+]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "ring" in metafunc.fixturenames:
+        chosen = metafunc.config.getoption("--ring") or ("numpy", "host", "gpu")
+        metafunc.parametrize("ring", [ring for ring in RINGS if ring.values[0][0] in chosen], indirect=True)
+
+
+@pytest.fixture
+def ring(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Ring]:
+    """A ring that can run here; the calls of the test go to its kernels."""
+    name, kernel = request.param
+    if name == "numpy":
+        # Small problems shall meet several blocks.
+        monkeypatch.setattr(_numpy, "BLOCK_ROWS", 32)
+        monkeypatch.setattr(_numpy, "BLOCK_KEYS", 24)
+        yield numpy_ring()
+    elif name == "host":
+        if shutil.which("g++") is None:
+            pytest.skip("the host ring needs g++")
+        monkeypatch.setattr(_backends, "numpy_backend", host_backend())
+        yield host_ring(kernel)
+    else:
+        reason = why_no_gpu()
+        if reason is not None:
+            pytest.skip(reason)
+        yield gpu_ring(kernel)
+
+
+@pytest.fixture
+def gpu() -> Any:
+    """CuPy, where there is a GPU."""
+    reason = why_no_gpu()
+    if reason is not None:
+        pytest.skip(reason)
+    import cupy
+
+    return cupy

@@ -1,0 +1,41 @@
+"""A launch as the runtime takes it: options, and arguments in memory."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any, Literal
+
+import numpy as np
+
+Schedule = Literal["forward", "reverse", "greedy", "random"]
+SCHEDULES: tuple[Schedule, ...] = ("forward", "reverse", "greedy", "random")
+
+
+class LaunchOptions(ctypes.Structure):
+    """Mirrors hostcuda::Options."""
+
+    _fields_ = [
+        *((name, ctypes.c_int32) for name in ("num_blocks", "num_threads", "shared_bytes")),
+        *((name, ctypes.c_int32) for name in ("schedule", "lazy_copies", "strict", "paired_fragments")),
+        ("arch", ctypes.c_int32),
+        ("seed", ctypes.c_uint64),
+    ]
+
+
+def is_value(argument: Any) -> bool:
+    """Whether an argument is a struct, passed by value; everything else is a pointer."""
+    return isinstance(argument, np.ndarray) and argument.dtype.names is not None
+
+
+def check_argument(argument: Any) -> None:
+    if is_value(argument):
+        if argument.size != 1:
+            raise TypeError(f"a struct is passed as an array of size 1, not of shape {argument.shape}")
+    elif not isinstance(argument, np.ndarray) and not (isinstance(argument, int) and argument == 0):
+        kind = type(argument).__name__
+        raise TypeError(f"arguments are NumPy arrays, 0 or structs, not {kind} {argument!r}")
+
+
+def address(array: np.ndarray[Any, Any]) -> int:
+    """Where element [0, ..., 0] is."""
+    return int(array.__array_interface__["data"][0])

@@ -1,0 +1,715 @@
+"""``python -m cuflash``: info and bench, as far as they need no GPU."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import math
+import os
+import subprocess
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import cuflash
+from cuflash._cli import console, info
+from cuflash._cli.bench import cells, command, first_call, naive, plots, records, sweeps, tables
+from cuflash._cli.bench.cells import Cell
+from cuflash._cli.bench.cpu import Cpu
+from cuflash._cli.bench.timing import Contender, Spread, describe, measure_in_turn
+from cuflash._cli.main import main
+
+ROOT = Path(__file__).resolve().parents[1]
+CELL = Cell(64, False, 4096, batch=4, heads=32, dtype="bfloat16")
+HEAD = {
+    "device": "NVIDIA Test 1",
+    "driver": "580.1",
+    "cuda": "13.0",
+    "cupy": "14.2.0",
+    "date": "2026-11-21T10:00:00+00:00",
+    "sources_digest": "ab" * 32,
+}
+
+
+def record(op="forward", kernel="wmma", cell=CELL, ms=2.0, **peers):
+    tflops = cells.flops(op, cell) / ms / 1e9
+    return {"op": op, "kernel": kernel, **cell.fields, "ms": ms, "tflops": tflops, "peers": peers}
+
+
+@pytest.fixture
+def results():
+    memory = [
+        {
+            "op": op,
+            "kernel": "wmma",
+            **cell.fields,
+            "peak_bytes": 32 * cell.seqlen,
+            "peers": {
+                "naive": {"error": "OutOfMemoryError: 12 bytes"} if cell.seqlen > 4096 else {"peak_bytes": 3 << 30}
+            },
+        }
+        for cell in cells.memory_cells("gpu", "bfloat16")
+        for op in cells.OPS
+    ]
+    small = cells.small_cell("bfloat16").fields
+    host = {"op": "forward", "kernel": "wmma", **small, "us": 12.34, "peers": {"torch-flash": {"us": 14.6}}}
+    compiled = {"num_kernels": 3, "cold_s": 3.3, "cold_s_per_kernel": 1.1, "warm_s": 0.12}
+    measured = {
+        "records": [
+            record(
+                op,
+                cell=cell,
+                naive={"ms": 10.0},
+                **{"torch-flash": {"ms": 1.0}, "torch-cudnn": {"error": "no"}},
+            )
+            for cell in cells.timed_cells("cells", "gpu", "bfloat16")
+            for op in cells.OPS
+        ],
+        "memory": memory,
+        "host": [host],
+        "compile": [{"op": "backward", "kernel": "wmma", **small, **compiled}],
+    }
+    return records.merge({}, HEAD, measured)
+
+
+class TestCells:
+    def test_the_36_cells(self):
+        swept = cells.timed_cells("cells", "gpu", "bfloat16")
+        assert len(set(swept)) == 36
+        assert {cell.batch * cell.seqlen for cell in swept} == {16384}
+        assert {cell.heads * cell.head_dim for cell in swept} == {2048}
+        assert {cell.seqlen for cell in swept} == {512, 1024, 2048, 4096, 8192, 16384}
+        assert {(cell.head_dim, cell.causal) for cell in swept} == {
+            (d, c) for d in (64, 128, 256) for c in (False, True)
+        }
+
+    def test_flops_count_the_products(self):
+        cell = Cell(8, False, 16, batch=2, heads=3, dtype="float32")
+        one_product = 2 * 16 * 16 * 8  # a multiplication and an addition each
+        assert cells.flops("forward", cell) == 2 * one_product * 6
+        assert cells.flops("backward", cell) == 5 * one_product * 6
+
+    def test_a_causal_mask_halves_the_flops(self):
+        causal = Cell(8, True, 16, batch=2, heads=3, dtype="float32")
+        full = Cell(8, False, 16, batch=2, heads=3, dtype="float32")
+        for op in cells.OPS:
+            assert 2 * cells.flops(op, causal) == cells.flops(op, full)
+
+    def test_memory_goes_from_1k_to_128k(self):
+        swept = cells.memory_cells("gpu", "bfloat16")
+        assert [cell.seqlen for cell in swept] == [1024 * 2**n for n in range(8)]
+
+
+class TestTiming:
+    def test_spread_is_median_and_quartiles(self):
+        spread = Spread.of([5.0, 1.0, 2.0, 3.0, 4.0])
+        assert spread == Spread(3.0, 2.0, 4.0)
+        assert (spread * 1e3).fields("us") == {"us": 3000.0, "us_quartiles": [2000.0, 4000.0]}
+
+    def test_contenders_take_turns(self):
+        turns = []
+
+        def sample(call, repeats):
+            turns.append(call())
+            return [1.0] * repeats
+
+        contenders = {name: Contender(lambda name=name: name) for name in "ab"}
+        measure_in_turn(contenders, sample, rounds=3)
+        assert turns == ["a", "b"] * 4  # a warm-up and three rounds
+
+    def test_the_warm_up_does_not_count(self):
+        times = iter([100.0, 100.0, 2.0, 2.0])
+        measured = measure_in_turn(
+            {"a": Contender(lambda: None)}, lambda _, n: [next(times) for _ in range(n)], rounds=2
+        )
+        assert measured["a"] == Spread(2.0, 2.0, 2.0)
+
+    def test_a_turn_lasts_about_as_long_as_it_may(self):
+        repeats = []
+
+        def sample(_, n):
+            repeats.append(n)
+            return [8.0] * n
+
+        measure_in_turn({"a": Contender(lambda: None)}, sample, rounds=1, round_ms=40)
+        assert repeats == [2, 5]
+
+    def test_who_fails_is_told_and_the_others_go_on(self):
+        def broken():
+            raise MemoryError("too much\nmore about it")
+
+        def sample(call, repeats):
+            call()
+            return [1.0] * repeats
+
+        measured = measure_in_turn({"bad": Contender(broken), "good": Contender(lambda: None)}, sample)
+        assert measured["bad"] == "MemoryError: too much"
+        assert measured["good"].median == 1.0
+
+    def test_a_turn_runs_in_the_contenders_context(self):
+        inside = []
+
+        @contextmanager
+        def context():
+            inside.append(True)
+            yield
+            inside.clear()
+
+        def call():
+            assert inside
+
+        def sample(call, repeats):
+            call()
+            return [1.0] * repeats
+
+        measured = measure_in_turn({"a": Contender(call, context)}, sample)
+        assert measured["a"].median == 1.0
+        assert not inside
+
+    def test_errors_without_a_message(self):
+        assert describe(KeyError()) == "KeyError"
+
+
+class TestRecords:
+    def test_a_new_measurement_replaces_the_old_one_and_only_that(self):
+        other = Cell(128, True, 512, batch=1, heads=8, dtype="float16")
+        old = records.merge({}, HEAD, {"records": [record(ms=2.0), record(cell=other, ms=3.0)]})
+        head = {**HEAD, "sources_digest": "cd" * 32, "date": "2026-12-01T00:00:00+00:00"}
+        new = records.merge(old, head, {"records": [record(ms=1.0)]})
+        by_ms = {entry["ms"]: entry["sources_digest"] for entry in new["records"]}
+        assert by_ms == {1.0: "cd" * 32, 3.0: "ab" * 32}
+        assert new["sources_digest"] == "cd" * 32
+        assert records.digests(new) == {"ab" * 32, "cd" * 32}
+
+    @pytest.mark.parametrize(
+        "change",
+        [{"op": "backward"}, {"kernel": "sm90"}, {"dtype": "float16"}, {"causal": True}, {"variant": "gqa8"}],
+        ids=lambda change: next(iter(change)),
+    )
+    def test_what_makes_another_record(self, change):
+        merged = records.merge({}, HEAD, {"records": [record(), {**record(), **change}]})
+        assert len(merged["records"]) == 2
+
+    def test_other_sections_are_kept(self, results):
+        merged = records.merge(results, HEAD, {"records": [record(ms=1.0)]})
+        for section in ("memory", "host", "compile"):
+            assert merged[section] == results[section]
+
+    def test_a_file_says_what_was_saved(self, results, tmp_path):
+        path = tmp_path / "deep" / "device.json"
+        records.save(path, results)
+        assert records.load(path) == results
+        assert sum(line.startswith('    {"op"') for line in path.read_text().splitlines()) == 72 + 16 + 2
+        assert [file.name for file in path.parent.iterdir()] == ["device.json"]
+
+    def test_no_file_is_no_results(self, tmp_path):
+        assert records.load(tmp_path / "none.json") == {}
+
+    def test_file_names(self):
+        assert records.file_name("NVIDIA H200") == "nvidia-h200.json"
+        assert records.file_name("AMD EPYC (2 cores)") == "amd-epyc-2-cores.json"
+
+    def test_the_files_of_the_project_obey_the_schema(self):
+        for path in (ROOT / "bench/results").glob("*.json"):
+            check_schema(records.load(path))
+            assert path.name == records.file_name(records.load(path)["device"])
+
+
+def check_schema(results):
+    assert set(records.HEAD) <= set(results)
+    assert isinstance(results["records"], list)
+    for section in records.SECTIONS:
+        for entry in results.get(section, []):
+            assert {*records.IDENTITY[:-1], "date", "sources_digest"} <= set(entry)
+            assert entry["op"] in cells.OPS
+    for entry in results["records"]:
+        cell = Cell(**{name: entry[name] for name in ("head_dim", "causal", "seqlen", "batch", "heads", "dtype")})
+        assert math.isclose(entry["tflops"], cells.flops(entry["op"], cell) / entry["ms"] / 1e9, rel_tol=1e-3)
+        for peer in entry.get("peers", {}).values():
+            assert ("ms" in peer) != ("error" in peer)
+
+
+class TestTables:
+    def test_speed(self, results):
+        table = tables.speed(results, "forward")
+        assert len(table.rows) == 36
+        row = dict(zip(table.columns, table.rows[0], strict=True))
+        expected = cells.flops("forward", cells.timed_cells("cells", "gpu", "bfloat16")[0]) / 2.0 / 1e9
+        assert float(row["wmma"]) == pytest.approx(expected, rel=0.01)
+        assert float(row["torch-flash"]) == pytest.approx(2 * expected, rel=0.01)
+        assert (row["× torch-flash"], row["× naive"]) == ("0.50", "5.00")
+        assert "torch-cudnn" not in row  # it has never worked
+
+    def test_the_summary_has_one_length(self, results):
+        rows = tables.summary(results).rows
+        assert len(rows) == 12
+        assert {row[4] for row in rows} == {"4096"}
+
+    def test_two_kernels_stand_side_by_side(self):
+        merged = records.merge(
+            {}, HEAD, {"records": [record(ms=2.0), record(kernel="sm90", ms=1.0, naive={"ms": 4.0})]}
+        )
+        table = tables.speed(merged, "forward")
+        (row,) = (dict(zip(table.columns, cells_, strict=True)) for cells_ in table.rows)
+        assert float(row["sm90"]) == pytest.approx(2 * float(row["wmma"]), rel=0.01)
+        assert row["× naive"] == "4.00"
+
+    def test_memory_tells_who_ran_out_of_it(self, results):
+        rows = {(row[0], row[4]): row[-2:] for row in tables.memory(results).rows}
+        assert list(rows["forward", "1024"]) == ["32 KiB", "3.0 GiB"]
+        assert list(rows["backward", "131072"]) == ["4.0 MiB", "out of memory"]
+
+    def test_slow_machines_get_a_smaller_unit(self):
+        merged = records.merge({}, HEAD, {"records": [record(ms=1e6)]})
+        assert tables.speed(merged, "forward").title == "Forward, GFLOP/s"
+
+    def test_every_block_can_be_made(self, results):
+        for name in tables.NAMES:
+            assert tables.block(results, name) != tables.NOT_MEASURED
+            assert tables.block({}, name) == tables.NOT_MEASURED
+
+    def test_filling_a_document(self, results):
+        end = "<!-- /bench -->"
+        text = f"before\n<!-- bench:host -->\nold\n{end}\nbetween\n<!-- bench:device@x -->\n{end}\nafter"
+        asked = []
+
+        def results_of(device):
+            asked.append(device)
+            return results
+
+        filled = tables.fill(text, results_of)
+        assert asked == [None, "x"]
+        assert "old" not in filled
+        assert "| 12.3 | 14.6 |" in filled
+        assert "NVIDIA Test 1, driver 580.1" in filled
+        assert [line for line in filled.splitlines() if line in ("before", "between", "after")] == [
+            "before",
+            "between",
+            "after",
+        ]
+        assert tables.fill(filled, results_of) == filled
+
+    def test_a_block_that_does_not_exist(self):
+        with pytest.raises(ValueError, match="bench:nonsense: there is no such block; allowed are device, summary"):
+            tables.fill("<!-- bench:nonsense -->\n<!-- /bench -->", lambda _: {})
+
+    def test_the_gpu_is_meant_unless_there_are_two(self, tmp_path):
+        assert tables.results_in(tmp_path, None) == {}
+        for device, cuda in (("CPU", None), ("GPU A", "13.0")):
+            records.save(
+                tmp_path / records.file_name(device),
+                records.merge({}, {**HEAD, "device": device, "cuda": cuda}, {}),
+            )
+        assert tables.results_in(tmp_path, None)["device"] == "GPU A"
+        assert tables.results_in(tmp_path, "cpu")["device"] == "CPU"
+        records.save(tmp_path / "gpu-b.json", records.merge({}, {**HEAD, "device": "GPU B"}, {}))
+        with pytest.raises(ValueError, match="GPU A, GPU B"):
+            tables.results_in(tmp_path, None)
+
+    def test_the_command(self, results, tmp_path, capsys):
+        document = tmp_path / "README.md"
+        document.write_text("<!-- bench:summary -->\n<!-- /bench -->\n")
+        records.save(tmp_path / "nvidia-test-1.json", results)
+        arguments = ["bench", "--out", str(tmp_path), "--tables", str(document)]
+        assert main([*arguments, "--check"]) == 1
+        assert "is not what the results say" in capsys.readouterr().out
+        assert main(arguments) == 0
+        assert "| forward | bfloat16 | 64 | full | 4096 |" in document.read_text()
+        assert main([*arguments, "--check"]) == 0
+
+    def test_the_documents_of_the_project_say_what_was_measured(self):
+        documents = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+        assert command.fill_documents(documents, ROOT / "bench/results", check=True) == 0
+
+    def test_plain_tables_are_aligned(self):
+        plain = console.Table("title", ["a", "long name"], [["1234", "5"], ["6", "7"]]).plain()
+        assert plain.splitlines() == [
+            "   a  long name",
+            "----  ---------",
+            "1234          5",
+            "   6          7",
+        ]
+
+
+class TestPlots:
+    def test_drawn_from_a_results_file(self, results, tmp_path):
+        pytest.importorskip("matplotlib")
+        drawn = plots.draw(results, tmp_path / "nvidia-test-1")
+        assert [path.name for path in drawn] == [
+            f"nvidia-test-1-{what}-bfloat16.png" for what in ("forward", "backward", "memory")
+        ]
+        for path in drawn:
+            assert path.read_bytes().startswith(b"\x89PNG")
+
+    def test_nothing_measured_nothing_drawn(self, tmp_path):
+        pytest.importorskip("matplotlib")
+        assert plots.draw(records.merge({}, HEAD, {}), tmp_path / "x") == []
+
+
+class TestNaive:
+    """The peer must compute the same thing, or comparing is pointless."""
+
+    @pytest.mark.parametrize("causal", [False, True])
+    def test_agrees_with_cuflash(self, causal):
+        machine = Cpu()
+        dout, q, k, v = (machine.normal((2, 3, 17, 8), "float64", seed) for seed in range(4))
+        out, lse = cuflash.attention(q, k, v, causal=causal, return_lse=True)
+        np.testing.assert_allclose(naive.forward(machine, q, k, v, causal), out, rtol=1e-5, atol=1e-6)
+        p = naive.weights(machine, q, k, causal)
+        gradients = naive.backward(machine, dout, q, k, v, p)
+        expected = cuflash.attention_backward(dout, q, k, v, out, lse, causal=causal)
+        for ours, theirs in zip(gradients, expected, strict=True):
+            np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+
+    def test_keeps_the_dtype(self):
+        machine = Cpu()
+        q = machine.normal((1, 1, 5, 4), "float16", 0)
+        assert naive.forward(machine, q, q, q, False).dtype == np.float16
+
+
+class TestCpu:
+    def test_peak_memory_is_what_is_held_beyond_the_result(self):
+        def call():
+            temporary = np.ones(3 << 20, np.uint8)
+            return temporary[: 1 << 20].copy()
+
+        peak = Cpu().peak_bytes(call)
+        assert 2 << 20 < peak < (3 << 20) + 50_000
+
+    def test_peak_memory_of_a_call_that_fails(self):
+        def broken():
+            raise MemoryError
+
+        with pytest.raises(MemoryError):
+            Cpu().peak_bytes(broken)
+        assert Cpu().peak_bytes(lambda: None) < 10_000
+
+    def test_the_data_is_random_and_reproducible(self):
+        a, b = Cpu().normal((100,), "float32", 0), Cpu().normal((100,), "float32", 1)
+        assert (a == Cpu().normal((100,), "float32", 0)).all()
+        assert not (a == b).any()
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """Sweeps that take no time."""
+    monkeypatch.setitem(cells.AXES, ("cpu", "quick"), ([8], [16, 32]))
+    cell = Cell(8, True, 256, batch=1, heads=2, dtype="float32")
+    monkeypatch.setattr(sweeps, "memory_cells", lambda kind, dtype: [cell])
+
+
+class TestBench:
+    def test_measures_numpy(self, tiny, tmp_path, capsys):
+        pytest.importorskip("matplotlib")
+        assert main(["bench", "--cpu", "--sweep", "quick", "memory", "host", "--out", str(tmp_path)]) == 0
+        shown = capsys.readouterr().out
+        assert "The sweep 'host' needs a GPU: left out." in shown
+        assert "[10/10] peak memory, backward B 1 H 2 S 256 D 8 causal float32" in shown
+        (path,) = tmp_path.glob("*.json")
+        saved = records.load(path)
+        check_schema(saved)
+        assert saved["sources_digest"] == info.sources_digest()
+        assert len(saved["records"]) == 8
+        assert {entry["kernel"] for entry in saved["records"]} == {"numpy"}
+        assert all(entry["peers"]["naive"]["ms"] > 0 for entry in saved["records"])
+        matrix = 2 * 256 * 256 * 4
+        naive_peaks = {entry["op"]: entry["peers"]["naive"]["peak_bytes"] for entry in saved["memory"]}
+        assert naive_peaks["forward"] >= matrix
+        assert naive_peaks["backward"] > 2.9 * matrix  # the weights, their gradient, and the product of both
+        assert len(list(tmp_path.glob("*.png"))) == 3
+
+    def test_choices(self, tiny, tmp_path):
+        arguments = ["--op", "forward", "--peers", "--dtype", "float64", "--out", str(tmp_path)]
+        assert main(["bench", "--cpu", *arguments]) == 0
+        (path,) = tmp_path.glob("*.json")
+        for entry in records.load(path)["records"]:
+            assert (entry["op"], entry["dtype"], "peers" in entry) == ("forward", "float64", False)
+
+    def test_writes_nothing_unless_told_where(self, tiny, tmp_path, monkeypatch, capsys):
+        monkeypatch.chdir(tmp_path)
+        assert main(["bench", "--cpu", "--op", "forward"]) == 0
+        assert list(tmp_path.iterdir()) == []
+        assert "GFLOP/s" in capsys.readouterr().out
+
+    def test_a_second_run_adds_to_the_first(self, tiny, tmp_path):
+        for op in cells.OPS:
+            assert main(["bench", "--cpu", "--op", op, "--out", str(tmp_path)]) == 0
+        (path,) = tmp_path.glob("*.json")
+        assert len(records.load(path)["records"]) == 8
+
+    def test_stops_when_the_budget_is_spent_and_keeps_what_it_has(self, tiny, tmp_path, monkeypatch, capsys):
+        clock = iter([0.0, 1.0, 2.0, 11.0])
+        monkeypatch.setattr(command.time, "monotonic", lambda: next(clock))
+        assert main(["bench", "--cpu", "--budget", "10", "--out", str(tmp_path)]) == 0
+        assert "the budget of 10 s is spent: 6 steps are left out" in capsys.readouterr().out
+        (path,) = tmp_path.glob("*.json")
+        assert len(records.load(path)["records"]) == 2
+
+    def test_interrupted_it_keeps_what_it_has(self, tmp_path):
+        def interrupt():
+            raise KeyboardInterrupt
+
+        steps = [
+            sweeps.Step("records", "one", lambda: sweeps.Outcome([record()])),
+            sweeps.Step("records", "two", interrupt),
+        ]
+        assert not command.measure(Cpu(), steps, tmp_path / "x.json", None)
+        assert len(records.load(tmp_path / "x.json")["records"]) == 1
+
+    def test_a_kernel_that_fails_is_told_and_fails_the_run(self, tiny, tmp_path, monkeypatch, capsys):
+        def broken(*_, **__):
+            raise NotImplementedError("not on this machine")
+
+        monkeypatch.setattr(cuflash, "attention", broken)
+        assert main(["bench", "--cpu", "--op", "forward", "--out", str(tmp_path)]) == 1
+        shown = capsys.readouterr().out
+        assert "numpy failed: NotImplementedError: not on this machine" in shown
+        assert "Nothing was measured." in shown
+
+    def test_a_peer_that_fails_has_its_reason_in_the_record(self, tiny, tmp_path, monkeypatch, capsys):
+        def broken(*_):
+            raise MemoryError("no room")
+
+        monkeypatch.setattr(naive, "forward", broken)
+        assert main(["bench", "--cpu", "--op", "forward", "--out", str(tmp_path)]) == 0
+        (path,) = tmp_path.glob("*.json")
+        assert records.load(path)["records"][0]["peers"] == {"naive": {"error": "MemoryError: no room"}}
+        assert "naive: MemoryError: no room" in capsys.readouterr().out
+
+    def test_without_matplotlib_there_are_numbers_and_a_hint(self, tiny, tmp_path, monkeypatch, capsys):
+        monkeypatch.setitem(sys.modules, "matplotlib", None)
+        assert main(["bench", "--cpu", "--op", "forward", "--out", str(tmp_path)]) == 0
+        assert 'Try: pip install "cuflash[bench]"' in capsys.readouterr().out
+
+    def test_on_a_terminal_without_rich(self, tiny, monkeypatch, capsys):
+        monkeypatch.setattr(console.sys.stdout, "isatty", lambda: True, raising=False)
+        monkeypatch.setitem(sys.modules, "rich", None)
+        assert main(["bench", "--cpu", "--op", "forward"]) == 0
+        assert "[4/4] forward" in capsys.readouterr().out
+
+    def test_on_a_terminal_with_rich(self, tiny, monkeypatch, capsys):
+        pytest.importorskip("rich")
+        monkeypatch.setattr(console.sys.stdout, "isatty", lambda: True, raising=False)
+        assert main(["bench", "--cpu", "--op", "forward"]) == 0
+        shown = capsys.readouterr().out
+        assert "Forward, GFLOP/s" in shown
+        assert "[4/4]" not in shown
+
+
+class TestFirstCall:
+    """With a stand-in for the process that needs a GPU."""
+
+    def test_cold_and_warm(self, monkeypatch):
+        stand_in = """
+import json, os, pathlib, sys
+op, kernel, dtype, shape = json.loads(sys.argv[1])
+assert (op, kernel, dtype, shape) == ("backward", "wmma", "bfloat16", [1, 8, 128, 64])
+import cuflash
+cache = pathlib.Path(os.environ["CUPY_CACHE_DIR"])
+warm = any(cache.iterdir())
+for name in "abc":
+    (cache / f"{name}.cubin").write_bytes(b"")
+print("a word from a library")
+print(json.dumps({"import_s": 0.1, "first_call_s": 0.2 if warm else 3.0}))
+"""
+        monkeypatch.setattr(first_call, "CHILD", stand_in)
+        seconds = first_call.cold_and_warm("backward", cells.small_cell("bfloat16"), "wmma")
+        assert seconds == {"num_kernels": 3, "cold_s": 3.0, "cold_s_per_kernel": 1.0, "warm_s": 0.3}
+
+    def test_a_process_that_fails(self, monkeypatch):
+        monkeypatch.setattr(first_call, "CHILD", "raise SystemExit('no GPU here')")
+        with pytest.raises(RuntimeError, match="no GPU here"):
+            first_call.cold_and_warm("forward", cells.small_cell("bfloat16"), "wmma")
+
+    def test_the_real_process_is_python(self):
+        compile(first_call.CHILD, "first_call", "exec")
+
+
+class _DeviceArray(np.ndarray):
+    """A NumPy array with CuPy's way to say where its data is."""
+
+    @property
+    def data(self):
+        return type("Memory", (), {"ptr": self.ctypes.data})
+
+
+def _on_device(array):
+    return np.ascontiguousarray(array).view(_DeviceArray)
+
+
+def _cublas_gemm(_, trans_a, trans_b, m, n, k, alpha, *rest):
+    """What cublasGemmStridedBatchedEx does, here for float32: matrices lie column by column."""
+    (a, _, lda, stride_a), (b, _, ldb, stride_b), beta, (c, _, ldc, stride_c) = (
+        rest[:4],
+        rest[4:8],
+        rest[8],
+        rest[9:13],
+    )
+    batch = rest[13]
+    floats = ctypes.POINTER(ctypes.c_float)
+    assert ctypes.cast(alpha, floats)[0] == 1
+    assert ctypes.cast(beta, floats)[0] == 0
+
+    def element(pointer, ld, stride, number, row, column):
+        return ctypes.cast(pointer, floats)[number * stride + column * ld + row]
+
+    for number in range(batch):
+        for row in range(m):
+            for column in range(n):
+                ctypes.cast(c, floats)[number * stride_c + column * ldc + row] = sum(
+                    element(a, lda, stride_a, number, *((inner, row) if trans_a else (row, inner)))
+                    * element(b, ldb, stride_b, number, *((column, inner) if trans_b else (inner, column)))
+                    for inner in range(k)
+                )
+
+
+class TestGpuWithoutOne:
+    """What can be proved about measuring on a GPU with CuPy alone."""
+
+    @pytest.fixture
+    def gpu(self):
+        pytest.importorskip("cupy")
+        from cuflash._cli.bench import gpu
+
+        return gpu
+
+    @pytest.mark.parametrize("transpose_a", [False, True])
+    @pytest.mark.parametrize("transpose_b", [False, True])
+    def test_matmul_asks_cublas_for_the_right_product(self, gpu, monkeypatch, transpose_a, transpose_b):
+        import cupy_backends.cuda.libs as libs
+
+        cublas = type("cublas", (), {"gemmStridedBatchedEx": staticmethod(_cublas_gemm)})
+        monkeypatch.setitem(vars(libs), "cublas", cublas)  # without loading the real one
+        monkeypatch.setattr(gpu.cupy.cuda.device, "get_cublas_handle", lambda: 0)
+        monkeypatch.setattr(gpu.cupy, "empty", lambda shape, dtype: _on_device(np.empty(shape, dtype)))
+        rng = np.random.default_rng(0)
+        a = rng.standard_normal((2, 3, 4, 5), np.float32)
+        b = rng.standard_normal((2, 3, 5, 6), np.float32)
+        product = gpu.Gpu.matmul(
+            None,
+            _on_device(a.mT if transpose_a else a),
+            _on_device(b.mT if transpose_b else b),
+            transpose_a=transpose_a,
+            transpose_b=transpose_b,
+        )
+        np.testing.assert_allclose(product, a @ b, rtol=1e-5, atol=1e-6)
+
+    def test_peak_meter(self, gpu):
+        meter = gpu._PeakMeter()
+        for pointer, size in ((1, 100), (2, 50)):
+            meter.malloc_postprocess(device_id=0, size=size, mem_size=size, mem_ptr=pointer, pmem_id=pointer)
+        meter.free_postprocess(device_id=0, mem_size=100, mem_ptr=1, pmem_id=1)
+        meter.malloc_postprocess(device_id=0, size=20, mem_size=20, mem_ptr=1, pmem_id=3)
+        meter.free_postprocess(device_id=0, mem_size=999, mem_ptr=7, pmem_id=7)  # allocated before the meter
+        meter.malloc_postprocess(device_id=0, size=10, mem_size=10, mem_ptr=0, pmem_id=0)  # failed
+        assert (meter.peak, meter.live) == (150, 70)
+
+
+class TestInfo:
+    def test_text(self, capsys):
+        assert main(["info"]) == 0
+        shown = capsys.readouterr().out
+        for label in (
+            "cuflash",
+            "Python",
+            "NumPy",
+            "driver",
+            "CuPy",
+            "NVRTC",
+            "CUDA headers",
+            "kernel cache",
+        ):
+            assert any(line.startswith(label) for line in shown.splitlines()), label
+        assert cuflash.__version__ in shown
+        assert "Attention works on NumPy arrays here" in shown
+
+    def test_json(self, capsys):
+        assert main(["info", "--json"]) == 0
+        facts = json.loads(capsys.readouterr().out)
+        assert facts["cuflash"]["version"] == cuflash.__version__
+        assert len(facts["cuflash"]["sources_digest"]) == 64
+
+    def test_in_a_process_of_its_own_without_cupy(self):
+        code = (
+            "import sys; sys.modules['cupy'] = sys.modules['cupy_backends'] = None\n"
+            "from cuflash._cli.main import main\n"
+            "sys.exit(main(['info']))"
+        )
+        child = subprocess.run(
+            [sys.executable, "-c", code],
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert child.returncode == 0, child.stderr
+        assert child.stderr == ""
+        assert 'try: pip install "cuflash[cuda1' in child.stdout
+        assert "it needs what is missing above" in child.stdout
+
+    def test_the_module_runs(self):
+        child = subprocess.run(
+            [sys.executable, "-m", "cuflash", "--help"],
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert "{info,bench}" in child.stdout
+
+    def test_kernels_are_told_by_capability(self):
+        rows = {row["dtype"]: row for row in info.collect()["kernels"] if row["family"] == "wmma"}
+        assert "sm_70" in rows["float16"]["runs_on"]
+        assert "sm_70" not in rows["bfloat16"]["runs_on"]
+        assert "8.0" in rows["bfloat16"]["why_not"]["sm_75"]
+
+    def test_a_machine_with_a_gpu(self):
+        facts = info.collect()
+        gpu = {
+            "id": 0,
+            "name": "NVIDIA T4",
+            "compute_capability": "7.5",
+            "multiprocessors": 40,
+            "memory_bytes": 16 << 30,
+            "shared_memory_bytes": 64 << 10,
+            "l2_cache_bytes": 4 << 20,
+            "kernels": [
+                {"family": "wmma", "dtype": "float16", "why_not": None},
+                {"family": "wmma", "dtype": "bfloat16", "why_not": "needs sm_80"},
+            ],
+        }
+        present = {"cupy": {"version": "14", "runtime": "12.9"}, "nvrtc": "12.9", "headers": ["/include"]}
+        shown = info.describe({**facts, **present, "gpus": [gpu]})
+        assert "GPU 0         NVIDIA T4, compute capability 7.5, 40 multiprocessors, 16 GiB" in shown
+        assert "wmma    float16   runs" in shown
+        assert "wmma    bfloat16  needs sm_80" in shown
+        assert shown.endswith("on CuPy arrays it is ready.")
+        lacking = info.describe({**facts, **present, "gpus": [gpu], "headers": {"missing": "no mma.h"}})
+        assert "CUDA headers  missing: no mma.h" in lacking
+        assert lacking.endswith("on CuPy arrays it needs what is missing above (headers).")
+
+    def test_a_cache_that_cannot_be_written(self, tmp_path, monkeypatch):
+        blocked = tmp_path / "file"
+        blocked.write_text("")
+        monkeypatch.delenv("CUPY_CACHE_IN_MEMORY", raising=False)
+        monkeypatch.setenv("CUPY_CACHE_DIR", str(blocked / "cache"))
+        assert info.collect()["cache"] == {"directory": str(blocked / "cache"), "writable": False}
+        assert "which cannot be written: set CUPY_CACHE_DIR" in info.describe(info.collect())
+
+    def test_a_cache_of_someone_else(self, tmp_path, monkeypatch):
+        monkeypatch.delenv("CUPY_CACHE_IN_MEMORY", raising=False)
+        monkeypatch.setenv("CUPY_CACHE_DIR", str(tmp_path))
+        monkeypatch.setattr(info.os, "access", lambda path, mode: (path, mode) != (tmp_path, os.W_OK))
+        assert not info.collect()["cache"]["writable"]
+
+    def test_a_cache_that_is_yet_to_be_made(self, tmp_path, monkeypatch):
+        monkeypatch.delenv("CUPY_CACHE_IN_MEMORY", raising=False)
+        monkeypatch.setenv("CUPY_CACHE_DIR", str(tmp_path / "a" / "b"))
+        assert info.collect()["cache"]["writable"]
+
+    def test_a_cache_in_memory(self, monkeypatch):
+        monkeypatch.setenv("CUPY_CACHE_IN_MEMORY", "1")
+        assert "in memory" in info.describe(info.collect())

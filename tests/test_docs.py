@@ -1,0 +1,153 @@
+"""The documents: their numbers are right, and the files and commands they name exist."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import cuflash
+
+ROOT = Path(__file__).resolve().parents[1]
+ALGORITHM = (ROOT / "docs" / "algorithm.md").read_text()
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+
+
+def table(text: str, *header: str) -> list[dict[str, str]]:
+    """The rows of the Markdown table that has this header."""
+    start = text.index(f"| {' | '.join(header)} |")
+    lines = text[start : text.index("\n\n", start)].splitlines()[2:]
+    return [dict(zip(header, (cell.strip() for cell in line.strip("|").split("|")), strict=True)) for line in lines]
+
+
+def numbers(cell: str) -> np.ndarray:
+    return np.array([float(number) for number in cell.split(",")])
+
+
+def assert_printed(printed: str, value: float) -> None:
+    """A number as printed is the value rounded to the digits that are shown."""
+    decimals = len(printed.partition(".")[2])
+    assert printed == f"{value:.{decimals}f}"
+
+
+def check_online_softmax(text: str) -> None:
+    largest, total, weighted = -np.inf, 0.0, 0.0
+    rows = table(text, "piece", "scores", "values", "m", "factor", "l", "o")
+    for row in rows:
+        scores, values = numbers(row["scores"]), numbers(row["values"])
+        old, largest = largest, max(largest, scores.max())
+        factor = np.exp(old - largest)
+        total = factor * total + np.exp(scores - largest).sum()
+        weighted = factor * weighted + np.exp(scores - largest) @ values
+        for name, value in (("m", largest), ("factor", factor), ("l", total), ("o", weighted)):
+            assert_printed(row[name], value)
+
+    scores, values = (np.concatenate([numbers(row[name]) for row in rows])[:, None] for name in ("scores", "values"))
+    out, lse = cuflash.attention(np.ones((1, 1)), scores, values, scale=1, return_lse=True)
+    for name, exact, online in (
+        ("o / l", out.item(), weighted / total),
+        ("lse", lse.item(), largest + np.log(total)),
+    ):
+        assert exact == pytest.approx(online, rel=1e-12)
+        printed = re.search(rf"`{name} = (.+?)`", text)
+        assert printed is not None
+        assert_printed(printed[1], exact)
+
+
+def check_backward(text: str) -> None:
+    rows = table(text, "key", "score", "value", "P", "dP", "dS")
+    scores, values = (np.array([[float(row[name])] for row in rows]) for name in ("score", "value"))
+    weights = np.exp(scores) / np.exp(scores).sum()
+    _, vjp = cuflash.attention_vjp(np.ones((1, 1)), scores, values, scale=1)
+    _, dscores, dvalues = vjp(np.ones((1, 1)))  # with a query of 1, the score of a key is the key
+    for row, weight, value, dscore, dvalue in zip(rows, weights, values, dscores, dvalues, strict=True):
+        assert weight == pytest.approx(dvalue, rel=1e-12)
+        for name, number in (("P", weight), ("dP", value), ("dS", dscore)):
+            assert_printed(row[name], number.item())
+
+
+def check_memory(text: str) -> None:
+    for row in table(text, "N", "S in MiB", "lse in MiB"):
+        seqlen = int(row["N"])
+        assert float(row["S in MiB"]) == 8 * seqlen**2 * 2 / 2**20
+        assert float(row["lse in MiB"]) == 8 * seqlen * 4 / 2**20
+
+
+def check_traffic(text: str) -> None:
+    for row in table(text, "N", "D", "plain", "tiles"):
+        seqlen, dim = int(row["N"]), int(row["D"])
+        assert_printed(row["plain"], (4 * seqlen * dim + 4 * seqlen**2) / 1e6)
+        assert_printed(row["tiles"], (2 * seqlen * dim + 2 * seqlen * dim * seqlen / 128) / 1e6)
+
+
+CHECKS = [check_online_softmax, check_backward, check_memory, check_traffic]
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_the_numbers_are_right(check) -> None:
+    check(ALGORITHM)
+
+
+@pytest.mark.parametrize(
+    ("check", "right", "wrong"),
+    [
+        (check_online_softmax, "21.3534", "21.3535"),
+        (check_online_softmax, "1, 3 |", "1, 2 |"),
+        (check_online_softmax, "lse = 5.1852", "lse = 5.1853"),
+        (check_backward, "-0.2847", "0.2847"),
+        (check_memory, "65536 | 65536", "65536 | 32768"),
+        (check_traffic, "541.1", "541.0"),
+    ],
+)
+def test_a_wrong_number_is_found(check, right: str, wrong: str) -> None:
+    assert right in ALGORITHM
+    with pytest.raises(AssertionError):
+        check(ALGORITHM.replace(right, wrong))
+
+
+def named_files(text: str) -> set[str]:
+    """What stands in backticks and looks like a file of the project, and what links point to."""
+    quoted = re.findall(r"`([\w./-]+/[\w.-]+\.(?:py|cuh|h|md|toml|tsv)|[A-Z]\w+\.md|pyproject\.toml)`", text)
+    return {*quoted, *(link for link in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in link)}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_the_files_named_exist(document: Path) -> None:
+    missing = {
+        name
+        for name in named_files(document.read_text())
+        if not (ROOT / name).exists() and not (document.parent / name).exists()
+    }
+    assert missing == set()
+
+
+def test_a_missing_file_is_found() -> None:
+    assert named_files("See `cuflash/_no.py`, [this](docs/no.md) and https://example.org/a.md.") == {
+        "cuflash/_no.py",
+        "docs/no.md",
+    }
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_the_make_targets_named_exist(document: Path) -> None:
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert set(re.findall(r"`make ([a-z]+)", document.read_text())) <= targets
+
+
+def modules_with_examples() -> list[str]:
+    return [
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        for path in sorted((ROOT / "cuflash").rglob("*.py"))
+        if ">>>" in path.read_text()
+    ]
+
+
+@pytest.mark.parametrize("module", modules_with_examples())
+def test_the_examples_in_docstrings_run(module: str) -> None:
+    result = doctest.testmod(importlib.import_module(module))
+    assert result.attempted > 0
+    assert result.failed == 0

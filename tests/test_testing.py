@@ -1,0 +1,258 @@
+"""cuflash.testing: a right reference, a rule that tells good results from bad ones, faithful strategies."""
+
+from __future__ import annotations
+
+import dataclasses
+import doctest
+import importlib
+import math
+import subprocess
+import sys
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import find, given, settings
+
+import cuflash
+from cuflash.testing import (
+    assert_attention_accurate,
+    assert_gradients_accurate,
+    plain_attention,
+    plain_attention_backward,
+    reference_attention,
+)
+from cuflash.testing.strategies import STRIDES, AttentionProblem, attention_problems
+
+PROBLEM = AttentionProblem((2, 4, 33, 16), (2, 2, 40, 16), (2, 2, 40, 8), causal=True)
+DTYPES = ("float16", "bfloat16", "float32", "float64")
+
+
+def definition(q: Any, k: Any, v: Any, i: int, keys: list[int], scale: float) -> tuple[Any, float]:
+    """One row of attention in plain Python: `out` and `lse`."""
+    scores = [scale * sum(float(a) * float(b) for a, b in zip(q[i], k[j], strict=True)) for j in keys]
+    weights = [math.exp(score) for score in scores]
+    out = sum(w * v[j] for w, j in zip(weights, keys, strict=True)) / sum(weights)
+    return out, math.log(sum(weights))
+
+
+def test_the_reference_is_the_definition() -> None:
+    q, k, v = AttentionProblem((5, 4), (7, 4), (7, 3), "float64").arrays()
+    seen = {  # of query 2 of 5, among 7 keys
+        (False, None): [0, 1, 2, 3, 4, 5, 6],
+        (True, None): [0, 1, 2, 3, 4],
+        ("bottom-right", None): [0, 1, 2, 3, 4],
+        ("top-left", None): [0, 1, 2],
+        (False, (1, 1)): [3, 4, 5],
+        (False, (0, None)): [4, 5, 6],
+        (False, (None, 0)): [0, 1, 2, 3, 4],
+        (True, (2, 9)): [2, 3, 4],
+        ("top-left", (1, 1)): [1, 2],
+    }
+    for (causal, window_size), keys in seen.items():
+        out, lse = reference_attention(q, k, v, causal=causal, window_size=window_size, scale=0.3)
+        expected_out, expected_lse = definition(q, k, v, 2, keys, 0.3)
+        np.testing.assert_allclose(out[2], expected_out, rtol=1e-12)
+        np.testing.assert_allclose(lse[2], expected_lse, rtol=1e-12)
+
+
+def test_the_reference_groups_heads_and_broadcasts_batches() -> None:
+    q, k, v = AttentionProblem((3, 4, 5, 4), (1, 2, 7, 4), (2, 7, 3)).arrays()
+    out, lse = reference_attention(q, k, v)
+    assert out.shape == (3, 4, 5, 3)
+    assert lse.shape == (3, 4, 5)
+    for batch in range(3):
+        for head in range(4):
+            expected = reference_attention(q[batch, head], k[0, head // 2], v[head // 2])
+            np.testing.assert_allclose(out[batch, head], expected[0], rtol=1e-12)
+            np.testing.assert_allclose(lse[batch, head], expected[1], rtol=1e-12)
+
+
+def test_the_reference_keeps_nan_out_of_rows_that_do_not_see_it() -> None:
+    q, k, v = AttentionProblem((5, 4), (5, 4), (5, 4)).arrays()
+    clean, _ = reference_attention(q, k, v, causal=True)
+    for x in (k, v):
+        poisoned = x.copy()
+        poisoned[3] = np.nan
+        arrays = (q, poisoned, v) if x is k else (q, k, poisoned)
+        out, _ = reference_attention(*arrays, causal=True)
+        np.testing.assert_allclose(out[:3], clean[:3], rtol=1e-12)
+        assert np.isnan(out[3:]).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_plain_attention_passes_its_own_rule(dtype: str) -> None:
+    problem = dataclasses.replace(PROBLEM, dtype=dtype)
+    arrays, dout = problem.arrays(), problem.dout()
+    assert_attention_accurate(*arrays, *plain_attention(*arrays, **problem.options), **problem.options)
+    gradients = plain_attention_backward(dout, *arrays, **problem.options)
+    assert_gradients_accurate(dout, *arrays, *gradients, **problem.options)
+
+
+def _worst(x: Any) -> tuple[int, ...]:
+    return tuple(int(i) for i in np.unravel_index(np.argmax(np.abs(x)), x.shape))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("index", [0, 1])
+def test_a_result_just_outside_of_the_rule_is_caught(dtype: str, index: int) -> None:
+    problem = dataclasses.replace(PROBLEM, dtype=dtype)
+    arrays = problem.arrays()
+    results = list(cuflash.attention(*arrays, return_lse=True, **problem.options))
+    # Eight units in the last place of the largest element: what a lost bit or two of the sums would cost.
+    eps = {"float16": 2**-10, "bfloat16": 2**-7, "float32": 2**-23, "float64": 2**-52}[results[index].dtype.name]
+    results[index][_worst(results[index])] *= 1 + 8 * eps
+    with pytest.raises(AssertionError, match=rf"{('out', 'lse')[index]} is not accurate: its largest error is"):
+        assert_attention_accurate(*arrays, *results, **problem.options)
+
+
+@pytest.mark.parametrize("index", [0, 1, 2])
+def test_a_wrong_gradient_is_caught(index: int) -> None:
+    arrays, dout = PROBLEM.arrays(), PROBLEM.dout()
+    _, vjp = cuflash.attention_vjp(*arrays, **PROBLEM.options)
+    gradients = list(vjp(dout))
+    gradients[index] = gradients[index] * np.float32(1 + 1e-5)
+    with pytest.raises(AssertionError, match=rf"{('dq', 'dk', 'dv')[index]} is not accurate"):
+        assert_gradients_accurate(dout, *arrays, *gradients, **PROBLEM.options)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (np.nan, r"differ in where they are NaN, at 1 of 2112 elements, first out\[1, 2, 3, 4\] = nan"),
+        (np.inf, r"differ in where they are inf, at 1 of 2112 elements"),
+        (-np.inf, r"differ in where they are -inf, at 1 of 2112 elements"),
+    ],
+)
+def test_a_nan_or_infinity_too_many_is_caught(value: float, message: str) -> None:
+    arrays = PROBLEM.arrays()
+    out = cuflash.attention(*arrays, **PROBLEM.options)
+    assert out.size == 2112
+    out[1, 2, 3, 4] = value
+    with pytest.raises(AssertionError, match=message):
+        assert_attention_accurate(*arrays, out, **PROBLEM.options)
+
+
+def test_a_nan_too_few_is_caught() -> None:
+    q, k, v = PROBLEM.arrays()
+    out = cuflash.attention(q, k, v)
+    v[0, 0, 0, 0] = np.nan
+    with pytest.raises(AssertionError, match="differ in where they are NaN"):
+        assert_attention_accurate(q, k, v, out)
+
+
+def test_a_wrong_shape_or_dtype_is_caught() -> None:
+    arrays = PROBLEM.arrays()
+    out = cuflash.attention(*arrays, **PROBLEM.options)
+    with pytest.raises(AssertionError, match=r"out has shape \(4, 33, 8\), expected \(2, 4, 33, 8\)"):
+        assert_attention_accurate(*arrays, out[0], **PROBLEM.options)
+    with pytest.raises(AssertionError, match="out has dtype float64, expected float32"):
+        assert_attention_accurate(*arrays, out.astype(np.float64), **PROBLEM.options)
+
+
+@pytest.mark.parametrize("wrong", ["causal", "window_size", "scale"])
+def test_a_forgotten_option_is_caught(wrong: str) -> None:
+    """Not by the rule alone, but by the rule on the problems that the strategies draw."""
+
+    @settings(derandomize=True, database=None, deadline=None)
+    @given(attention_problems(max_seqlen=17))
+    def check(problem: AttentionProblem) -> None:
+        q, k, v = problem.arrays()
+        options = {name: value for name, value in problem.options.items() if name != wrong}
+        assert_attention_accurate(q, k, v, cuflash.attention(q, k, v, **options), **problem.options)
+
+    with pytest.raises(AssertionError):
+        check()
+
+
+@pytest.mark.parametrize(
+    "condition",
+    [
+        lambda p: p.q[-2] == 0 and p.layout == "bhsd",
+        lambda p: 0 in p.k and 0 not in p.q,
+        lambda p: len(p.q) == 4 and p.q[0] == 3 and len(p.k) == 4 and p.k[0] == 1,
+        lambda p: len(p.q) == 2 and len(p.k) == 3,
+        lambda p: p.causal == "top-left" and p.q[-2] > p.k[-2] and p.layout == "bhsd",
+        lambda p: p.window_size is not None and p.window_size[0] is None and p.window_size[1] is not None,
+        lambda p: p.q[-1] != p.v[-1],
+        lambda p: p.layout == "bshd" and len(p.q) == 4 and p.q[-2] == 6 and p.k[-2] == 2,
+        lambda p: p.strides[1:3] == ("negative", "sliced"),
+        lambda p: p.dtype == "bfloat16",
+        lambda p: p.scale is not None and p.scale < 0,
+    ],
+)
+def test_the_strategy_draws_every_kind_of_problem(condition: Any) -> None:
+    find(
+        attention_problems(dtypes=DTYPES),
+        condition,
+        settings=settings(max_examples=20000, database=None, deadline=None),
+    )
+
+
+def test_the_strategy_keeps_to_its_restrictions() -> None:
+    @settings(derandomize=True, database=None, deadline=None)
+    @given(
+        attention_problems(
+            dtypes=["float16"], ranks=[3], layouts=["bshd"], max_seqlen=9, head_dims=[4], group_sizes=[1],
+            causal=[True], windows=False, scales=[None], strides=["contiguous"],
+        )
+    )  # fmt: skip
+    def check(problem: AttentionProblem) -> None:
+        q, k, v = problem.arrays()
+        assert all(x.dtype == np.float16 and x.ndim == 3 and x.shape[2] == 4 and len(x) <= 9 for x in (q, k, v))
+        assert all(x.flags.c_contiguous for x in (q, k, v))
+        assert q.shape[1] == k.shape[1] == v.shape[1]
+        assert problem.options == {"scale": None, "causal": True, "window_size": None, "layout": "bshd"}
+        assert problem.out_shape == problem.dout().shape == cuflash.attention(q, k, v, **problem.options).shape
+
+    check()
+
+
+@pytest.mark.parametrize("strides", STRIDES)
+def test_problems_have_the_strides_they_name(strides: Any) -> None:
+    contiguous = AttentionProblem((2, 3, 5, 4), (2, 3, 6, 4), (2, 3, 6, 4))
+    q, *_ = dataclasses.replace(contiguous, strides=(strides,) * 4).arrays()
+    expected = {
+        "contiguous": (240, 80, 16, 4),
+        "transposed": (240, 80, 4, 20),
+        "negative": (240, 80, -16, -4),
+        "sliced": (756, 252, 36, 8),
+        "broadcast": (80, 0, 16, 4),
+    }
+    assert q.strides == expected[strides]
+    if strides == "broadcast":
+        assert (q == q[:, :1]).all()
+    else:
+        np.testing.assert_array_equal(q, contiguous.arrays()[0])
+
+
+def test_problems_are_the_same_every_time() -> None:
+    for x, y in zip(PROBLEM.arrays(), PROBLEM.arrays(), strict=True):
+        np.testing.assert_array_equal(x, y)
+    assert (PROBLEM.arrays()[0] != dataclasses.replace(PROBLEM, seed=1).arrays()[0]).all()
+    assert eval(repr(PROBLEM)) == PROBLEM
+
+
+def test_the_ten_lines_of_the_documentation_find_a_bug() -> None:
+    code = cuflash.testing.__doc__.split(".. code-block:: python\n")[1].split("The problems")[0]
+    namespace: dict[str, Any] = {}
+    exec(code.replace("\n    ", "\n"), namespace)
+    assert len([line for line in code.splitlines() if line.strip()]) <= 10
+    namespace["my_attention"] = lambda q, k, v, **options: cuflash.attention(q, k, v, return_lse=True, **options)
+    test = settings(max_examples=30, derandomize=True, database=None, deadline=None)(namespace["test_my_attention"])
+    test()
+    namespace["my_attention"] = lambda q, k, v, **options: cuflash.attention(q, k, v, return_lse=True)
+    with pytest.raises(AssertionError):
+        test()
+
+
+def test_hypothesis_is_needed_for_the_strategies_alone() -> None:
+    code = "import cuflash, cuflash.testing, sys; sys.exit('hypothesis' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("module", ["_accuracy", "_reference", "strategies"])
+def test_the_examples_in_the_documentation(module: str) -> None:
+    results = doctest.testmod(importlib.import_module(f"cuflash.testing.{module}"))
+    assert results.attempted > 0
+    assert results.failed == 0
