@@ -255,11 +255,7 @@ def _plan_backward(
     _checks.same_shape("out", out, shape)
     _checks.same_shape("lse", lse, _checks.lse_shape(problem, setup.ndim))
 
-    def full_batch(meta: _Meta) -> _Meta:
-        broadcasts = (meta.ndim < 4 and problem.batch > 1) or (meta.ndim == 4 and meta.shape[0] != problem.batch)
-        return _contiguous((problem.batch, *_four_axes(meta.shape)[1:]) if broadcasts else meta.shape, meta.dtype)
-
-    dq, dk, dv = (full_batch(meta) for meta in (q, k, v))
+    dq, dk, dv = (_full_batch(meta, problem.batch, setup.layout) for meta in (q, k, v))
     operands = {
         **setup.operands,
         **{
@@ -271,8 +267,14 @@ def _plan_backward(
     return _BackwardPlan(backend.plan_backward(problem, kernel, operands), (dq, dk, dv))
 
 
-def _four_axes(shape: tuple[int, ...]) -> tuple[int, ...]:
-    return (1,) * (4 - len(shape)) + shape
+def _full_batch(meta: _Meta, batch: int, layout: Layout) -> _Meta:
+    """What the gradient of an input is like before it is summed over the batch entries that share the input."""
+    shape = meta.shape
+    if len(shape) == 2:  # one head
+        shape = (1, *shape) if layout == "bhsd" else (shape[0], 1, shape[1])
+    if len(shape) == 3:
+        shape = (1, *shape)
+    return _contiguous(meta.shape if shape[0] == batch else (batch, *shape[1:]), meta.dtype)
 
 
 def attention_backward(

@@ -51,8 +51,8 @@ class Device(Protocol):
     def empty(self, shape: tuple[int, ...], dtype: Any) -> Array:
         """Allocate an uninitialised C-ordered array."""
 
-    def may_share_memory(self, a: Array, b: Array) -> bool:
-        """Whether the bounds of two arrays overlap."""
+    def pointer(self, array: Array) -> int:
+        """The address of an array's first element."""
 
     def struct(self, params: np.ndarray[Any, Any]) -> Any:
         """What to pass for a struct, given as a structured array of size 1."""

@@ -47,8 +47,8 @@ class LaunchBackend:
     def empty(self, shape: tuple[int, ...], dtype: Any) -> Array:
         return self.device.empty(shape, dtype)
 
-    def may_share_memory(self, a: Array, b: Array) -> bool:
-        return self.device.may_share_memory(a, b)
+    def pointer(self, array: Array) -> int:
+        return self.device.pointer(array)
 
     def _number(self, problem: Problem) -> str:
         return "tfloat32" if problem.dtype == "float32" and self._tf32 else problem.dtype

@@ -53,7 +53,7 @@ FakeTensor.__qualname__ = FakeTensor.__name__ = "Tensor"
         ([[1.0, 2.0]], "list"),
         (1.0, "float"),
         (None, "NoneType"),
-        (np.matrix([[1.0, 2.0]]), "matrix"),
+        (np.ones((1, 2)).view(np.matrix), "matrix"),
         (np.ma.masked_array(np.ones(SHAPE)), "MaskedArray"),
     ],
 )

@@ -194,4 +194,6 @@ def _prune() -> None:
 
 
 def _oldest(paths: list[Path], number_kept: int) -> list[Path]:
+    if len(paths) <= number_kept:
+        return []
     return sorted(paths, key=lambda path: path.stat().st_mtime)[:-number_kept]

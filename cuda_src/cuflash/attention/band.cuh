@@ -13,7 +13,7 @@ struct Band {
 
   __device__ __forceinline__ bool visible(int i, int j) const { return i + begin <= j && j < i + end && j < seqlen_k; }
 
-  // Whether every query of one range sees every key of the other; then no element needs a mask.
+  // Whether every query of one range sees every key of the other.
   __device__ __forceinline__ bool all_visible(Range queries, Range keys) const {
     return queries.end - 1 + begin <= keys.begin && keys.end <= queries.begin + end && keys.end <= seqlen_k;
   }

@@ -3,7 +3,7 @@
 
 #include <cuflash/attention/recompute.cuh>
 #include <cuflash/common/shared_memory.cuh>
-#include <cuflash/tile/fragment_map.cuh>
+#include <cuflash/tile/non_finite.cuh>
 
 namespace cuflash {
 
@@ -110,64 +110,82 @@ struct BwdWmmaDkDv {
 
     load_tile<kBlockN, kHeadDim, kNumThreads>(smem_k, k, first_key);
     load_tile<kBlockN, kHeadDimV, kNumThreads>(smem_v, v, first_key);
-    if (num_steps > 0) load(0);
-    ptx::cp_async_commit();
-
     WarpTile<Number, kTilesN, kWarpCols / 16> acc_dk;
     WarpTile<Number, kTilesN, kWarpColsV / 16> acc_dv;
-    acc_dk.clear();
-    acc_dv.clear();
 
-    for (int step = 0; step < num_steps; ++step) {
-      const Stage stage(stages + step % kNumStages * kSizeStage);
-      map.stay_packed();
-      ptx::cp_async_wait<0>();
-      __syncthreads();  // this stage has arrived, and the previous one, P and dS are no longer read
-      if (kNumStages > 1 && step + 1 < num_steps) load(step + 1);
+    // Values that are not finite spoil keys that do not see them (tile/non_finite.cuh). Then the block starts again.
+    for (bool careful = false;; careful = true) {
+      if (num_steps > 0) load(0);
       ptx::cp_async_commit();
+      acc_dk.clear();
+      acc_dv.clear();
 
-      if (warp_d < kScoreWarps) {
-        const int row = warp_n * kWarpN, col = warp_d * kScoreM;
-        const int first_query = first_query_of(step) + col;
-        WarpTile<Number, kTilesN, kTilesM> acc_s, acc_dp;
-        acc_s.clear();
-        acc_s.template add_product<kHeadDim, Stored::kTransposed>(smem_k + row * kPitch, kPitch, stage.q + col * kPitch,
-                                                                  kPitch);
-        acc_s.for_each([&](float& x, int, int m, int i) {
-          x = recomputed_weight(x * problem.softmax_scale_log2, stage.lse_log2[col + 16 * m + map.col(i)]);
-        });
-        if (!band.all_visible({first_query, first_query + kScoreM}, {warp_key, warp_key + kWarpN})) {
-          acc_s.for_each([&](float& x, int n, int m, int i) {
-            if (!band.visible(first_query + 16 * m + map.col(i), warp_key + 16 * n + map.row(i))) x = 0.0f;
-          });
-        }
-        map.store(smem_p + row * kPitchP + col, kPitchP, acc_s);
-
-        acc_dp.clear();
-        acc_dp.template add_product<kHeadDimV, Stored::kTransposed>(smem_v + row * kPitchV, kPitchV,
-                                                                    stage.dout + col * kPitchV, kPitchV);
-        acc_dp.for_each([&](float& x, int n, int m, int i) {
-          x = score_gradient(acc_s.tile[n][m].x[i], x, stage.delta[col + 16 * m + map.col(i)]);
-        });
-        map.store(smem_ds + row * kPitchP + col, kPitchP, acc_dp);
-      }
-      if constexpr (kWarpsD == 1) {
-        __syncwarp();  // P and dS are visible to the warp that wrote them
-      } else {
-        __syncthreads();
-      }
-      acc_dv.template add_product<kBlockM, Stored::kByRows>(smem_p + warp_n * kWarpN * kPitchP, kPitchP,
-                                                            stage.dout + warp_d * kWarpColsV, kPitchV);
-      acc_dk.template add_product<kBlockM, Stored::kByRows>(smem_ds + warp_n * kWarpN * kPitchP, kPitchP,
-                                                            stage.q + warp_d * kWarpCols, kPitch);
-      if (kNumStages == 1 && step + 1 < num_steps) {
-        __syncthreads();  // the only stage is no longer read
-        load(step + 1);
+      for (int step = 0; step < num_steps; ++step) {
+        const Stage stage(stages + step % kNumStages * kSizeStage);
+        map.stay_packed();
+        ptx::cp_async_wait<0>();
+        __syncthreads();  // this stage has arrived, and the previous one, P and dS are no longer read
+        if (kNumStages > 1 && step + 1 < num_steps) load(step + 1);
         ptx::cp_async_commit();
+
+        const int first_query = first_query_of(step);
+        const bool masked = first_query + kBlockM > problem.seqlen_q ||
+                            !band.all_visible({first_query, first_query + kBlockM}, {warp_key, warp_key + kWarpN});
+        const auto visible = [&](int key, int query) {
+          return first_query + query < problem.seqlen_q && band.visible(first_query + query, warp_key + key);
+        };
+        if (warp_d < kScoreWarps) {
+          const int row = warp_n * kWarpN, col = warp_d * kScoreM;
+          const auto hide = [&](float& x, int n, int m, int i) {
+            if (!visible(16 * n + map.row(i), col + 16 * m + map.col(i))) x = 0.0f;
+          };
+          WarpTile<Number, kTilesN, kTilesM> acc_s, acc_dp;
+          acc_s.clear();
+          acc_s.template add_product<kHeadDim, Stored::kTransposed>(smem_k + row * kPitch, kPitch,
+                                                                    stage.q + col * kPitch, kPitch);
+          acc_s.for_each([&](float& x, int, int m, int i) {
+            x = recomputed_weight(x * problem.softmax_scale_log2, stage.lse_log2[col + 16 * m + map.col(i)]);
+          });
+          if (masked) acc_s.for_each(hide);
+          map.store(smem_p + row * kPitchP + col, kPitchP, acc_s);
+
+          acc_dp.clear();
+          acc_dp.template add_product<kHeadDimV, Stored::kTransposed>(smem_v + row * kPitchV, kPitchV,
+                                                                      stage.dout + col * kPitchV, kPitchV);
+          acc_dp.for_each([&](float& x, int n, int m, int i) {
+            x = score_gradient(acc_s.tile[n][m].x[i], x, stage.delta[col + 16 * m + map.col(i)]);
+          });
+          if (masked) acc_dp.for_each(hide);
+          map.store(smem_ds + row * kPitchP + col, kPitchP, acc_dp);
+        }
+        if constexpr (kWarpsD == 1) {
+          __syncwarp();  // P and dS are visible to the warp that wrote them
+        } else {
+          __syncthreads();
+        }
+        const Element* const warp_p = smem_p + warp_n * kWarpN * kPitchP;
+        const Element* const warp_ds = smem_ds + warp_n * kWarpN * kPitchP;
+        const Element* const cols_dout = stage.dout + warp_d * kWarpColsV;
+        const Element* const cols_q = stage.q + warp_d * kWarpCols;
+        if (careful) {
+          add_non_finite<kBlockM>(acc_dv, map, warp_p, kPitchP, cols_dout, kPitchV, visible);
+          add_non_finite<kBlockM>(acc_dk, map, warp_ds, kPitchP, cols_q, kPitch, visible);
+          clear_non_finite<kBlockM, kHeadDimV, kNumThreads>(stage.dout);
+          clear_non_finite<kBlockM, kHeadDim, kNumThreads>(stage.q);
+        }
+        acc_dv.template add_product<kBlockM, Stored::kByRows>(warp_p, kPitchP, cols_dout, kPitchV);
+        acc_dk.template add_product<kBlockM, Stored::kByRows>(warp_ds, kPitchP, cols_q, kPitch);
+        if (kNumStages == 1 && step + 1 < num_steps) {
+          __syncthreads();  // the only stage is no longer read
+          load(step + 1);
+          ptx::cp_async_commit();
+        }
       }
+      ptx::cp_async_wait<0>();
+      if (!__syncthreads_or(!careful && (acc_dk.has_non_finite() || acc_dv.has_non_finite()))) break;
     }
-    ptx::cp_async_wait<0>();
-    __syncthreads();  // K and V are no longer read: the results take their places
+
+    // K and V are no longer read: the results take their places.
 
     acc_dk.for_each([&](float& x, int, int, int) { x *= problem.softmax_scale; });
     map.store(smem_k + warp_n * kWarpN * kPitch + warp_d * kWarpCols, kPitch, acc_dk);

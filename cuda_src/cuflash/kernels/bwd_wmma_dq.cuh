@@ -3,7 +3,7 @@
 
 #include <cuflash/attention/recompute.cuh>
 #include <cuflash/common/shared_memory.cuh>
-#include <cuflash/tile/fragment_map.cuh>
+#include <cuflash/tile/non_finite.cuh>
 
 namespace cuflash {
 
@@ -89,53 +89,65 @@ struct BwdWmmaDq {
     };
     load_tile<kBlockM, kHeadDim, kNumThreads>(smem_q, q, block_row);
     load_tile<kBlockM, kHeadDimV, kNumThreads>(smem_dout, dout, block_row);
-    if (n_begin < n_end) load(n_begin);
-    ptx::cp_async_commit();
     for (int row = threadIdx.x; row < kBlockM; row += kNumThreads) {
       smem_lse[row] = rows.lse_log2(block_row + row);
       smem_delta[row] = rows.delta_of(block_row + row);
     }
 
     WarpTile<Number, kTilesM, kHeadDim / 16> acc_dq;
-    acc_dq.clear();
 
-    for (int n_block = n_begin; n_block < n_end; ++n_block) {
-      const int first_key = n_block * kBlockN;
-      map.stay_packed();
-      ptx::cp_async_wait<0>();
-      __syncthreads();  // this stage has arrived, and the previous one is no longer read
-      if (kNumStages > 1 && n_block + 1 < n_end) load(n_block + 1);
+    // Values that are not finite spoil rows that do not see them (tile/non_finite.cuh). Then the block starts again.
+    for (bool careful = false;; careful = true) {
+      if (n_begin < n_end) load(n_begin);
       ptx::cp_async_commit();
+      acc_dq.clear();
 
-      WarpTile<Number, kTilesM, kTilesN> acc_s, acc_dp;
-      acc_s.clear();
-      acc_s.template add_product<kHeadDim, Stored::kTransposed>(warp_q, kPitch, stage_k(n_block), kPitch);
-      acc_s.for_each([&](float& x, int m, int, int i) {
-        x = recomputed_weight(x * problem.softmax_scale_log2, warp_lse[16 * m + map.row(i)]);
-      });
-      if (!band.all_visible({warp_row, warp_row + kWarpM}, {first_key, first_key + kBlockN})) {
-        acc_s.for_each([&](float& x, int m, int n, int i) {
-          if (!band.visible(warp_row + 16 * m + map.row(i), first_key + 16 * n + map.col(i))) x = 0.0f;
-        });
-      }
-      acc_dp.clear();
-      acc_dp.template add_product<kHeadDimV, Stored::kTransposed>(warp_dout, kPitchV, stage_v(n_block), kPitchV);
-      acc_dp.for_each([&](float& x, int m, int n, int i) {
-        x = score_gradient(acc_s.tile[m][n].x[i], x, warp_delta[16 * m + map.row(i)]);
-      });
-      map.store(warp_ds, kPitchS, acc_dp);
-      __syncwarp();  // dS is visible to its warp
-      acc_dq.template add_product<kBlockN, Stored::kByRows>(warp_ds, kPitchS, stage_k(n_block), kPitch);
-      __syncwarp();  // dS is no longer read
-
-      if (kNumStages == 1 && n_block + 1 < n_end) {
-        __syncthreads();  // the only stage is no longer read
-        load(n_block + 1);
+      for (int n_block = n_begin; n_block < n_end; ++n_block) {
+        const int first_key = n_block * kBlockN;
+        map.stay_packed();
+        ptx::cp_async_wait<0>();
+        __syncthreads();  // this stage has arrived, and the previous one is no longer read
+        if (kNumStages > 1 && n_block + 1 < n_end) load(n_block + 1);
         ptx::cp_async_commit();
+
+        const bool masked = !band.all_visible({warp_row, warp_row + kWarpM}, {first_key, first_key + kBlockN});
+        const auto hide = [&](float& x, int m, int n, int i) {
+          if (!band.visible(warp_row + 16 * m + map.row(i), first_key + 16 * n + map.col(i))) x = 0.0f;
+        };
+        WarpTile<Number, kTilesM, kTilesN> acc_s, acc_dp;
+        acc_s.clear();
+        acc_s.template add_product<kHeadDim, Stored::kTransposed>(warp_q, kPitch, stage_k(n_block), kPitch);
+        acc_s.for_each([&](float& x, int m, int, int i) {
+          x = recomputed_weight(x * problem.softmax_scale_log2, warp_lse[16 * m + map.row(i)]);
+        });
+        if (masked) acc_s.for_each(hide);
+        acc_dp.clear();
+        acc_dp.template add_product<kHeadDimV, Stored::kTransposed>(warp_dout, kPitchV, stage_v(n_block), kPitchV);
+        acc_dp.for_each([&](float& x, int m, int n, int i) {
+          x = score_gradient(acc_s.tile[m][n].x[i], x, warp_delta[16 * m + map.row(i)]);
+        });
+        if (masked) acc_dp.for_each(hide);
+        map.store(warp_ds, kPitchS, acc_dp);
+        __syncwarp();  // dS is visible to its warp
+        if (careful) {
+          add_non_finite<kBlockN>(acc_dq, map, warp_ds, kPitchS, stage_k(n_block), kPitch,
+                                  [&](int row, int key) { return band.visible(warp_row + row, first_key + key); });
+          clear_non_finite<kBlockN, kHeadDim, kNumThreads>(stage_k(n_block));
+        }
+        acc_dq.template add_product<kBlockN, Stored::kByRows>(warp_ds, kPitchS, stage_k(n_block), kPitch);
+        __syncwarp();  // dS is no longer read
+
+        if (kNumStages == 1 && n_block + 1 < n_end) {
+          __syncthreads();  // the only stage is no longer read
+          load(n_block + 1);
+          ptx::cp_async_commit();
+        }
       }
+      ptx::cp_async_wait<0>();
+      if (!__syncthreads_or(!careful && acc_dq.has_non_finite())) break;
     }
-    ptx::cp_async_wait<0>();
-    __syncthreads();  // Q is no longer read: the result takes its place
+
+    // Q is no longer read: the result takes its place.
 
     acc_dq.for_each([&](float& x, int, int, int) { x *= problem.softmax_scale; });
     map.store(warp_q, kPitch, acc_dq);

@@ -4,7 +4,7 @@
 #include <cuflash/attention/params.cuh>
 #include <cuflash/attention/softmax.cuh>
 #include <cuflash/common/shared_memory.cuh>
-#include <cuflash/tile/fragment_map.cuh>
+#include <cuflash/tile/non_finite.cuh>
 
 namespace cuflash {
 
@@ -72,78 +72,88 @@ struct FwdWmma {
     const int n_begin = keys.begin / kBlockN, n_end = ceil_div(keys.end, kBlockN);
 
     load_tile<kBlockM, kHeadDim, kNumThreads>(smem_q, q, block_row);
-    if (n_begin < n_end) load_tile<kBlockN, kHeadDim, kNumThreads>(smem_k, k, n_begin * kBlockN);
-    ptx::cp_async_commit();
-
     Map map(scratch);
     OnlineSoftmax softmax[kTilesM];        // of row lane / 2 of each tile
     WarpTile<Number, kTilesM, 1> row_sum;  // still to be summed along each row
     WarpTile<Number, kTilesM, kTilesV> acc_o;
-    row_sum.clear();
-    acc_o.clear();
 
-    for (int n_block = n_begin; n_block < n_end; ++n_block) {
-      const int first_key = n_block * kBlockN;
-      map.stay_packed();
-      ptx::cp_async_wait<0>();
-      __syncthreads();  // K has arrived, and the previous V is no longer read
-      load_tile<kBlockN, kHeadDimV, kNumThreads>(smem_v, v, first_key);
+    // Values that are not finite spoil rows that do not see them (tile/non_finite.cuh). Then the block starts again.
+    for (bool careful = false;; careful = true) {
+      if (n_begin < n_end) load_tile<kBlockN, kHeadDim, kNumThreads>(smem_k, k, n_begin * kBlockN);
       ptx::cp_async_commit();
-
-      WarpTile<Number, kTilesM, kTilesN> acc_s;
-      acc_s.clear();
-      acc_s.template add_product<kHeadDim, Stored::kTransposed>(warp_q, kPitchK, smem_k, kPitchK);
-
-      acc_s.for_each([&](float& score, int, int, int) { score *= problem.softmax_scale_log2; });
-      if (!band.all_visible(warp_queries, {first_key, first_key + kBlockN})) {
-        acc_s.for_each([&](float& score, int m, int n, int i) {
-          const int query = warp_row + 16 * m + map.row(i), key = first_key + 16 * n + map.col(i);
-          if (!band.visible(query, key)) score = -infinity();
-        });
-      }
-
 #pragma unroll
-      for (int m = 0; m < kTilesM; ++m) {
-        Accumulator<Number> maxima = acc_s.tile[m][0];
-#pragma unroll
-        for (int n = 1; n < kTilesN; ++n) {
-#pragma unroll
-          for (int i = 0; i < Map::kNumElements; ++i) maxima.x[i] = fmaxf(maxima.x[i], acc_s.tile[m][n].x[i]);
+      for (int m = 0; m < kTilesM; ++m) softmax[m] = OnlineSoftmax();
+      row_sum.clear();
+      acc_o.clear();
+
+      for (int n_block = n_begin; n_block < n_end; ++n_block) {
+        const int first_key = n_block * kBlockN;
+        map.stay_packed();
+        ptx::cp_async_wait<0>();
+        __syncthreads();  // K has arrived, and the previous V is no longer read
+        load_tile<kBlockN, kHeadDimV, kNumThreads>(smem_v, v, first_key);
+        ptx::cp_async_commit();
+
+        WarpTile<Number, kTilesM, kTilesN> acc_s;
+        acc_s.clear();
+        acc_s.template add_product<kHeadDim, Stored::kTransposed>(warp_q, kPitchK, smem_k, kPitchK);
+
+        acc_s.for_each([&](float& score, int, int, int) { score *= problem.softmax_scale_log2; });
+        if (!band.all_visible(warp_queries, {first_key, first_key + kBlockN})) {
+          acc_s.for_each([&](float& score, int m, int n, int i) {
+            const int query = warp_row + 16 * m + map.row(i), key = first_key + 16 * n + map.col(i);
+            if (!band.visible(query, key)) score = -infinity();
+          });
         }
-        const float tile_max = map.reduce_rows(maxima, scratch, [](float x, float y) { return fmaxf(x, y); });
-        const float factor = softmax[m].rescale(tile_max), shift = softmax[m].shift();
-        if (__any_sync(kFullMask, factor != 1.0f)) {
+
+#pragma unroll
+        for (int m = 0; m < kTilesM; ++m) {
+          Accumulator<Number> maxima = acc_s.tile[m][0];
+#pragma unroll
+          for (int n = 1; n < kTilesN; ++n) {
+#pragma unroll
+            for (int i = 0; i < Map::kNumElements; ++i) maxima.x[i] = fmaxf(maxima.x[i], acc_s.tile[m][n].x[i]);
+          }
+          const float tile_max = map.reduce_rows(maxima, scratch, [](float x, float y) { return fmaxf(x, y); });
+          const float factor = softmax[m].rescale(tile_max), shift = softmax[m].shift();
+          if (__any_sync(kFullMask, factor != 1.0f)) {
+#pragma unroll
+            for (int i = 0; i < Map::kNumElements; ++i) {
+              const float row_factor = map.of_row(factor, i);
+              row_sum.tile[m][0].x[i] *= row_factor;
+#pragma unroll
+              for (int d = 0; d < kTilesV; ++d) acc_o.tile[m][d].x[i] *= row_factor;
+            }
+          }
 #pragma unroll
           for (int i = 0; i < Map::kNumElements; ++i) {
-            const float row_factor = map.of_row(factor, i);
-            row_sum.tile[m][0].x[i] *= row_factor;
+            const float row_shift = map.of_row(shift, i);
 #pragma unroll
-            for (int d = 0; d < kTilesV; ++d) acc_o.tile[m][d].x[i] *= row_factor;
+            for (int n = 0; n < kTilesN; ++n) {
+              float& weight = acc_s.tile[m][n].x[i];
+              weight = exp2f(weight - row_shift);
+              row_sum.tile[m][0].x[i] += weight;
+            }
           }
         }
-#pragma unroll
-        for (int i = 0; i < Map::kNumElements; ++i) {
-          const float row_shift = map.of_row(shift, i);
-#pragma unroll
-          for (int n = 0; n < kTilesN; ++n) {
-            float& weight = acc_s.tile[m][n].x[i];
-            weight = exp2f(weight - row_shift);
-            row_sum.tile[m][0].x[i] += weight;
-          }
+        map.store(smem_p, kPitchP, acc_s);
+
+        ptx::cp_async_wait<0>();
+        __syncthreads();  // V has arrived, P is visible to its warp, and K is no longer read
+        if (n_block + 1 < n_end) load_tile<kBlockN, kHeadDim, kNumThreads>(smem_k, k, first_key + kBlockN);
+        ptx::cp_async_commit();
+
+        if (careful) {
+          add_non_finite<kBlockN>(acc_o, map, smem_p, kPitchP, smem_v, kPitchV,
+                                  [&](int row, int key) { return band.visible(warp_row + row, first_key + key); });
+          clear_non_finite<kBlockN, kHeadDimV, kNumThreads>(smem_v);
         }
+        acc_o.template add_product<kBlockN, Stored::kByRows>(smem_p, kPitchP, smem_v, kPitchV);
+        __syncwarp();  // P is no longer read
       }
-      map.store(smem_p, kPitchP, acc_s);
-
-      ptx::cp_async_wait<0>();
-      __syncthreads();  // V has arrived, P is visible to its warp, and K is no longer read
-      if (n_block + 1 < n_end) load_tile<kBlockN, kHeadDim, kNumThreads>(smem_k, k, first_key + kBlockN);
-      ptx::cp_async_commit();
-
-      acc_o.template add_product<kBlockN, Stored::kByRows>(smem_p, kPitchP, smem_v, kPitchV);
-      __syncwarp();  // P is no longer read
+      ptx::cp_async_wait<0>();  // without any key, Q is still on its way
+      if (!__syncthreads_or(!careful && acc_o.has_non_finite())) break;
     }
-    ptx::cp_async_wait<0>();
-    __syncthreads();  // without any key, Q is still on its way
 
 #pragma unroll
     for (int m = 0; m < kTilesM; ++m) {

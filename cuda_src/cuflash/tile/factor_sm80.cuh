@@ -1,6 +1,7 @@
 // Factors of the number types that came with sm_80: bfloat16 and TF32.
 #pragma once
 
+#include <cuflash/common/math.cuh>
 #include <cuflash/ptx/wmma_load.cuh>
 #include <cuflash/tile/factor.cuh>
 
@@ -24,7 +25,8 @@ struct Factor<TFloat32, Use, Layout> {
   }
 };
 
-// A float32 factor as the sum of two TF32 numbers, which together hold 22 of its 24 bits.
+// A float32 factor as the sum of two TF32 numbers, which together hold 22 of its 24 bits. NaN and infinity go into the
+// low part: there no finite number of the other factor meets them twice, with signs that could cancel to NaN.
 template <class Use, class Layout>
 struct Factor<Float32, Use, Layout> {
   wmma::fragment<Use, 16, 16, 8, wmma::precision::tf32, Layout> high, low;
@@ -33,8 +35,8 @@ struct Factor<Float32, Use, Layout> {
     ptx::wmma_load(high, tile, pitch);
 #pragma unroll
     for (int i = 0; i < high.num_elements; ++i) {
-      const float x = high.x[i];
-      high.x[i] = wmma::__float_to_tf32(x);
+      const float x = high.x[i], rounded = wmma::__float_to_tf32(x);
+      high.x[i] = fabsf(rounded) < infinity() ? rounded : 0.0f;
       low.x[i] = wmma::__float_to_tf32(x - high.x[i]);
     }
   }

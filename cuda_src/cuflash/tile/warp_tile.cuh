@@ -55,6 +55,13 @@ struct WarpTile {
     }
   }
 
+  // Whether this lane holds NaN or infinity: either makes NaN of a sum of zeros.
+  __device__ __forceinline__ bool has_non_finite() {
+    float zero = 0.0f;
+    for_each([&](float& x, int, int, int) { zero = fmaf(x, 0.0f, zero); });
+    return zero != 0.0f;
+  }
+
   // Calls function(x, m, n, i) for every element x that this lane holds: number i of tile (m, n).
   template <class Function>
   __device__ __forceinline__ void for_each(Function function) {
