@@ -198,13 +198,12 @@ class _Memory:
 
 
 def _overlap(a: Any, a_pointer: int, b: Any, b_pointer: int) -> bool:
-    """Whether two arrays have an element's memory in common; interleaved arrays, such as packed q, k and v, have not."""
+    """Whether two arrays have memory in common; interleaved ones, such as packed q, k and v, have not."""
     if a.size == 0 or b.size == 0:
         return False
     try:
-        return np.shares_memory(
-            np.asarray(_Memory(a, a_pointer)), np.asarray(_Memory(b, b_pointer)), max_work=OVERLAP_WORK
-        )
+        views = np.asarray(_Memory(a, a_pointer)), np.asarray(_Memory(b, b_pointer))
+        return np.shares_memory(*views, max_work=OVERLAP_WORK)  # type: ignore[arg-type]  # any number of steps
     except np.exceptions.TooHardError:
         return True
 

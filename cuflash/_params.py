@@ -15,7 +15,7 @@ PROBLEM = np.dtype(
     [
         *((name, "i4") for name in ("batch", "num_heads", "num_heads_kv", "seqlen_q", "seqlen_k")),
         *((name, "i4") for name in ("head_dim", "head_dim_v", "band_begin", "band_end")),
-        *((name, "f4") for name in ("softmax_scale", "softmax_scale_log2")),
+        ("softmax_scale", "f4"),
     ],
     align=True,
 )

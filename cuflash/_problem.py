@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -80,13 +79,3 @@ class Problem:
     def group_size(self) -> int:
         """Query heads that share one key/value head."""
         return self.num_heads // self.num_heads_kv
-
-    @property
-    def softmax_scale_log2(self) -> float:
-        """The scale for a softmax in base 2."""
-        return self.softmax_scale * math.log2(math.e)
-
-    @property
-    def is_full(self) -> bool:
-        """Whether every query sees every key."""
-        return self.band.begin + self.seqlen_q - 1 <= 0 and self.band.end >= self.seqlen_k

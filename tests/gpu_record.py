@@ -1,7 +1,7 @@
 """The record of the last run of the GPU ring: which sources it tested, where, and what came out.
 
-python -m tests.gpu_record            run the GPU ring and write tests/gpu_record.json
-python -m tests.gpu_record --check    exit with 1 unless the record is of today's sources and nothing failed
+``python -m tests.gpu_record`` runs the GPU ring and writes tests/gpu_record.json; further arguments go to pytest.
+``python -m tests.gpu_record --check`` exits with 1 unless the record is of today's sources and nothing failed.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ namespace cuflash {
 struct Problem {
   int batch, num_heads, num_heads_kv, seqlen_q, seqlen_k, head_dim, head_dim_v;
   int band_begin, band_end;
-  float softmax_scale, softmax_scale_log2;
+  float softmax_scale;
 
   __device__ __forceinline__ Band band() const { return {band_begin, band_end, seqlen_q, seqlen_k}; }
   __device__ __forceinline__ int group_size() const { return num_heads / num_heads_kv; }

@@ -20,18 +20,17 @@ struct RowStatistics {
         lse_stride(params.lse.row),
         seqlen_q(params.problem.seqlen_q) {}
 
-  // In base 2. Rows that see no key, or lie beyond the end, get +infinity: their weights become 0 without a mask.
-  __device__ __forceinline__ float lse_log2(int row) const {
+  // Rows that see no key, or lie beyond the end, get +infinity: their weights become 0 without a mask.
+  __device__ __forceinline__ float lse_of(int row) const {
     if (row >= seqlen_q) return infinity();
     const float value = lse[row * lse_stride];
-    return value == -infinity() ? infinity() : value * kLog2e;
+    return value == -infinity() ? infinity() : value;
   }
 
   __device__ __forceinline__ float delta_of(int row) const { return row < seqlen_q ? delta[row] : 0.0f; }
 };
 
-// The softmax weight of a score in units of log 2, and the gradient of the score from that of the weight.
-__device__ __forceinline__ float recomputed_weight(float score, float lse_log2) { return exp2f(score - lse_log2); }
+// The gradient of a score from that of its weight.
 __device__ __forceinline__ float score_gradient(float weight, float dweight, float delta) {
   return weight * (dweight - delta);
 }

@@ -1,21 +1,24 @@
-// The online softmax of one row, in base 2 (Milakov and Gimelshein 2018; FlashAttention-2, section 3.1).
+// Softmax weights, and the online softmax of one row (Milakov and Gimelshein 2018; FlashAttention-2, section 3.1).
 #pragma once
 
 #include <cuflash/common/math.cuh>
 
 namespace cuflash {
 
-// Scores are in units of log 2. After some tiles, the sum of the row's weights is sum * 2^base.
+// e^(score - shift). The difference comes first: it is small, and exact where the score is the shift.
+__device__ __forceinline__ float softmax_weight(float score, float shift) { return exp2f((score - shift) * kLog2e); }
+
+// After some tiles, the exponentials of the row's scores add up to sum * e^base.
 struct OnlineSoftmax {
-  // A base up to 2^8 too small costs no accuracy, and earlier results are seldom rescaled.
-  static constexpr float kSlack = 8.0f;
+  // A base that is too small by up to this costs no accuracy, and earlier results are seldom rescaled.
+  static constexpr float kSlack = 5.5f;
 
   float base = -infinity();
 
   // Takes note of the largest score of a new tile; returns the factor by which earlier sums must be scaled.
   __device__ __forceinline__ float rescale(float tile_max) {
     if (!(tile_max > base + kSlack || base == -infinity())) return 1.0f;
-    const float factor = exp2f(base - tile_max);
+    const float factor = softmax_weight(base, tile_max);
     base = tile_max;
     return base == -infinity() ? 1.0f : factor;
   }
@@ -23,10 +26,8 @@ struct OnlineSoftmax {
   // What to subtract from scores: finite as long as no score was seen, so that hidden scores get weight 0, not NaN.
   __device__ __forceinline__ float shift() const { return base == -infinity() ? 0.0f : base; }
 
-  // The natural log of the sum of exponentials.
-  __device__ __forceinline__ float lse(float sum) const {
-    return sum == 0.0f ? -infinity() : kLn2 * (base + log2f(sum));
-  }
+  // The log of the sum of exponentials.
+  __device__ __forceinline__ float lse(float sum) const { return sum == 0.0f ? -infinity() : base + kLn2 * log2f(sum); }
 };
 
 }  // namespace cuflash

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cuflash/attention/recompute.cuh>
+#include <cuflash/attention/softmax.cuh>
 #include <cuflash/common/shared_memory.cuh>
 #include <cuflash/tile/non_finite.cuh>
 
@@ -52,13 +53,13 @@ struct BwdWmmaDkDv {
   // One tile of queries, as the block sees it in shared memory.
   struct Stage {
     Element *q, *dout;
-    float *lse_log2, *delta;
+    float *lse, *delta;
 
     __device__ __forceinline__ explicit Stage(unsigned char* memory)
         : q(reinterpret_cast<Element*>(memory)),
           dout(reinterpret_cast<Element*>(memory + kSizeQ)),
-          lse_log2(reinterpret_cast<float*>(memory + kSizeQ + kSizeDout)),
-          delta(lse_log2 + kBlockM) {}
+          lse(reinterpret_cast<float*>(memory + kSizeQ + kSizeDout)),
+          delta(lse + kBlockM) {}
   };
 
   static __device__ __forceinline__ void run(const Arrays& arrays, const BwdParams& params) {
@@ -103,7 +104,7 @@ struct BwdWmmaDkDv {
       load_tile<kBlockM, kHeadDimV, kNumThreads>(stage.dout, dout, first_query);
       if (threadIdx.x < kBlockM) {
         const RowStatistics rows(arrays.lse, arrays.delta, params, batch, head);
-        stage.lse_log2[threadIdx.x] = rows.lse_log2(first_query + threadIdx.x);
+        stage.lse[threadIdx.x] = rows.lse_of(first_query + threadIdx.x);
         stage.delta[threadIdx.x] = rows.delta_of(first_query + threadIdx.x);
       }
     };
@@ -144,7 +145,7 @@ struct BwdWmmaDkDv {
           acc_s.template add_product<kHeadDim, Stored::kTransposed>(smem_k + row * kPitch, kPitch,
                                                                     stage.q + col * kPitch, kPitch);
           acc_s.for_each([&](float& x, int, int m, int i) {
-            x = recomputed_weight(x * problem.softmax_scale_log2, stage.lse_log2[col + 16 * m + map.col(i)]);
+            x = softmax_weight(x * problem.softmax_scale, stage.lse[col + 16 * m + map.col(i)]);
           });
           if (masked) acc_s.for_each(hide);
           map.store(smem_p + row * kPitchP + col, kPitchP, acc_s);

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cuflash/attention/recompute.cuh>
+#include <cuflash/attention/softmax.cuh>
 #include <cuflash/common/shared_memory.cuh>
 #include <cuflash/tile/non_finite.cuh>
 
@@ -90,7 +91,7 @@ struct BwdWmmaDq {
     load_tile<kBlockM, kHeadDim, kNumThreads>(smem_q, q, block_row);
     load_tile<kBlockM, kHeadDimV, kNumThreads>(smem_dout, dout, block_row);
     for (int row = threadIdx.x; row < kBlockM; row += kNumThreads) {
-      smem_lse[row] = rows.lse_log2(block_row + row);
+      smem_lse[row] = rows.lse_of(block_row + row);
       smem_delta[row] = rows.delta_of(block_row + row);
     }
 
@@ -118,7 +119,7 @@ struct BwdWmmaDq {
         acc_s.clear();
         acc_s.template add_product<kHeadDim, Stored::kTransposed>(warp_q, kPitch, stage_k(n_block), kPitch);
         acc_s.for_each([&](float& x, int m, int, int i) {
-          x = recomputed_weight(x * problem.softmax_scale_log2, warp_lse[16 * m + map.row(i)]);
+          x = softmax_weight(x * problem.softmax_scale, warp_lse[16 * m + map.row(i)]);
         });
         if (masked) acc_s.for_each(hide);
         acc_dp.clear();

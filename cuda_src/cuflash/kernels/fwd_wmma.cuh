@@ -98,7 +98,7 @@ struct FwdWmma {
         acc_s.clear();
         acc_s.template add_product<kHeadDim, Stored::kTransposed>(warp_q, kPitchK, smem_k, kPitchK);
 
-        acc_s.for_each([&](float& score, int, int, int) { score *= problem.softmax_scale_log2; });
+        acc_s.for_each([&](float& score, int, int, int) { score *= problem.softmax_scale; });
         if (!band.all_visible(warp_queries, {first_key, first_key + kBlockN})) {
           acc_s.for_each([&](float& score, int m, int n, int i) {
             const int query = warp_row + 16 * m + map.row(i), key = first_key + 16 * n + map.col(i);
@@ -131,7 +131,7 @@ struct FwdWmma {
 #pragma unroll
             for (int n = 0; n < kTilesN; ++n) {
               float& weight = acc_s.tile[m][n].x[i];
-              weight = exp2f(weight - row_shift);
+              weight = softmax_weight(weight, row_shift);
               row_sum.tile[m][0].x[i] += weight;
             }
           }
