@@ -132,8 +132,8 @@ inline void load(Fragment& target, const T* source, unsigned leading_dimension, 
 }
 
 // The whole matrix, put together from what the lanes hold.
-template <class Fragment, class Number>
-inline void gather(float* matrix, const Fragment& source, int lane, Number number) {
+template <class Sum, class Fragment, class Number>
+inline void gather(Sum* matrix, const Fragment& source, int lane, Number number) {
   const uint16_t* const order = Fragment::order(lane);
   for (int i = 0; i < Fragment::num_elements; ++i) matrix[order[i]] = number(source.x[i]);
 }
@@ -165,7 +165,7 @@ inline void store_matrix_sync(T* target, const fragment<accumulator, M, N, K, T>
                            [&](const T& element, unsigned i) { target[i] = element; });
 }
 
-// result = a b + c, in float32.
+// result = a b + c. Tensor cores keep products exact and round (or cut off) their sum with c once: so in double.
 template <int M, int N, int K, class T, class TA, class LayoutA, class TB, class LayoutB, class TC>
 inline void mma_sync(fragment<accumulator, M, N, K, T>& result, const fragment<matrix_a, M, N, K, TA, LayoutA>& a,
                      const fragment<matrix_b, M, N, K, TB, LayoutB>& b, const fragment<accumulator, M, N, K, TC>& c,
@@ -177,7 +177,8 @@ inline void mma_sync(fragment<accumulator, M, N, K, T>& result, const fragment<m
         if (!lanes.all_present()) {
           hostcuda::fail("wmma::mma_sync at %s:%d: some lanes of the warp have exited", site.file, site.line);
         }
-        float factor_a[M * K], factor_b[K * N], sum[M * N];
+        float factor_a[M * K], factor_b[K * N];
+        double sum[M * N];
         lanes.for_each([&](int lane, const Argument& mine) {
           detail::gather(factor_a, *std::get<1>(mine), lane, detail::factor<TA>);
           detail::gather(factor_b, *std::get<2>(mine), lane, detail::factor<TB>);
@@ -185,13 +186,15 @@ inline void mma_sync(fragment<accumulator, M, N, K, T>& result, const fragment<m
         });
         for (int i = 0; i < M; ++i) {
           for (int k = 0; k < K; ++k) {
-            for (int j = 0; j < N; ++j) sum[i * N + j] += factor_a[i * K + k] * factor_b[k * N + j];
+            for (int j = 0; j < N; ++j) {
+              sum[i * N + j] += double(factor_a[i * K + k]) * factor_b[k * N + j];
+            }
           }
         }
         lanes.for_each([&](int lane, const Argument& mine) {
           auto& target = *std::get<0>(mine);
           const uint16_t* const order = target.order(lane);
-          for (int i = 0; i < target.num_elements; ++i) target.x[i] = hostcuda::from_float<T>(sum[order[i]]);
+          for (int i = 0; i < target.num_elements; ++i) target.x[i] = hostcuda::from_float<T>(float(sum[order[i]]));
         });
       });
 }
