@@ -19,7 +19,7 @@ PROBLEMS = [
 ] + [
     AttentionProblem((1, 70, 40), (1, 33, 40), (1, 33, 17), "float16"),  # rows that are no multiple of 16 bytes
     AttentionProblem((1, 33, 128), (1, 70, 128), (1, 70, 128), "bfloat16", causal=True),
-    AttentionProblem((1, 33, 192), (1, 70, 192), (1, 70, 128), "float16", layout="bshd"),
+    AttentionProblem((33, 1, 192), (70, 1, 192), (70, 1, 128), "float16", layout="bshd"),
     AttentionProblem((1, 17, 256), (1, 33, 256), (1, 33, 256), "float32"),
     AttentionProblem((1, 5, 8), (1, 0, 8), (1, 0, 8), "float16"),
 ]

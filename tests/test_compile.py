@@ -43,8 +43,12 @@ def cases() -> list[object]:
     return [pytest.param(kernel, arch, id=f"{symbol}-sm_{arch}") for (symbol, _), (kernel, arch) in unique.items()]
 
 
-# All 255 registers are taken here, and ptxas parks one or two values outside the products, whatever the tile.
-MAY_PARK_16_BYTES = {("cuflash_fwd_wmma_f32_d256x256", 90), ("cuflash_bwd_wmma_dq_f32_d256x256", 90)}
+# All 255 registers are taken here, and ptxas parks one or two values, whatever the tile (docs/notes/wmma.md).
+MAY_PARK_16_BYTES = {
+    "cuflash_bwd_wmma_dq_f32_d256x256": set(CHIPS),
+    "cuflash_fwd_wmma_f32_d256x256": {86, 89},
+    "cuflash_bwd_wmma_dq_bf16_d128x128": {100},
+}
 
 
 @pytest.mark.parametrize("kernel, arch", cases())
@@ -54,7 +58,7 @@ def test_a_kernel_compiles_without_spills_and_uses_tensor_cores(kernel: Kernel, 
     code, log = cubin.compile_for(kernel.source, f"sm_{arch}")
 
     (spills,) = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log)
-    allowed = 16 if (kernel.symbol, arch) in MAY_PARK_16_BYTES else 0
+    allowed = 16 if arch in MAY_PARK_16_BYTES.get(kernel.symbol, ()) else 0
     assert max(map(int, spills)) <= allowed, log
     if arch == 70:
         return  # the disassembler knows no sm_70 any more

@@ -19,19 +19,21 @@ _WHEEL_DIRECTORIES = {
     12: ("cuda_runtime/include", "cuda_nvcc/include"),
     13: ("cu13/include",),
 }
+# Those of the same major version first.
+_SYSTEM_DIRECTORIES = ("/usr/local/cuda-{major}/include", "/usr/local/cuda/include", "/usr/include")
 
 
 def _candidates(cuda_major: int) -> Iterator[tuple[Path, ...]]:
     """Sets of directories that together may hold the headers, the best first."""
     spec = importlib.util.find_spec("nvidia")
-    for root in (spec.submodule_search_locations or []) if spec else []:
-        yield tuple(Path(root) / name for name in _WHEEL_DIRECTORIES.get(cuda_major, ()))
+    roots = (spec.submodule_search_locations or ()) if spec else ()
+    # All roots together: of two wheels that belong together, one may be the user's and one the system's.
+    yield tuple(Path(root) / name for root in roots for name in _WHEEL_DIRECTORIES.get(cuda_major, ()))
     for variable in ("CUDA_PATH", "CUDA_HOME"):
         if os.environ.get(variable):
             yield (Path(os.environ[variable]) / "include",)
-    yield (Path("/usr/local/cuda/include"),)
-    yield (Path("/usr/local") / f"cuda-{cuda_major}/include",)
-    yield (Path("/usr/include"),)
+    for directory in _SYSTEM_DIRECTORIES:
+        yield (Path(directory.format(major=cuda_major)),)
 
 
 @cache
@@ -44,7 +46,7 @@ def cuda_include_directories(cuda_major: int) -> tuple[Path, ...]:
         If the headers are nowhere; the message says what to install.
     """
     for directories in _candidates(cuda_major):
-        if directories and all(any((d / header).is_file() for d in directories) for header in NEEDED):
+        if all(any((d / header).is_file() for d in directories) for header in NEEDED):
             return directories
     wheels = _WHEELS.get(cuda_major, _WHEELS[13])
     raise RuntimeError(
