@@ -23,10 +23,10 @@ class Backend(Protocol):
     def pointer(self, array: Any) -> int:
         """The address of an array's first element."""
 
-    def plan_forward(self, problem: Problem, family_name: str, operands: dict[str, Operand]) -> Any:
+    def plan_forward(self, problem: Problem, kernel_name: str, operands: dict[str, Operand]) -> Any:
         """Prepare calls with operands of these shapes and strides: a function of (q, k, v, out, lse or None)."""
 
-    def plan_backward(self, problem: Problem, family_name: str, operands: dict[str, Operand]) -> Any:
+    def plan_backward(self, problem: Problem, kernel_name: str, operands: dict[str, Operand]) -> Any:
         """Likewise, a function of (dout, q, k, v, out, lse, dq, dk, dv)."""
 
 
@@ -43,7 +43,7 @@ class NumpyBackend:
     def pointer(self, array: Any) -> int:
         return int(array.__array_interface__["data"][0])
 
-    def plan_forward(self, problem: Problem, family_name: str, operands: dict[str, Operand]) -> Any:
+    def plan_forward(self, problem: Problem, kernel_name: str, operands: dict[str, Operand]) -> Any:
         q_op, k_op, v_op, out_op, lse_op = (operands[name] for name in ("q", "k", "v", "out", "lse"))
 
         def forward(q: Any, k: Any, v: Any, out: Any, lse: Any) -> None:
@@ -52,7 +52,7 @@ class NumpyBackend:
 
         return forward
 
-    def plan_backward(self, problem: Problem, family_name: str, operands: dict[str, Operand]) -> Any:
+    def plan_backward(self, problem: Problem, kernel_name: str, operands: dict[str, Operand]) -> Any:
         names = ("dout", "q", "k", "v", "out", "lse", "dq", "dk", "dv")
 
         def backward(*arrays: Any) -> None:

@@ -41,7 +41,6 @@ class Kernel:
     params: str
     num_threads: int
     shared_bytes: int
-    min_blocks: int = 1
 
     @property
     def source(self) -> KernelSource:
@@ -55,7 +54,7 @@ using Kernel = cuflash::{self.template}<{arguments}>;
 using Element = Kernel::Element;
 static_assert(sizeof(cuflash::{self.params}) == {PARAMS[self.params].itemsize});
 static_assert(Kernel::kNumThreads == {self.num_threads} && Kernel::kSharedBytes == {self.shared_bytes});
-extern "C" __global__ void __launch_bounds__({self.num_threads}, {self.min_blocks})
+extern "C" __global__ void __launch_bounds__({self.num_threads}, 1)
 {self.symbol}({", ".join(self.pointers)}, const __grid_constant__ cuflash::{self.params} params) {{
   Kernel::run({{{names}}}, params);
 }}

@@ -14,14 +14,14 @@ FAMILIES = {"wmma": _wmma}
 
 
 class _Step(NamedTuple):
-    """A kernel, ready to be launched on arrays."""
+    """A kernel, ready to be launched on arrays; None where there is nothing to compute."""
 
-    launch: Launch
+    launch: Launch | None
     num_blocks: int
     params: Any
 
     def __call__(self, *arrays: Any) -> None:
-        if self.num_blocks:
+        if self.launch is not None:
             self.launch(self.num_blocks, (*arrays, self.params))
 
 
@@ -53,13 +53,13 @@ class LaunchBackend:
     def _number(self, problem: Problem) -> str:
         return "tfloat32" if problem.dtype == "float32" and self._tf32 else problem.dtype
 
-    def _family(self, problem: Problem, kernel: str) -> Any:
-        """The family that `kernel` names, or for "auto" the fastest that can do it."""
+    def family_name(self, problem: Problem, kernel: str) -> str:
+        """The family that `kernel` names; for "auto" the first, and so the fastest, that can do it."""
         reasons = {}
         for name in FAMILIES if kernel == "auto" else (kernel,):
             reason = FAMILIES[name].why_not(problem, self._number(problem), self.device.chip)
             if reason is None:
-                return FAMILIES[name]
+                return name
             reasons[name] = reason
         listed = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
         raise NotImplementedError(f"kernel={kernel!r} cannot compute this call: {listed}")
@@ -67,12 +67,12 @@ class LaunchBackend:
     def _step(self, kernel: Kernel, num_blocks: int, problem: Problem, operands: dict[str, Operand]) -> _Step:
         if num_blocks >= 2**31:
             raise NotImplementedError(f"the call needs {num_blocks} blocks of threads; a GPU takes {2**31 - 1}")
-        launch = self.device.load(kernel.source) if num_blocks else _no_launch
+        launch = self.device.load(kernel.source) if num_blocks else None
         return _Step(launch, num_blocks, self.device.struct(fill(kernel.params, problem, operands)))
 
-    def plan_forward(self, problem: Problem, family_name: str, operands: dict[str, Operand]) -> Any:
+    def plan_forward(self, problem: Problem, kernel_name: str, operands: dict[str, Operand]) -> Any:
         """A function of (q, k, v, out, lse or None) that computes out and lse."""
-        family = self._family(problem, family_name)
+        family = FAMILIES[self.family_name(problem, kernel_name)]
         kernel, num_blocks = family.forward(problem, self._number(problem), self.device.chip)
         step = self._step(kernel, num_blocks, problem, operands)
 
@@ -81,9 +81,9 @@ class LaunchBackend:
 
         return forward
 
-    def plan_backward(self, problem: Problem, family_name: str, operands: dict[str, Operand]) -> Any:
+    def plan_backward(self, problem: Problem, kernel_name: str, operands: dict[str, Operand]) -> Any:
         """A function of (dout, q, k, v, out, lse, dq, dk, dv) that computes the last three."""
-        family, number, chip = self._family(problem, family_name), self._number(problem), self.device.chip
+        family, number, chip = FAMILIES[self.family_name(problem, kernel_name)], self._number(problem), self.device.chip
         makers = (family.delta, family.backward_dkdv, family.backward_dq)
         kernels = [make(problem, number, chip) for make in makers]
         delta_step, dkdv_step, dq_step = (
@@ -100,7 +100,3 @@ class LaunchBackend:
             dq_step(q, k, v, dout, lse, delta, dq)
 
         return backward
-
-
-def _no_launch(num_blocks: int, arguments: tuple[Any, ...]) -> None:
-    raise AssertionError("a kernel without blocks is not launched")

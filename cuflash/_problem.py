@@ -12,6 +12,11 @@ WindowSize = tuple[int | None, int | None] | None
 MAX_HEAD_DIM = 256
 
 
+def ceil_div(a: int, b: int) -> int:
+    """The number of pieces of size b that cover a."""
+    return -(-a // b)
+
+
 class Operand(NamedTuple):
     """An array seen as (batch, heads, rows, columns), whatever its rank and layout; strides in elements."""
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
 
 from ._device import Chip
 from ._kernel import NUMBERS, Kernel, padded_head_dims
-from ._problem import Problem
+from ._problem import Problem, ceil_div
+
+Tile = tuple[int, ...]
 
 # The oldest GPU whose tensor cores multiply numbers of each type.
 MIN_CAPABILITY = {"float16": (7, 0), "bfloat16": (8, 0), "float32": (8, 0), "tfloat32": (8, 0)}
@@ -15,7 +19,7 @@ MIN_CAPABILITY = {"float16": (7, 0), "bfloat16": (8, 0), "float32": (8, 0), "tfl
 # sm_75 has 64 KB and must find one for 2-byte elements, sm_86, 89 and 120 have 99 KB and must for all elements.
 # Measured on an H200, and chosen so that no chip spills registers (docs/notes/wmma.md).
 # Forward: (block_m, block_n, warps).
-FORWARD_TILES = {
+FORWARD_TILES: dict[tuple[int, int], list[Tile]] = {
     (2, 32): [(128, 64, 4)],
     (2, 64): [(128, 64, 4)],
     (2, 96): [(128, 64, 4), (64, 64, 4)],
@@ -30,7 +34,7 @@ FORWARD_TILES = {
     (4, 256): [(64, 16, 4), (32, 16, 2)],
 }
 # Gradients of K and V: (block_m, block_n, warps over keys, warps over columns, stages).
-DKDV_TILES = {
+DKDV_TILES: dict[tuple[int, int], list[Tile]] = {
     (2, 32): [(64, 64, 4, 1, 2)],
     (2, 64): [(64, 64, 2, 2, 2), (64, 64, 2, 2, 1)],
     (2, 96): [(64, 64, 2, 2, 2), (32, 64, 2, 2, 1)],
@@ -45,7 +49,7 @@ DKDV_TILES = {
     (4, 256): [(32, 32, 2, 4, 1), (16, 16, 1, 4, 1)],
 }
 # Gradient of Q: (block_m, block_n, warps, stages).
-DQ_TILES = {
+DQ_TILES: dict[tuple[int, int], list[Tile]] = {
     (2, 32): [(128, 64, 4, 2), (64, 64, 4, 2)],
     (2, 64): [(128, 32, 4, 2), (64, 64, 4, 1)],
     (2, 96): [(128, 32, 4, 1), (64, 32, 4, 1)],
@@ -98,37 +102,84 @@ def _dq_bytes(size: int, dim: int, dim_v: int, block_m: int, block_n: int, warps
     return block_m * (row + _pitch(block_n, size) + 8) + stages * block_n * row
 
 
-Tile = tuple[int, ...]
+@dataclass(frozen=True)
+class _TiledKernel:
+    """A kernel template; called for a problem, it gives the kernel to launch and the number of its blocks.
+
+    A block owns as many queries as the first number of its tile says, or as many keys as the second says.
+    """
+
+    template: str
+    header: str
+    tiles: dict[tuple[int, int], list[Tile]]
+    shared_bytes: Callable[..., int]
+    num_warps: Callable[[Tile], int]
+    owns: Literal["queries", "keys"]
+    pointers: tuple[str, ...]
+    params: str
+
+    def __call__(self, problem: Problem, number: str, chip: Chip) -> tuple[Kernel, int]:
+        name, short, size = NUMBERS[number]
+        dims = padded_head_dims(problem)
+        tile, shared_bytes = next(
+            (tile, needed)
+            for tile in self.tiles[size, dims[0]]
+            if (needed := self.shared_bytes(size, *dims, *tile)) <= chip.shared_memory
+        )
+        kernel = Kernel(
+            template=self.template,
+            header=self.header,
+            symbol=f"cuflash_{self.header}_{short}_d{dims[0]}x{dims[1]}",
+            arguments=(f"cuflash::{name}", *dims, *tile),
+            pointers=self.pointers,
+            params=self.params,
+            num_threads=32 * self.num_warps(tile),
+            shared_bytes=shared_bytes,
+        )
+        if self.owns == "queries":
+            return kernel, ceil_div(problem.seqlen_q, tile[0]) * problem.num_heads * problem.batch
+        return kernel, ceil_div(problem.seqlen_k, tile[1]) * problem.num_heads_kv * problem.batch
 
 
-def _first_fit(tiles: Iterable[Tile], shared_bytes: Callable[..., int], chip: Chip, *sizes: int) -> tuple[Tile, int]:
-    for tile in tiles:
-        needed = shared_bytes(*sizes, *tile)
-        if needed <= chip.shared_memory:
-            return tile, needed
-    raise AssertionError(f"no tile for {sizes} fits {chip.shared_memory} bytes of shared memory")
+_BACKWARD_INPUTS = (
+    *("const Element* q", "const Element* k", "const Element* v", "const Element* dout"),
+    *("const float* lse", "const float* delta"),
+)
 
-
-def forward(problem: Problem, number: str, chip: Chip) -> tuple[Kernel, int]:
-    """The kernel that computes out and lse, and the number of blocks it takes."""
-    name, short, size = NUMBERS[number]
-    dim, dim_v = padded_head_dims(problem)
-    tile, shared_bytes = _first_fit(FORWARD_TILES[size, dim], _forward_bytes, chip, size, dim, dim_v)
-    kernel = Kernel(
-        template="FwdWmma",
-        header="fwd_wmma",
-        symbol=f"cuflash_fwd_wmma_{short}_d{dim}x{dim_v}",
-        arguments=(f"cuflash::{name}", dim, dim_v, *tile),
-        pointers=("const Element* q", "const Element* k", "const Element* v", "Element* out", "float* lse"),
-        params="FwdParams",
-        num_threads=32 * tile[2],
-        shared_bytes=shared_bytes,
-    )
-    return kernel, -(-problem.seqlen_q // tile[0]) * problem.num_heads * problem.batch
+forward = _TiledKernel(
+    template="FwdWmma",
+    header="fwd_wmma",
+    tiles=FORWARD_TILES,
+    shared_bytes=_forward_bytes,
+    num_warps=lambda tile: tile[2],
+    owns="queries",
+    pointers=("const Element* q", "const Element* k", "const Element* v", "Element* out", "float* lse"),
+    params="FwdParams",
+)
+backward_dkdv = _TiledKernel(
+    template="BwdWmmaDkDv",
+    header="bwd_wmma_dkdv",
+    tiles=DKDV_TILES,
+    shared_bytes=_dkdv_bytes,
+    num_warps=lambda tile: tile[2] * tile[3],
+    owns="keys",
+    pointers=(*_BACKWARD_INPUTS, "Element* dk", "Element* dv"),
+    params="BwdParams",
+)
+backward_dq = _TiledKernel(
+    template="BwdWmmaDq",
+    header="bwd_wmma_dq",
+    tiles=DQ_TILES,
+    shared_bytes=_dq_bytes,
+    num_warps=lambda tile: tile[2],
+    owns="queries",
+    pointers=(*_BACKWARD_INPUTS, "Element* dq"),
+    params="BwdParams",
+)
 
 
 def delta(problem: Problem, number: str, chip: Chip) -> tuple[Kernel, int]:
-    """The kernel that computes delta = rowsum(dout * out)."""
+    """The kernel that computes delta = rowsum(dout * out), and the number of its blocks."""
     name, short, _ = NUMBERS[number]
     kernel = Kernel(
         template="BwdDelta",
@@ -140,46 +191,4 @@ def delta(problem: Problem, number: str, chip: Chip) -> tuple[Kernel, int]:
         num_threads=32 * DELTA_WARPS,
         shared_bytes=0,
     )
-    return kernel, -(-problem.seqlen_q // DELTA_WARPS) * problem.num_heads * problem.batch
-
-
-_BACKWARD_INPUTS = (
-    *("const Element* q", "const Element* k", "const Element* v", "const Element* dout"),
-    *("const float* lse", "const float* delta"),
-)
-
-
-def backward_dkdv(problem: Problem, number: str, chip: Chip) -> tuple[Kernel, int]:
-    """The kernel that computes dk and dv."""
-    name, short, size = NUMBERS[number]
-    dim, dim_v = padded_head_dims(problem)
-    tile, shared_bytes = _first_fit(DKDV_TILES[size, dim], _dkdv_bytes, chip, size, dim, dim_v)
-    kernel = Kernel(
-        template="BwdWmmaDkDv",
-        header="bwd_wmma_dkdv",
-        symbol=f"cuflash_bwd_wmma_dkdv_{short}_d{dim}x{dim_v}",
-        arguments=(f"cuflash::{name}", dim, dim_v, *tile),
-        pointers=(*_BACKWARD_INPUTS, "Element* dk", "Element* dv"),
-        params="BwdParams",
-        num_threads=32 * tile[2] * tile[3],
-        shared_bytes=shared_bytes,
-    )
-    return kernel, -(-problem.seqlen_k // tile[1]) * problem.num_heads_kv * problem.batch
-
-
-def backward_dq(problem: Problem, number: str, chip: Chip) -> tuple[Kernel, int]:
-    """The kernel that computes dq."""
-    name, short, size = NUMBERS[number]
-    dim, dim_v = padded_head_dims(problem)
-    tile, shared_bytes = _first_fit(DQ_TILES[size, dim], _dq_bytes, chip, size, dim, dim_v)
-    kernel = Kernel(
-        template="BwdWmmaDq",
-        header="bwd_wmma_dq",
-        symbol=f"cuflash_bwd_wmma_dq_{short}_d{dim}x{dim_v}",
-        arguments=(f"cuflash::{name}", dim, dim_v, *tile),
-        pointers=(*_BACKWARD_INPUTS, "Element* dq"),
-        params="BwdParams",
-        num_threads=32 * tile[2],
-        shared_bytes=shared_bytes,
-    )
-    return kernel, -(-problem.seqlen_q // tile[0]) * problem.num_heads * problem.batch
+    return kernel, ceil_div(problem.seqlen_q, DELTA_WARPS) * problem.num_heads * problem.batch

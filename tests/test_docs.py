@@ -5,7 +5,10 @@ from __future__ import annotations
 import doctest
 import importlib
 import re
+import sys
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +17,8 @@ import cuflash
 
 ROOT = Path(__file__).resolve().parents[1]
 ALGORITHM = (ROOT / "docs" / "algorithm.md").read_text()
-DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+README = (ROOT / "README.md").read_text()
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 
 
 def table(text: str, *header: str) -> list[dict[str, str]]:
@@ -151,3 +155,52 @@ def test_the_examples_in_docstrings_run(module: str) -> None:
     result = doctest.testmod(importlib.import_module(module))
     assert result.attempted > 0
     assert result.failed == 0
+
+
+def python_block(text: str, part: str) -> str:
+    """The Python block of the document that contains this."""
+    (block,) = [block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if part in block]
+    return block
+
+
+def check_quickstart(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """The block runs, and prints what the comment behind its print says."""
+    block = python_block(text, "rng =")
+    exec(compile(block, "README.md", "exec"), {})
+    promised = re.findall(r"print\(.*\)  # (.+)", block)
+    assert capsys.readouterr().out.splitlines() == promised != []
+
+
+def test_the_quickstart_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    check_quickstart(README, capsys)
+
+
+def test_a_wrong_quickstart_is_found(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "# (2, 8, 1000, 64)" in README
+    with pytest.raises(AssertionError):
+        check_quickstart(README.replace("# (2, 8, 1000, 64)", "# (2, 8, 1000, 65)"), capsys)
+
+
+def right(q: Any, k: Any, v: Any, **options: Any) -> Any:
+    return cuflash.attention(q, k, v, return_lse=True, **options)
+
+
+def blind_to_the_mask(q: Any, k: Any, v: Any, **options: Any) -> Any:
+    return cuflash.attention(q, k, v, return_lse=True, **options | {"causal": False})
+
+
+@pytest.mark.parametrize("my_attention", [right, blind_to_the_mask])
+def test_the_test_of_ones_own_kernel_runs_and_finds_a_bug(my_attention: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    hypothesis = pytest.importorskip("hypothesis")
+    my_project = ModuleType("my_project")
+    my_project.my_attention = my_attention  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "my_project", my_project)
+    names: dict[str, Any] = {}
+    exec(compile(python_block(README, "my_project"), "README.md", "exec"), names)
+    settings = hypothesis.settings(max_examples=50, derandomize=True, database=None, deadline=None)
+    test = settings(names["test_my_attention"])
+    if my_attention is right:
+        test()
+    else:
+        with pytest.raises(AssertionError, match="is not accurate"):
+            test()

@@ -158,7 +158,7 @@ def test_missing_headers_are_named_with_a_remedy(computer: Computer, major: int,
 
 
 class NoGpuModule:
-    """In the place of cupy.RawModule: CuPy's own compiler and cache, up to where the cubin would be loaded."""
+    """In the place of cupy.RawModule: what that does with CuPy's compiler and cache, for sm_80, loading nothing."""
 
     def __init__(self, *, code: str, options: tuple[str, ...]) -> None:
         self.code = code
@@ -167,18 +167,19 @@ class NoGpuModule:
     def get_function(self, name: str) -> Any:
         from cupy.cuda import compiler as cupy_compiler
 
-        cupy_compiler._compile_module_with_cache(self.code, self.options, arch="80")
+        program = cupy_compiler._NVRTCProgram(self.code, f"{name}.cu", method="cubin")
+        compiled, _ = program.compile((*self.options, "-arch=sm_80"))
+        cupy_compiler._kernel_cache_backend.save(f"{name}.cubin", compiled, self.code)
 
 
 @pytest.fixture
 def cupy_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """An empty cache directory of CuPy, which compiles for sm_80 here whether there is a GPU or not."""
+    """An empty cache directory of CuPy."""
     cupy = pytest.importorskip("cupy")
     from cupy.cuda import _compiler_cache
 
     directory = tmp_path / "cache"
     monkeypatch.setattr(cupy, "RawModule", NoGpuModule)
-    monkeypatch.delenv("CUPY_CACHE_IN_MEMORY", raising=False)
     backend = _compiler_cache.DiskKernelCacheBackend(str(directory))
     monkeypatch.setattr(cupy.cuda.compiler, "_kernel_cache_backend", backend)
     return directory
@@ -205,7 +206,7 @@ def test_missing_nvrtc_is_named_with_a_remedy(monkeypatch: pytest.MonkeyPatch, f
 
 def test_a_kernel_that_does_not_compile_is_named(cupy_cache: Path) -> None:
     with pytest.raises(RuntimeError, match=r"cuflash_tiny does not compile.*nonsense.*undefined") as error:
-        compiler.compile_kernel(replace(tiny_kernel(), code=tiny_kernel("nonsense();").code))
+        compiler.compile_kernel(tiny_kernel("nonsense();"))
     assert "CUPY_CACHE" not in str(error.value)
 
 
@@ -318,18 +319,13 @@ def test_a_renamed_header_changes_the_text_of_kernels(copied_sources: Path) -> N
     assert kernels()[0].source.code != original
 
 
-def find_sources_of(package: Path) -> str:
-    """Where a package that lies in this directory finds its CUDA sources."""
-    code = f"import sys; sys.path.insert(0, {str(package.parent)!r}); import cuflash._jit.sources as s; print(s.cuda_src())"
-    return python(code)
-
-
 @pytest.mark.parametrize("place", ["cuda_src", "cuflash/cuda_src"])
 def test_sources_lie_beside_the_package_or_in_it(tmp_path: Path, place: str) -> None:
     """Beside it in the source tree, which an editable install uses as well; in it after an installation."""
     shutil.copytree(ROOT / "cuflash", tmp_path / "cuflash", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(ROOT / "cuda_src", tmp_path / place)
-    assert find_sources_of(tmp_path / "cuflash") == str(tmp_path / place)
+    code = "from cuflash._jit.sources import cuda_src; print(cuda_src())"
+    assert python(f"import sys; sys.path.insert(0, {str(tmp_path)!r}); {code}") == str(tmp_path / place)
 
 
 def test_missing_sources_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -353,57 +349,52 @@ def test_symbols_are_readable_and_unique() -> None:
 C_TYPES = {"i4": "int", "i8": "long long", "f4": "float"}
 
 
-def assertions(struct: str, dtype: np.dtype[Any], path: str = "") -> Iterator[str]:
-    """Static assertions that every field lies where the dtype says, and has its type."""
-    for name, (field, offset, *_) in (dtype.fields or {}).items():
-        member = f"{path}{name}"
-        start = f"__builtin_offsetof(cuflash::{struct}, {path.rstrip('.')})" if path else "0"
-        yield f"static_assert(__builtin_offsetof(cuflash::{struct}, {member}) == {start} + {offset});"
+def fields(dtype: np.dtype[Any], path: str = "") -> Iterator[tuple[str, str]]:
+    """The innermost fields of a struct in the order of memory: how C++ calls them, and their types."""
+    for name, (field, *_) in sorted((dtype.fields or {}).items(), key=lambda item: item[1][1]):
         if field.names:
-            yield f"static_assert(sizeof(cuflash::{struct}{{}}.{member}) == {field.itemsize});"
-            yield from assertions(struct, field, f"{member}.")
+            yield from fields(field, f"{path}{name}.")
         else:
-            c_type = C_TYPES[field.str[1:]]
-            yield f"static_assert(kSame<decltype(cuflash::{struct}{{}}.{member}), {c_type}>);"
+            yield f"{path}{name}", C_TYPES[field.str[1:]]
 
 
 def compile_probe(struct: str, dtype: np.dtype[Any]) -> None:
+    """Hold a dtype against a struct: same names, order, types and size, hence, aligned as both are, same offsets."""
     pytest.importorskip("cupy")
-    checks = "\n".join(assertions(struct, dtype))
-    code = f"""
-#include <cuflash/attention/params.cuh>
-template <class A, class B> constexpr bool kSame = false;
-template <class A> constexpr bool kSame<A, A> = true;
-static_assert(sizeof(cuflash::{struct}) == {dtype.itemsize});
-{checks}
-"""
-    cubin.compile_for(KernelSource(struct, code, 32, 0), "sm_80")
+    leaves = list(fields(dtype))
+    checks = [
+        f"static_assert(params.{member} == {i} && kSame<decltype(params.{member}), {c_type}>);"
+        for i, (member, c_type) in enumerate(leaves)
+    ]
+    lines = [
+        "#include <cuflash/attention/params.cuh>",
+        "template <class A, class B> constexpr bool kSame = false;",
+        "template <class A> constexpr bool kSame<A, A> = true;",
+        f"constexpr cuflash::{struct} params = {{{', '.join(map(str, range(len(leaves))))}}};",
+        f"static_assert(sizeof(params) == {dtype.itemsize});",
+        *checks,
+    ]
+    cubin.compile_for(KernelSource(struct, "\n".join(lines), 32, 0), "sm_80")
 
 
 @pytest.mark.compile
 @pytest.mark.parametrize("struct", _params.PARAMS)
 def test_structs_mirror_those_of_the_kernels(struct: str) -> None:
-    assert len(list(assertions(struct, _params.PARAMS[struct]))) > 50
+    assert len(list(fields(_params.PARAMS[struct]))) >= 30
     compile_probe(struct, _params.PARAMS[struct])
 
 
 @pytest.mark.compile
 @pytest.mark.parametrize("mistake", ["two fields swapped", "another type"])
 def test_a_wrong_mirror_is_seen(mistake: str) -> None:
-    def wrong(dtype: np.dtype[Any]) -> np.dtype[Any]:
-        fields = [(name, dtype[name]) for name in dtype.names or ()]
-        if mistake == "two fields swapped":
-            (a, x), (b, y), *rest = fields
-            fields = [(b, y), (a, x), *rest]
-        else:
-            fields[-1] = (fields[-1][0], np.dtype("i4"))
-        return np.dtype(fields, align=True)
-
+    names = list(_params.PROBLEM.names or ())
+    types = [_params.PROBLEM[name] for name in names]
+    if mistake == "two fields swapped":
+        names[:2] = reversed(names[:2])
+    else:
+        types[-1] = np.dtype("i4")
+    problem = np.dtype(list(zip(names, types, strict=True)), align=True)
     params = _params.PARAMS["FwdParams"]
-    problem = wrong(_params.PROBLEM)
-    dtype = np.dtype(
-        [(name, problem if name == "problem" else params[name]) for name in params.names or ()], align=True
-    )
-    assert dtype.itemsize == params.itemsize
+    wrong = [(name, problem if name == "problem" else params[name]) for name in params.names or ()]
     with pytest.raises(cubin.CompileError, match="static assert"):
-        compile_probe("FwdParams", dtype)
+        compile_probe("FwdParams", np.dtype(wrong, align=True))

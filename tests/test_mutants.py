@@ -59,6 +59,7 @@ class Problem:
     window_size: tuple[int, int] | None = None
     one_stage: bool = False
     growth: float = 1.0  # of the keys from the first to the last, so that the largest score comes late
+    poisoned: tuple[str, int] | None = None  # the array, and the row, that hold one NaN
 
     @property
     def options(self) -> dict[str, Any]:
@@ -72,6 +73,9 @@ class Problem:
         k = rng.standard_normal((1, self.seqlen_k, self.head_dim))
         v = rng.standard_normal((1, self.seqlen_k, self.head_dim_v))
         k *= np.linspace(1, self.growth, self.seqlen_k)[:, None]
+        if self.poisoned:
+            name, row = self.poisoned
+            {"dout": dout, "q": q, "k": k, "v": v}[name][0, row, 3] = np.nan
         return tuple(x.astype(np.float16) for x in (dout, q, k, v))
 
 
@@ -84,6 +88,11 @@ WINDOW = Problem(150, 150, window_size=(10, 20))
 UNSEEN = Problem(70, 200, window_size=(10, 0))  # nobody sees the first 64 keys
 NARROW = Problem(40, 100, head_dim=40, head_dim_v=24)
 ONE_STAGE = Problem(140, 140, one_stage=True)
+# In the tile of this key, query 20 is the first that sees it; of the last tile of these keys, none is seen by query 10.
+NAN_IN_V = Problem(70, 200, causal=True, poisoned=("v", 150))
+NAN_IN_K = Problem(70, 200, causal=True, poisoned=("k", 150))
+NAN_IN_Q = Problem(100, 150, causal=True, poisoned=("q", 10))
+NAN_IN_DOUT = Problem(100, 150, causal=True, poisoned=("dout", 10))
 
 
 @dataclass(frozen=True)
@@ -135,7 +144,7 @@ MUTANTS = [
         "no wait for K",
         "forward",
         FORWARD,
-        "ptx::cp_async_wait<0>();\n      __syncthreads();  // K has arrived",
+        "ptx::cp_async_wait<0>();\n        __syncthreads();  // K has arrived",
         "__syncthreads();  //",
         PLAIN,
         ("lazy",),
@@ -144,7 +153,7 @@ MUTANTS = [
         "a wait for V that allows one group to be pending",
         "forward",
         FORWARD,
-        "ptx::cp_async_wait<0>();\n      __syncthreads();  // V has arrived",
+        "ptx::cp_async_wait<0>();\n        __syncthreads();  // V has arrived",
         "ptx::cp_async_wait<1>();\n      __syncthreads();  //",
         PLAIN,
         ("lazy",),
@@ -171,7 +180,7 @@ MUTANTS = [
         "a wait for a stage that allows one group to be pending",
         "backward",
         DKDV,
-        "ptx::cp_async_wait<0>();\n      __syncthreads();  // this stage has arrived",
+        "ptx::cp_async_wait<0>();\n        __syncthreads();  // this stage has arrived",
         "ptx::cp_async_wait<1>();\n      __syncthreads();  //",
         CAUSAL,
         ("lazy",),
@@ -189,8 +198,8 @@ MUTANTS = [
         "no barrier before the results overwrite K and V",
         "backward",
         DKDV,
-        "__syncthreads();  // K and V are no longer read",
-        "//",
+        "if (!__syncthreads_or(!careful && (acc_dk.has_non_finite() || acc_dv.has_non_finite()))) break;",
+        "break;",
         UNSEEN,
         ("tsan",),
     ),
@@ -201,7 +210,7 @@ MUTANTS = [
         "__syncwarp();  // dS is visible to its warp",
         "//",
         PLAIN,
-        ("forward", "tsan"),
+        ("greedy", "random", "tsan"),
     ),
     # Out of bounds
     Mutant(
@@ -328,7 +337,7 @@ MUTANTS = [
         "lse in base 2",
         "forward",
         "attention/softmax.cuh",
-        "kLn2 * (base + log2f(sum))",
+        "base + kLn2 * log2f(sum)",
         "base + log2f(sum)",
         PLAIN,
         ("forward",),
@@ -346,8 +355,8 @@ MUTANTS = [
         "the stage that is being loaded is used",
         "backward",
         DKDV,
-        "++step) {\n      const Stage stage(stages + step % kNumStages",
-        "++step) {\n      const Stage stage(stages + (step + 1) % kNumStages",
+        "++step) {\n        const Stage stage(stages + step % kNumStages",
+        "++step) {\n        const Stage stage(stages + (step + 1) % kNumStages",
         PLAIN,
         ("forward", "lazy"),
     ),
@@ -367,6 +376,88 @@ MUTANTS = [
         "x *= problem.softmax_scale;",
         "",
         PLAIN,
+        ("forward",),
+    ),
+    # NaN and infinity that spread to where they are not seen, or are lost where they are
+    Mutant(
+        "nothing tells that there is a NaN",
+        "forward",
+        "tile/warp_tile.cuh",
+        "return zero != 0.0f;",
+        "return false;",
+        NAN_IN_V,
+        ("forward", "pairs"),
+    ),
+    Mutant(
+        "a NaN reaches rows that do not see it",
+        "forward",
+        "tile/non_finite.cuh",
+        "!is_finite(factor) && visible(row, k)",
+        "!is_finite(factor)",
+        NAN_IN_V,
+        ("forward",),
+    ),
+    Mutant(
+        "no barrier before a NaN is cleared",
+        "forward",
+        "tile/non_finite.cuh",
+        "clear_non_finite(T* tile) {\n  __syncthreads();",
+        "clear_non_finite(T* tile) {",
+        NAN_IN_V,
+        ("greedy", "tsan"),
+    ),
+    Mutant(
+        "no barrier after a NaN is cleared",
+        "forward",
+        "tile/non_finite.cuh",
+        "from_float<T>(0.0f);\n  }\n  __syncthreads();",
+        "from_float<T>(0.0f);\n  }",
+        NAN_IN_V,
+        ("greedy", "random", "tsan"),
+    ),
+    Mutant(
+        "a NaN that only dK meets is overlooked",
+        "backward",
+        DKDV,
+        "acc_dk.has_non_finite() || ",
+        "",
+        NAN_IN_Q,
+        ("forward",),
+    ),
+    Mutant(
+        "a NaN that only dV meets is overlooked",
+        "backward",
+        DKDV,
+        " || acc_dv.has_non_finite()",
+        "",
+        NAN_IN_DOUT,
+        ("forward",),
+    ),
+    Mutant(
+        "a NaN in Q is not cleared",
+        "backward",
+        DKDV,
+        "clear_non_finite<kBlockM, kHeadDim, kNumThreads>(stage.q);",
+        "",
+        NAN_IN_Q,
+        ("forward",),
+    ),
+    Mutant(
+        "the second round adds to the first",
+        "backward",
+        DQ,
+        "acc_dq.clear();",
+        "if (!careful) acc_dq.clear();",
+        NAN_IN_K,
+        ("forward",),
+    ),
+    Mutant(
+        "hidden gradients of weights are NaN",
+        "backward",
+        DQ,
+        "if (masked) acc_dp.for_each(hide);",
+        "",
+        NAN_IN_V,
         ("forward",),
     ),
 ]
