@@ -1,4 +1,4 @@
-"""The kernel families: what each supports, on which GPUs, and with which tiles."""
+"""A kernel: a template of cuda_src with its arguments, and the CUDA C++ that instantiates it."""
 
 from __future__ import annotations
 
@@ -8,9 +8,6 @@ from ._device import KernelSource
 from ._jit.sources import cuda_digest
 from ._params import PARAMS
 from ._problem import Problem
-
-# The oldest GPU whose tensor cores multiply each element type.
-MIN_CAPABILITY = {"float16": (7, 0), "bfloat16": (8, 0), "float32": (8, 0)}
 
 # What a kernel is built for: the C++ type, a short name for symbols, and the size of an element in bytes.
 NUMBERS = {

@@ -50,7 +50,7 @@ DKDV_TILES: dict[tuple[int, int], list[Tile]] = {
 }
 # Gradient of Q: (block_m, block_n, warps, stages).
 DQ_TILES: dict[tuple[int, int], list[Tile]] = {
-    (2, 32): [(128, 64, 4, 2), (64, 64, 4, 2)],
+    (2, 32): [(64, 64, 4, 2)],
     (2, 64): [(128, 32, 4, 2), (64, 64, 4, 1)],
     (2, 96): [(128, 32, 4, 1), (64, 32, 4, 1)],
     (2, 128): [(128, 32, 4, 2), (64, 32, 4, 1), (32, 32, 2, 1)],
@@ -102,6 +102,11 @@ def _dq_bytes(size: int, dim: int, dim_v: int, block_m: int, block_n: int, warps
     return block_m * (row + _pitch(block_n, size) + 8) + stages * block_n * row
 
 
+def _shared_memory(chip: Chip) -> int:
+    """What a tile may take. Volta has more than Turing, but its fragments fill more registers: it gets Turing's tiles."""
+    return min(chip.shared_memory, 64 * 1024) if chip.capability < (8, 0) else chip.shared_memory
+
+
 @dataclass(frozen=True)
 class _TiledKernel:
     """A kernel template; called for a problem, it gives the kernel to launch and the number of its blocks.
@@ -124,7 +129,7 @@ class _TiledKernel:
         tile, shared_bytes = next(
             (tile, needed)
             for tile in self.tiles[size, dims[0]]
-            if (needed := self.shared_bytes(size, *dims, *tile)) <= chip.shared_memory
+            if (needed := self.shared_bytes(size, *dims, *tile)) <= _shared_memory(chip)
         )
         kernel = Kernel(
             template=self.template,
