@@ -103,7 +103,7 @@ def _dq_bytes(size: int, dim: int, dim_v: int, block_m: int, block_n: int, warps
 
 
 def _shared_memory(chip: Chip) -> int:
-    """What a tile may take. Volta has more than Turing, but its fragments fill more registers: it gets Turing's tiles."""
+    """What a tile may take. Volta has more than Turing, but its fragments fill more registers: it gets the same."""
     return min(chip.shared_memory, 64 * 1024) if chip.capability < (8, 0) else chip.shared_memory
 
 
