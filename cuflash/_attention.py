@@ -46,8 +46,7 @@ def _contiguous(shape: tuple[int, ...], dtype: Any) -> _Meta:
 
 def _lse_operand(meta: _Meta) -> Operand:
     """lse as (batch, heads, rows, 1), whatever the layout."""
-    itemsize = meta.dtype.itemsize
-    return Operand.of((*meta.shape, 1), (*(stride // itemsize for stride in meta.strides), 0))
+    return Operand.of((*meta.shape, 1), (*_checks.element_strides("lse", meta), 0))
 
 
 class _Setup(NamedTuple):
@@ -77,6 +76,15 @@ def _set_up(
     problem = _checks.problem(dtype, operands["q"], operands["k"], operands["v"], scale, causal, window_size)
     full = {name: operand.broadcast_batch(problem.batch) for name, operand in operands.items()}
     return _Setup(problem, full, layout, max(q.ndim, k.ndim, v.ndim))
+
+
+def _hashable(options: tuple[Any, ...]) -> bool:
+    """Whether a plan can be looked up by these options; where not, one of them is wrong, and the checks say which."""
+    try:
+        hash(options)
+    except TypeError:
+        return False
+    return True
 
 
 class _ForwardPlan(NamedTuple):
@@ -189,7 +197,8 @@ def attention(
     Runs on CuPy's current stream and does not synchronise. Scores and sums are float32; float16 and bfloat16 weights
     are rounded to the input type before they multiply ``v``. float32 products have about float32 accuracy, or that of
     TF32 if the environment variable ``CUPY_TF32=1`` was set when cuflash first ran. The same call gives bitwise the
-    same result. A NaN or infinity in an input reaches the results that plain attention computes from it.
+    same result. A NaN or infinity in an input reaches the results that plain attention computes
+    from it, and no others; a row whose scores are all -inf counts as one that sees no key.
 
     References
     ----------
@@ -205,14 +214,10 @@ def attention(
     (2, 4, 100, 64)
     """
     backend = backend_of(q, k, v) if out is None else backend_of(q, k, v, out)
-    key: tuple[Any, ...] = (
-        *(backend, _meta(q), _meta(k), _meta(v), None if out is None else _meta(out)),
-        *(scale, causal, window_size, layout, kernel),
-    )
-    try:
-        plan = _plan_forward(*key)
-    except TypeError:
-        plan = _plan_forward.__wrapped__(*key)  # an option that cannot be hashed: the checks name it
+    _checks.flag("return_lse", return_lse)
+    options = (scale, causal, _checks.window_size(window_size), layout, kernel)
+    plan_forward: Any = _plan_forward if _hashable(options) else _plan_forward.__wrapped__
+    plan = plan_forward(backend, _meta(q), _meta(k), _meta(v), None if out is None else _meta(out), *options)
     if out is None:
         out = backend.empty(plan.out.shape, plan.out.dtype)
     else:
@@ -331,7 +336,7 @@ def attention_backward(
     Notes
     -----
     Beyond the results it takes 4 bytes for each row of queries, and for an input that was broadcast along the batch
-    its gradient for the whole batch.
+    its gradient for the whole batch, in its own dtype and in float32.
 
     References
     ----------
@@ -349,14 +354,9 @@ def attention_backward(
     (2, 100, 64)
     """
     backend = backend_of(q, k, v, out, dout, lse)
-    key: tuple[Any, ...] = (
-        *(backend, _meta(dout), _meta(q), _meta(k), _meta(v), _meta(out), _meta(lse)),
-        *(scale, causal, window_size, layout, kernel, deterministic),
-    )
-    try:
-        plan = _plan_backward(*key)
-    except TypeError:
-        plan = _plan_backward.__wrapped__(*key)  # an option that cannot be hashed: the checks name it
+    options = (scale, causal, _checks.window_size(window_size), layout, kernel, deterministic)
+    plan_backward: Any = _plan_backward if _hashable(options) else _plan_backward.__wrapped__
+    plan = plan_backward(backend, _meta(dout), _meta(q), _meta(k), _meta(v), _meta(out), _meta(lse), *options)
     dq, dk, dv = (backend.empty(meta.shape, meta.dtype) for meta in plan.gradients)
     plan.run(dout, q, k, v, out, lse, dq, dk, dv)
     return _sum_broadcast(dq, q), _sum_broadcast(dk, k), _sum_broadcast(dv, v)
@@ -367,7 +367,7 @@ def _sum_broadcast(gradient: Array, array: Array) -> Array:
     if gradient.shape == array.shape:
         return gradient
     sum_dtype = "float64" if gradient.dtype == "float64" else "float32"
-    return gradient.astype(sum_dtype).sum(axis=0).astype(gradient.dtype).reshape(array.shape)
+    return gradient.astype(sum_dtype, copy=False).sum(axis=0).astype(gradient.dtype).reshape(array.shape)
 
 
 def attention_vjp(
@@ -421,6 +421,7 @@ def attention_vjp(
     >>> dq.shape
     (2, 100, 64)
     """
+    _checks.flag("deterministic", deterministic)
     out, lse = attention(
         *(q, k, v),
         scale=scale,

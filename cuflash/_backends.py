@@ -96,6 +96,11 @@ def backend_of(*arrays: Any) -> Backend:
                 f"{name}: is on device {array.data.device_id}, but the current device is {device_id}; "
                 f"all arrays must be there (with cupy.cuda.Device({array.data.device_id}): ...)"
             )
+        if array.data.ptr % array.dtype.itemsize:
+            raise ValueError(
+                f"{name}: its address {array.data.ptr:#x} is no multiple of the {array.dtype.itemsize} bytes "
+                "of an element; copy it first, for example with x.copy()"
+            )
     backend: Backend = _cupy.backend_on(device_id)
     return backend
 
@@ -129,7 +134,9 @@ def _backend_of_kinds(arrays: tuple[Any, ...]) -> Backend:
 def _foreign(name: str, array: Any) -> str:
     kind = type(array)
     hint = "numpy.asarray(x)"
-    if hasattr(array, "__dlpack__") or hasattr(array, "__cuda_array_interface__"):
+    if isinstance(array, np.ndarray):
+        hint = "numpy.asarray(x), or x.filled() where a mask means something"
+    elif hasattr(array, "__dlpack__") or hasattr(array, "__cuda_array_interface__"):
         hint = "cupy.from_dlpack(x), or numpy.from_dlpack(x) for one in host memory"
     return (
         f"{name}: got a {kind.__module__}.{kind.__qualname__}; allowed are cupy.ndarray and numpy.ndarray. "

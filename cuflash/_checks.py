@@ -12,7 +12,7 @@ from ._problem import MAX_HEAD_DIM, Band, Causal, Layout, Operand, Problem, Wind
 LAYOUTS = ("bhsd", "bshd")
 CAUSAL: tuple[Any, ...] = (False, True, "bottom-right", "top-left")
 KERNELS = ("auto", "wmma")
-MAX_SEQLEN = 2**30
+MAX_SEQLEN = 2**30 - 256  # 32-bit sums of an index, a limit and a tile stay below 2**31
 OVERLAP_WORK = 100_000  # steps that NumPy may take to find an overlap: microseconds to a few milliseconds
 
 AXES = {"bhsd": "(..., heads, sequence, head_dim)", "bshd": "(..., sequence, heads, head_dim)"}
@@ -31,12 +31,15 @@ def dtype_of(arrays: dict[str, Any], allowed: tuple[str, ...]) -> str:
 
 
 def layout(value: Any) -> Layout:
-    if value not in LAYOUTS:
+    if not isinstance(value, str) or value not in LAYOUTS:
         raise ValueError(f"layout: got {value!r}; allowed are 'bhsd' and 'bshd'")
-    return value
+    checked: Any = value
+    return checked
 
 
 def causal(value: Any) -> Causal:
+    if isinstance(value, np.bool_):
+        value = bool(value)
     if not isinstance(value, (bool, str)) or value not in CAUSAL:
         raise ValueError(f"causal: got {value!r}; allowed are False, True (= 'bottom-right') and 'top-left'")
     checked: Any = value
@@ -59,18 +62,19 @@ def window_size(value: Any) -> WindowSize:
     return None if left is None else int(left), None if right is None else int(right)
 
 
-def scale(value: Any, head_dim: int) -> float:
+def scale(value: Any, head_dim: int, dtype: str) -> float:
     if value is None:
         return 1.0 / math.sqrt(head_dim)
     if not isinstance(value, (int, float, np.integer, np.floating)) or isinstance(value, bool):
         raise TypeError(f"scale: got {value!r} of type {type(value).__name__}; allowed are None and a real number")
-    if not math.isfinite(value):
-        raise ValueError(f"scale: got {value!r}; it must be finite")
+    limit = float(np.finfo(lse_dtype(dtype)).max)
+    if not abs(value) <= limit:
+        raise ValueError(f"scale: got {value!r}; it must be finite and its absolute value at most {limit:.4g}")
     return float(value)
 
 
 def flag(name: str, value: Any) -> None:
-    if not isinstance(value, bool):
+    if not isinstance(value, (bool, np.bool_)):
         raise TypeError(f"{name}: got {value!r} of type {type(value).__name__}; allowed are True and False")
 
 
@@ -91,8 +95,18 @@ def operand(name: str, array: Any, layout: Layout) -> Operand:
         raise ValueError(
             f"{name}: shape {shape} has {len(shape)} axes; allowed are 2 (sequence, head_dim), 3 and 4: {AXES[layout]}"
         )
+    return Operand.of(shape, element_strides(name, array), layout)
+
+
+def element_strides(name: str, array: Any) -> tuple[int, ...]:
+    """The strides of an array in elements."""
     itemsize = array.dtype.itemsize
-    return Operand.of(shape, tuple(stride // itemsize for stride in array.strides), layout)
+    if any(size > 1 and stride % itemsize for size, stride in zip(array.shape, array.strides, strict=True)):
+        raise ValueError(
+            f"{name}: strides {array.strides} are no multiples of its elements' {itemsize} bytes; "
+            "copy it first, for example with numpy.ascontiguousarray(x)"
+        )
+    return tuple(stride // itemsize for stride in array.strides)
 
 
 def batch_of(operands: dict[str, Operand]) -> int:
@@ -142,7 +156,7 @@ def problem(
         seqlen_k=seqlen_k,
         head_dim=head_dim,
         head_dim_v=head_dim_v,
-        softmax_scale=scale(scale_value, head_dim),
+        softmax_scale=scale(scale_value, head_dim, dtype),
         band=Band.of(seqlen_q, seqlen_k, causal(causal_value), window_size(window_value)),
     )
 
@@ -173,15 +187,18 @@ def lse_dtype(dtype: str) -> np.dtype[Any]:
 
 
 def no_self_overlap(name: str, array: Any) -> None:
-    """Refuse an array to be written in which two indices are one place in memory."""
-    reach = 0
+    """Refuse an array to be written in which two indices may be one place in memory."""
+    if 0 in array.shape:
+        return
+    reach = array.dtype.itemsize
     for stride, size in sorted((abs(stride), size) for stride, size in zip(array.strides, array.shape, strict=True)):
-        if size > 1 and stride < max(reach, 1):
-            raise ValueError(
-                f"{name}: strides {array.strides} of shape {array.shape} put several elements in one place; "
-                "an array that is written must have a place for each"
-            )
-        reach = max(reach, stride * size)
+        if size > 1:
+            if stride < reach:
+                raise ValueError(
+                    f"{name}: strides {array.strides} of shape {array.shape} may put several elements in one place; "
+                    "an array that is written must have a place for each"
+                )
+            reach += stride * (size - 1)
 
 
 class _Memory:

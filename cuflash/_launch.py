@@ -65,6 +65,8 @@ class LaunchBackend:
         raise NotImplementedError(f"kernel={kernel!r} cannot compute this call: {listed}")
 
     def _step(self, kernel: Kernel, num_blocks: int, problem: Problem, operands: dict[str, Operand]) -> _Step:
+        if max(problem.batch, problem.num_heads) >= 2**31:
+            raise NotImplementedError(f"batch {problem.batch}, heads {problem.num_heads}: kernels count to {2**31 - 1}")
         if num_blocks >= 2**31:
             raise NotImplementedError(f"the call needs {num_blocks} blocks of threads; a GPU takes {2**31 - 1}")
         launch = self.device.load(kernel.source) if num_blocks else None

@@ -126,11 +126,12 @@ class _TiledKernel:
     def __call__(self, problem: Problem, number: str, chip: Chip) -> tuple[Kernel, int]:
         name, short, size = NUMBERS[number]
         dims = padded_head_dims(problem)
-        tile, shared_bytes = next(
-            (tile, needed)
-            for tile in self.tiles[size, dims[0]]
-            if (needed := self.shared_bytes(size, *dims, *tile)) <= _shared_memory(chip)
-        )
+        needed = {tile: self.shared_bytes(size, *dims, *tile) for tile in self.tiles[size, dims[0]]}
+        tile = next((tile for tile in needed if needed[tile] <= _shared_memory(chip)), None)
+        if tile is None:
+            raise NotImplementedError(
+                f"{self.header}: {chip.name} has less than {min(needed.values())} bytes of shared memory"
+            )
         kernel = Kernel(
             template=self.template,
             header=self.header,
@@ -139,7 +140,7 @@ class _TiledKernel:
             pointers=self.pointers,
             params=self.params,
             num_threads=32 * self.num_warps(tile),
-            shared_bytes=shared_bytes,
+            shared_bytes=needed[tile],
         )
         if self.owns == "queries":
             return kernel, ceil_div(problem.seqlen_q, tile[0]) * problem.num_heads * problem.batch

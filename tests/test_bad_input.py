@@ -326,3 +326,53 @@ def test_the_other_byte_order(ring: Ring) -> None:
         pytest.skip("CuPy has no such arrays")
     inputs = [x.astype(">f4") for x in arrays(ring)]
     fails(ring, TypeError, r"q\b.*>f4", *inputs)
+
+
+def test_strides_that_are_no_multiples_of_the_elements(ring: Ring) -> None:
+    if ring.name == "gpu":
+        pytest.skip("CuPy has no such arrays")
+    records = np.zeros((2, 5, 8), [("x", np.float32), ("y", np.int8)])
+    x = np.ones((2, 5, 8), np.float32)
+    fails(ring, ValueError, r"k\b.*strides", x, records["x"], x)
+    fails(ring, ValueError, r"out\b.*strides", x, x, x, out=records["x"])
+    assert not records["y"].any()
+
+
+def test_an_address_between_elements(gpu: Any) -> None:
+    memory = gpu.zeros(4 * 40 + 1, np.uint8)
+    x = gpu.ones((5, 8), np.float32)
+    with pytest.raises(ValueError, match=r"k\b.*address"):
+        cuflash.attention(x, memory[1:].view(np.float32).reshape(5, 8), x)
+
+
+def test_what_was_right_before_makes_nothing_else_right(ring: Ring) -> None:
+    """Plans are kept by options; True and 1, equal in a dict, are not the same to the checks."""
+    inputs = arrays(ring)
+    ring.attention(*inputs, window_size=(1, 0))
+    for window in ((True, 0), (1.0, 0), (1, False)):
+        fails(ring, ValueError, r"window_size\b", *inputs, window_size=window)
+    ring.attention(*inputs, causal=True)
+    fails(ring, ValueError, r"causal\b", *inputs, causal=1)
+
+
+@pytest.mark.parametrize("scale", [1e39, -1e300, 10**400])
+def test_a_scale_that_float32_cannot_hold(ring: Ring, scale: float) -> None:
+    fails(ring, ValueError, r"scale\b.*3\.403e\+38", *arrays(ring), scale=scale)
+
+
+def test_flags_are_flags(ring: Ring) -> None:
+    with pytest.raises(TypeError, match=r"return_lse\b.*'no'"):
+        ring.attention(*arrays(ring), return_lse="no")
+    with pytest.raises(TypeError, match=r"deterministic\b.*'yes'"):
+        ring.attention_vjp(*arrays(ring), deterministic="yes")
+
+
+def test_out_that_overlaps_itself_or_has_no_elements(ring: Ring) -> None:
+    q, k, v = arrays(ring)
+    empty = q[..., :0, :]
+    assert ring.attention(empty, k, v, out=ring.xp.empty_like(empty)).size == 0
+    memory = ring.xp.zeros(4 * q.size, q.dtype)
+    strides = (*q.strides[:-2], q.strides[-2], q.itemsize // 2)
+    overlapping = ring.xp.lib.stride_tricks.as_strided(memory, q.shape, strides)
+    with pytest.raises(ValueError, match=r"out\b.*strides"):
+        ring.attention(q, k, v, out=overlapping)

@@ -171,7 +171,7 @@ struct FwdWmma {
       }
     }
     const Matrix<Element> out(arrays.out, params.out, batch, head, problem.seqlen_q, problem.head_dim_v);
-    // Through the warp's own rows of Q, which nobody reads any more, to whole rows in memory.
+    // Through the place of Q, which no warp reads since the barrier above, to whole rows in memory.
     Element* const warp_o = smem_q + warp * kWarpM * kPitchV;
     map.store(warp_o, kPitchV, acc_o);
     __syncwarp();
