@@ -3,7 +3,26 @@
 from __future__ import annotations
 
 from ._attention import attention, attention_backward, attention_vjp
+from ._block_mask import BlockMask, make_block_mask
+from ._dropout import dropout_mask
+from ._merge import merge_states, merge_states_backward
+from ._padding import pad_input, unpad_input
+from ._varlen import attention_varlen, attention_varlen_backward, attention_varlen_vjp
 
 __version__ = "0.1.0"
 
-__all__ = ["attention", "attention_backward", "attention_vjp"]
+__all__ = [
+    "BlockMask",
+    "attention",
+    "attention_backward",
+    "attention_varlen",
+    "attention_varlen_backward",
+    "attention_varlen_vjp",
+    "attention_vjp",
+    "dropout_mask",
+    "make_block_mask",
+    "merge_states",
+    "merge_states_backward",
+    "pad_input",
+    "unpad_input",
+]

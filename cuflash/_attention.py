@@ -3,122 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 from . import _checks
-from ._backends import Backend, backend_of
-from ._problem import Causal, Layout, Operand, Problem, WindowSize
+from ._backends import backend_of
+from ._block_mask import BlockMask
+from ._plan import Array, make_vjp, run_backward, run_forward
+from ._problem import Causal, Layout, WindowSize
+from ._variants import PLAIN, gather
 
-Array = Any
-"""``cupy.ndarray`` or ``numpy.ndarray``."""
-
-
-_MetaTuple = tuple[tuple[int, ...], tuple[int, ...], Any]
-
-
-class _Meta(NamedTuple):
-    """What a plan depends on of an array."""
-
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-    dtype: Any
-
-    @property
-    def ndim(self) -> int:
-        return len(self.shape)
-
-
-def _meta(array: Array) -> _MetaTuple:
-    """The fields of _Meta as a plain tuple, which is made and hashed faster."""
-    return array.shape, array.strides, array.dtype
-
-
-def _contiguous(shape: tuple[int, ...], dtype: Any) -> _Meta:
-    """What an array that is yet to be allocated will be like."""
-    strides = []
-    step = dtype.itemsize
-    for size in reversed(shape):
-        strides.append(step)
-        step *= max(size, 1)
-    return _Meta(shape, tuple(reversed(strides)), dtype)
-
-
-def _lse_operand(meta: _Meta) -> Operand:
-    """lse as (batch, heads, rows, 1), whatever the layout."""
-    return Operand.of((*meta.shape, 1), (*_checks.element_strides("lse", meta), 0))
-
-
-class _Setup(NamedTuple):
-    """A checked problem, with its inputs as operands of the full batch."""
-
-    problem: Problem
-    operands: dict[str, Operand]
-    layout: Layout
-    ndim: int
-
-
-def _set_up(
-    backend: Backend,
-    q: _Meta,
-    k: _Meta,
-    v: _Meta,
-    scale: Any,
-    causal: Any,
-    window_size: Any,
-    layout: Any,
-    kernel: Any,
-) -> _Setup:
-    dtype = _checks.dtype_of({"q": q, "k": k, "v": v}, backend.dtypes)
-    layout = _checks.layout(layout)
-    _checks.kernel(kernel, backend.kernels, backend.kind)
-    operands = {name: _checks.operand(name, meta, layout) for name, meta in (("q", q), ("k", k), ("v", v))}
-    problem = _checks.problem(dtype, operands["q"], operands["k"], operands["v"], scale, causal, window_size)
-    full = {name: operand.broadcast_batch(problem.batch) for name, operand in operands.items()}
-    return _Setup(problem, full, layout, max(q.ndim, k.ndim, v.ndim))
-
-
-def _hashable(options: tuple[Any, ...]) -> bool:
-    """Whether a plan can be looked up by these options; where not, one of them is wrong, and the checks say which."""
-    try:
-        hash(options)
-    except TypeError:
-        return False
-    return True
-
-
-class _ForwardPlan(NamedTuple):
-    run: Callable[..., None]
-    out: _Meta
-    lse: _Meta
-
-
-@lru_cache(maxsize=4096, typed=True)
-def _plan_forward(
-    backend: Backend,
-    q_meta: _MetaTuple,
-    k_meta: _MetaTuple,
-    v_meta: _MetaTuple,
-    out_meta: _MetaTuple | None,
-    scale: Any,
-    causal: Any,
-    window_size: Any,
-    layout: Any,
-    kernel: Any,
-) -> _ForwardPlan:
-    q, k, v = _Meta(*q_meta), _Meta(*k_meta), _Meta(*v_meta)
-    setup = _set_up(backend, q, k, v, scale, causal, window_size, layout, kernel)
-    problem = setup.problem
-    expected = _contiguous(_checks.out_shape(problem, setup.layout, setup.ndim), q.dtype)
-    out = expected
-    if out_meta is not None:
-        out = _Meta(*out_meta)
-        _checks.dtype_of({"q": q, "out": out}, backend.dtypes)
-        _checks.same_shape("out", out, expected.shape)
-        _checks.no_self_overlap("out", out)
-    lse = _contiguous(_checks.lse_shape(problem, setup.ndim), _checks.lse_dtype(problem.dtype))
-    operands = {**setup.operands, "out": _checks.operand("out", out, setup.layout), "lse": _lse_operand(lse)}
-    return _ForwardPlan(backend.plan_forward(problem, kernel, operands), out, lse)
+ScoreMod = str | Callable[..., Any]
+"""A CUDA C++ expression for CuPy arrays, a Python callable for NumPy arrays."""
 
 
 def attention(
@@ -130,6 +25,17 @@ def attention(
     scale: float | None = None,
     causal: Causal = False,
     window_size: WindowSize = None,
+    softcap: float | None = None,
+    alibi_slopes: Array | None = None,
+    bias: Array | None = None,
+    mask: Array | None = None,
+    block_mask: BlockMask | None = None,
+    sinks: Array | None = None,
+    dropout_p: float = 0.0,
+    seed: int | Array | None = None,
+    score_mod: ScoreMod | None = None,
+    mask_mod: ScoreMod | None = None,
+    mod_args: dict[str, Any] | None = None,
     layout: Layout = "bhsd",
     out: Array | None = None,
     return_lse: bool = False,
@@ -137,12 +43,22 @@ def attention(
 ) -> Array | tuple[Array, Array]:
     r"""Exact attention in memory linear in the sequence lengths.
 
-    Computes, for every batch entry and head,
+    Computes, for every batch entry ``b`` and head ``h``,
 
     .. math:: \mathrm{out}_i = \sum_j \frac{e^{s_{ij}}}{\sum_{j'} e^{s_{ij'}}} v_j,
               \qquad s_{ij} = \mathrm{scale} \cdot q_i \cdot k_j
 
-    where the sums run over the keys ``j`` that query ``i`` sees.
+    where the sums run over the keys ``j`` that query ``i`` sees. The options change that in this order:
+
+    1. ``softcap``: :math:`s \leftarrow c \tanh(s / c)`
+    2. ``bias``: :math:`s \leftarrow s + \mathrm{bias}_{bhij}`
+    3. ``alibi_slopes``: :math:`s \leftarrow s - m_{bh} \, |i + N - M - j|`
+    4. ``score_mod``: :math:`s \leftarrow f(s, b, h, i, j)`
+    5. ``causal``, ``window_size``, ``mask``, ``mask_mod`` and ``block_mask`` hide keys; a key is seen if all of them
+       allow it. Whatever the score of a hidden key is, NaN included, it takes no part.
+    6. ``sinks``: one more term :math:`e^{\mathrm{sink}_h}` in the sum of the denominator
+    7. ``dropout_p``: weights are 0 with this probability and divided by ``1 - dropout_p`` otherwise, after the
+       division by their sum
 
     Parameters
     ----------
@@ -166,6 +82,36 @@ def attention(
     window_size : (int or None, int or None), optional
         How many keys a query sees to the left and to the right of its own position, which is aligned as for
         ``causal``; None means no limit.
+    softcap : float, optional
+        Bounds the scores to ``-softcap`` to ``softcap``; greater than 0 [2]_.
+    alibi_slopes : array, shape (Hq,) or (B, Hq), optional
+        Slopes of the linear biases of ALiBi [3]_, float32.
+    bias : array, optional
+        Added to the scores; in the dtype of ``q`` or float32. Its shape broadcasts to ``(B, Hq, M, N)``, in every
+        layout; any strides, strides of 0 included.
+    mask : array of bool, optional
+        True where a query sees a key. Shapes and strides as for ``bias``.
+    block_mask : BlockMask, optional
+        Which blocks of 128 x 128 pairs have pairs that are seen, from :func:`make_block_mask`. The others are
+        skipped; in those that are seen wholly ``mask`` and ``mask_mod`` are not looked at.
+    sinks : array, shape (Hq,), optional
+        A logit per head that takes weight and gives no value [4]_; in the dtype of ``q`` or float32.
+    dropout_p : float
+        Probability of dropping a weight, in [0, 1).
+    seed : int or array, optional
+        Which weights are dropped: an int in [0, 2**64), or an array of one uint64, which is read when the kernel
+        runs. The same seed drops the same weights in every kernel and backend, forward and backward: those of
+        :func:`dropout_mask`, from the counters of Philox4x32-10 [5]_.
+    score_mod : str or callable, optional
+        Programmable scores [6]_. For CuPy arrays a CUDA C++ expression in ``score``, ``b``, ``h``, ``q_idx``,
+        ``kv_idx`` and the names of ``mod_args``, such as ``"score + table(h, q_idx - kv_idx + 512)"``; it is compiled
+        into the kernel, and so is its derivative. For NumPy arrays a Python callable
+        ``f(score, b, h, q_idx, kv_idx)`` of arrays that broadcast.
+    mask_mod : str or callable, optional
+        Likewise, True where a query sees a key; it has no score (None in a callable).
+    mod_args : dict, optional
+        What the expressions use beside: arrays, as ``name(i, j)`` with an index for each of 1 to 4 axes, and
+        numbers (int of 32 bits, float, bool).
     layout : {"bhsd", "bshd"}
         Order of the axes: (batch, heads, sequence, dim), or (batch, sequence, heads, dim) as in flash-attn and JAX.
     out : array, optional
@@ -181,16 +127,21 @@ def attention(
         In the dtype of ``q``. Rows that see no key are 0.
     lse : array, shape (..., Hq, M)
         Only if ``return_lse``; natural logarithm, float32 (float64 for float64 inputs), in every layout with heads
-        before the sequence. Rows that see no key are -inf.
+        before the sequence. It counts the sink and is without dropout. Rows that see no key are -inf, or the sink.
 
     Raises
     ------
     TypeError
-        If an array is of a kind or dtype that is not supported.
+        If an array is of a kind or dtype that is not supported, or an option of a type that is not allowed.
     ValueError
         If shapes do not fit together, or an option has a value that is not allowed.
     NotImplementedError
         If no kernel can compute the call on this GPU.
+
+    See Also
+    --------
+    attention_varlen : sequences of different lengths without padding.
+    merge_states : put together what was computed on parts of the keys.
 
     Notes
     -----
@@ -202,7 +153,16 @@ def attention(
 
     References
     ----------
-    T. Dao, "FlashAttention-2: Faster Attention with Better Parallelism and Work Partitioning", arXiv:2307.08691.
+    .. [1] T. Dao, "FlashAttention-2: Faster Attention with Better Parallelism and Work Partitioning",
+       arXiv:2307.08691.
+    .. [2] Gemma Team, "Gemma 2: Improving Open Language Models at a Practical Size", arXiv:2408.00118.
+    .. [3] O. Press, N. Smith, M. Lewis, "Train Short, Test Long: Attention with Linear Biases Enables Input Length
+       Extrapolation", ICLR 2022, arXiv:2108.12409.
+    .. [4] G. Xiao et al., "Efficient Streaming Language Models with Attention Sinks", arXiv:2309.17453; as a learned
+       logit: OpenAI, "gpt-oss-120b & gpt-oss-20b Model Card", arXiv:2508.10925.
+    .. [5] J. Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011.
+    .. [6] J. Dong et al., "Flex Attention: A Programming Model for Generating Optimized Attention Kernels",
+       arXiv:2412.05496.
 
     Examples
     --------
@@ -212,74 +172,43 @@ def attention(
     >>> q, k, v = rng.standard_normal((3, 2, 4, 100, 64), dtype=np.float32)
     >>> cuflash.attention(q, k, v, causal=True).shape
     (2, 4, 100, 64)
+
+    A mask and a bias broadcast, here over batch and heads:
+
+    >>> near = abs(np.arange(100)[:, None] - np.arange(100)) < 20
+    >>> masked = cuflash.attention(q, k, v, mask=near)
+    >>> windowed = cuflash.attention(q, k, v, window_size=(19, 19))
+    >>> bool(np.allclose(masked, windowed, atol=1e-6))
+    True
+
+    The linear biases of ALiBi, as an option and as a programmable score:
+
+    >>> slopes = 2.0 ** -np.arange(1, 5, dtype=np.float32)
+    >>> alibi = cuflash.attention(q, k, v, alibi_slopes=slopes, softcap=30.0)
+    >>> programmed = cuflash.attention(
+    ...     q, k, v, softcap=30.0, score_mod=lambda score, b, h, i, j: score - slopes[h] * abs(i - j)
+    ... )
+    >>> bool(np.allclose(alibi, programmed, atol=1e-6))
+    True
     """
-    backend = backend_of(q, k, v) if out is None else backend_of(q, k, v, out)
-    _checks.flag("return_lse", return_lse)
-    options = (scale, causal, _checks.window_size(window_size), layout, kernel)
-    plan_forward: Any = _plan_forward if _hashable(options) else _plan_forward.__wrapped__
-    plan = plan_forward(backend, _meta(q), _meta(k), _meta(v), None if out is None else _meta(out), *options)
-    if out is None:
-        out = backend.empty(plan.out.shape, plan.out.dtype)
+    if score_mod is alibi_slopes is mask_mod is bias is mod_args is mask is block_mask is sinks is seed is None:
+        backend, variant = backend_of(q, k, v) if out is None else backend_of(q, k, v, out), PLAIN
     else:
-        _checks.writable("out", out, backend, q=q, k=k, v=v)
-    lse = backend.empty(plan.lse.shape, plan.lse.dtype) if return_lse else None
-    plan.run(q, k, v, out, lse)
-    return (out, lse) if return_lse else out
-
-
-class _BackwardPlan(NamedTuple):
-    run: Callable[..., None]
-    gradients: tuple[_Meta, _Meta, _Meta]  # over the full batch
-
-
-@lru_cache(maxsize=4096, typed=True)
-def _plan_backward(
-    backend: Backend,
-    dout_meta: _MetaTuple,
-    q_meta: _MetaTuple,
-    k_meta: _MetaTuple,
-    v_meta: _MetaTuple,
-    out_meta: _MetaTuple,
-    lse_meta: _MetaTuple,
-    scale: Any,
-    causal: Any,
-    window_size: Any,
-    layout: Any,
-    kernel: Any,
-    deterministic: Any,
-) -> _BackwardPlan:
-    q, k, v = _Meta(*q_meta), _Meta(*k_meta), _Meta(*v_meta)
-    dout, out, lse = _Meta(*dout_meta), _Meta(*out_meta), _Meta(*lse_meta)
-    setup = _set_up(backend, q, k, v, scale, causal, window_size, layout, kernel)
-    problem = setup.problem
-    _checks.flag("deterministic", deterministic)
-    _checks.dtype_of({"q": q, "dout": dout, "out": out}, backend.dtypes)
-    _checks.dtype_of({"lse": lse}, (str(_checks.lse_dtype(problem.dtype)),))
-    shape = _checks.out_shape(problem, setup.layout, setup.ndim)
-    _checks.same_shape("dout", dout, shape)
-    _checks.same_shape("out", out, shape)
-    _checks.same_shape("lse", lse, _checks.lse_shape(problem, setup.ndim))
-
-    dq, dk, dv = (_full_batch(meta, problem.batch, setup.layout) for meta in (q, k, v))
-    operands = {
-        **setup.operands,
-        **{
-            name: _checks.operand(name, meta, setup.layout)
-            for name, meta in (("dout", dout), ("out", out), ("dq", dq), ("dk", dk), ("dv", dv))
-        },
-        "lse": _lse_operand(lse),
-    }
-    return _BackwardPlan(backend.plan_backward(problem, kernel, operands), (dq, dk, dv))
-
-
-def _full_batch(meta: _Meta, batch: int, layout: Layout) -> _Meta:
-    """What the gradient of an input is like before it is summed over the batch entries that share the input."""
-    shape = meta.shape
-    if len(shape) == 2:  # one head
-        shape = (1, *shape) if layout == "bhsd" else (shape[0], 1, shape[1])
-    if len(shape) == 3:
-        shape = (1, *shape)
-    return _contiguous(meta.shape if shape[0] == batch else (batch, *shape[1:]), meta.dtype)
+        backend, variant = gather(
+            {"q": q, "k": k, "v": v, "out": out},
+            alibi_slopes=alibi_slopes,
+            bias=bias,
+            mask=mask,
+            block_mask=block_mask,
+            sinks=sinks,
+            seed=seed,
+            score_mod=score_mod,
+            mask_mod=mask_mod,
+            mod_args=mod_args,
+        )
+    window_size = _checks.window_size(window_size)
+    options = (scale, causal, window_size, layout, kernel, softcap, dropout_p, variant.mod)
+    return run_forward(backend, variant, q, k, v, out, return_lse, options)
 
 
 def attention_backward(
@@ -294,19 +223,39 @@ def attention_backward(
     scale: float | None = None,
     causal: Causal = False,
     window_size: WindowSize = None,
+    softcap: float | None = None,
+    alibi_slopes: Array | None = None,
+    bias: Array | None = None,
+    mask: Array | None = None,
+    block_mask: BlockMask | None = None,
+    sinks: Array | None = None,
+    dropout_p: float = 0.0,
+    seed: int | Array | None = None,
+    score_mod: ScoreMod | None = None,
+    mask_mod: ScoreMod | None = None,
+    mod_args: dict[str, Any] | None = None,
     layout: Layout = "bhsd",
     kernel: str = "auto",
+    dlse: Array | None = None,
+    return_dbias: bool = False,
+    return_dsinks: bool = False,
     deterministic: bool = False,
-) -> tuple[Array, Array, Array]:
+) -> tuple[Array, ...]:
     r"""Gradients of attention with respect to its inputs.
 
     With the weights :math:`p_{ij} = e^{s_{ij} - \mathrm{lse}_i}`, recomputed tile by tile, and
-    :math:`\delta_i = \mathrm{dout}_i \cdot \mathrm{out}_i`,
+    :math:`\delta_i = \mathrm{dout}_i \cdot \mathrm{out}_i - \mathrm{dlse}_i`,
 
-    .. math:: dv_j = \sum_i p_{ij} \, \mathrm{dout}_i, \quad
-              ds_{ij} = p_{ij} (\mathrm{dout}_i \cdot v_j - \delta_i), \quad
-              dq_i = \mathrm{scale} \sum_j ds_{ij} k_j, \quad
-              dk_j = \mathrm{scale} \sum_i ds_{ij} q_i
+    .. math:: dv_j = \sum_i \tilde p_{ij} \, \mathrm{dout}_i, \quad
+              ds_{ij} = \tilde p_{ij} \, \mathrm{dout}_i \cdot v_j - p_{ij} \, \delta_i, \quad
+              dq_i = \mathrm{scale} \sum_j s'_{ij} \, ds_{ij} k_j, \quad
+              dk_j = \mathrm{scale} \sum_i s'_{ij} \, ds_{ij} q_i
+
+    :math:`\tilde p` are the weights after dropout, :math:`s'` is the derivative of the score by the product
+    :math:`\mathrm{scale} \cdot q_i \cdot k_j`: 1 unless there is a ``softcap`` or a ``score_mod``. Further
+
+    .. math:: d\mathrm{bias}_{bhij} = \frac{\partial s_{ij}}{\partial \mathrm{bias}_{bhij}} \, ds_{ij}, \quad
+              d\mathrm{sink}_h = -\sum_{b,i} e^{\mathrm{sink}_h - \mathrm{lse}_i} \, \delta_i
 
     Parameters
     ----------
@@ -317,8 +266,14 @@ def attention_backward(
     out : array, shape (..., Hq, M, Dv)
     lse : array, shape (..., Hq, M)
         What ``attention(q, k, v, ..., return_lse=True)`` returned.
-    scale, causal, window_size, layout, kernel
+    scale, causal, window_size, softcap, alibi_slopes, bias, mask, block_mask, sinks, dropout_p, seed
         As they were in the forward call.
+    score_mod, mask_mod, mod_args, layout, kernel
+        Likewise.
+    dlse : array, shape (..., Hq, M), optional
+        Gradient with respect to ``lse``, in its dtype. Default: 0.
+    return_dbias, return_dsinks : bool
+        Whether to return the gradients of ``bias`` and of ``sinks`` too.
     deterministic : bool
         Whether the result must be bitwise the same in every run. All kernels of this version are deterministic.
 
@@ -327,6 +282,10 @@ def attention_backward(
     dq, dk, dv : array
         In the shapes and dtypes of ``q``, ``k`` and ``v``; summed over the query heads that share a key head, and
         over broadcast batch axes.
+    dbias : array
+        Only if ``return_dbias``. In the shape and dtype of ``bias``, summed over the axes along which it was broadcast.
+    dsinks : array, shape (Hq,)
+        Only if ``return_dsinks``. In the dtype of ``sinks``.
 
     Raises
     ------
@@ -348,26 +307,32 @@ def attention_backward(
     >>> import cuflash
     >>> rng = np.random.default_rng(0)
     >>> q, k, v, dout = rng.standard_normal((4, 2, 100, 64), dtype=np.float32)
-    >>> out, lse = cuflash.attention(q, k, v, return_lse=True)
-    >>> dq, dk, dv = cuflash.attention_backward(dout, q, k, v, out, lse)
-    >>> dk.shape
-    (2, 100, 64)
+    >>> bias = np.zeros((2, 1, 100), np.float32)
+    >>> out, lse = cuflash.attention(q, k, v, bias=bias, return_lse=True)
+    >>> dq, dk, dv, dbias = cuflash.attention_backward(dout, q, k, v, out, lse, bias=bias, return_dbias=True)
+    >>> dk.shape, dbias.shape
+    ((2, 100, 64), (2, 1, 100))
     """
-    backend = backend_of(q, k, v, out, dout, lse)
-    options = (scale, causal, _checks.window_size(window_size), layout, kernel, deterministic)
-    plan_backward: Any = _plan_backward if _hashable(options) else _plan_backward.__wrapped__
-    plan = plan_backward(backend, _meta(dout), _meta(q), _meta(k), _meta(v), _meta(out), _meta(lse), *options)
-    dq, dk, dv = (backend.empty(meta.shape, meta.dtype) for meta in plan.gradients)
-    plan.run(dout, q, k, v, out, lse, dq, dk, dv)
-    return _sum_broadcast(dq, q), _sum_broadcast(dk, k), _sum_broadcast(dv, v)
-
-
-def _sum_broadcast(gradient: Array, array: Array) -> Array:
-    """The gradient of an input that was broadcast along the batch is the sum of its copies' gradients."""
-    if gradient.shape == array.shape:
-        return gradient
-    sum_dtype = "float64" if gradient.dtype == "float64" else "float32"
-    return gradient.astype(sum_dtype, copy=False).sum(axis=0).astype(gradient.dtype).reshape(array.shape)
+    if score_mod is alibi_slopes is mask_mod is bias is mod_args is mask is block_mask is sinks is seed is dlse is None:
+        backend, variant = backend_of(q, k, v, out, dout, lse), PLAIN
+    else:
+        backend, variant = gather(
+            {"q": q, "k": k, "v": v, "out": out, "dout": dout, "lse": lse},
+            alibi_slopes=alibi_slopes,
+            bias=bias,
+            mask=mask,
+            block_mask=block_mask,
+            sinks=sinks,
+            seed=seed,
+            score_mod=score_mod,
+            mask_mod=mask_mod,
+            mod_args=mod_args,
+            dlse=dlse,
+        )
+    window_size = _checks.window_size(window_size)
+    options = (scale, causal, window_size, layout, kernel, softcap, dropout_p, variant.mod)
+    gradients = (return_dbias, return_dsinks, deterministic)
+    return run_backward(backend, variant, (dout, q, k, v, out, lse), gradients, options)
 
 
 def attention_vjp(
@@ -376,30 +341,31 @@ def attention_vjp(
     v: Array,
     /,
     *,
-    scale: float | None = None,
-    causal: Causal = False,
-    window_size: WindowSize = None,
-    layout: Layout = "bhsd",
-    kernel: str = "auto",
+    return_lse: bool = False,
+    return_dbias: bool = False,
+    return_dsinks: bool = False,
     deterministic: bool = False,
-) -> tuple[Array, Callable[[Array], tuple[Array, Array, Array]]]:
+    **options: Any,
+) -> tuple[Any, Callable[..., tuple[Array, ...]]]:
     """Attention, and the function that pulls a gradient of its result back to its inputs.
 
     Parameters
     ----------
     q, k, v : array
-    scale, causal, window_size, layout, kernel
-        As for :func:`attention`.
-    deterministic : bool
+    **options
+        Those of :func:`attention`, but ``out``.
+    return_lse : bool
+        Whether to return ``lse`` too.
+    return_dbias, return_dsinks, deterministic : bool
         As for :func:`attention_backward`.
 
     Returns
     -------
     out : array, shape (..., Hq, M, Dv)
-        ``attention(q, k, v, ...)``.
+        ``attention(q, k, v, **options)``; with ``return_lse`` the pair ``(out, lse)``.
     vjp : callable
-        ``vjp(dout)`` returns ``(dq, dk, dv)``. It keeps references to ``q``, ``k``, ``v`` and ``out``: leave them
-        unchanged until it has been called.
+        ``vjp(dout, dlse=None)`` returns ``(dq, dk, dv)``, then ``dbias`` and ``dsinks`` if asked for. It keeps
+        references to all arrays of the call and to ``out``: leave them unchanged until it has been called.
 
     Raises
     ------
@@ -416,31 +382,20 @@ def attention_vjp(
     >>> import cuflash
     >>> rng = np.random.default_rng(0)
     >>> q, k, v = rng.standard_normal((3, 2, 100, 64), dtype=np.float32)
-    >>> out, vjp = cuflash.attention_vjp(q, k, v, causal=True)
-    >>> dq, dk, dv = vjp(np.ones_like(out))
-    >>> dq.shape
-    (2, 100, 64)
+    >>> sinks = np.zeros(2, np.float32)
+    >>> out, vjp = cuflash.attention_vjp(q, k, v, causal=True, sinks=sinks, return_dsinks=True)
+    >>> dq, dk, dv, dsinks = vjp(np.ones_like(out))
+    >>> dq.shape, dsinks.shape
+    ((2, 100, 64), (2,))
     """
-    _checks.flag("deterministic", deterministic)
-    out, lse = attention(
-        *(q, k, v),
-        scale=scale,
-        causal=causal,
-        window_size=window_size,
-        layout=layout,
-        kernel=kernel,
-        return_lse=True,
+    return make_vjp(
+        attention,
+        attention_backward,
+        (q, k, v),
+        (),
+        options,
+        return_lse=return_lse,
+        return_dbias=return_dbias,
+        return_dsinks=return_dsinks,
+        deterministic=deterministic,
     )
-
-    def vjp(dout: Array) -> tuple[Array, Array, Array]:
-        return attention_backward(
-            *(dout, q, k, v, out, lse),
-            scale=scale,
-            causal=causal,
-            window_size=window_size,
-            layout=layout,
-            kernel=kernel,
-            deterministic=deterministic,
-        )
-
-    return out, vjp

@@ -6,7 +6,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from . import _numpy
+from . import _check_options, _numpy
+from ._check_mods import ModKind
 from ._problem import Operand, Problem
 
 
@@ -16,6 +17,7 @@ class Backend(Protocol):
     kind: str
     dtypes: tuple[str, ...]
     kernels: tuple[str, ...]
+    mod_kind: ModKind
 
     def empty(self, shape: tuple[int, ...], dtype: Any) -> Any:
         """Allocate an uninitialised array."""
@@ -24,10 +26,14 @@ class Backend(Protocol):
         """The address of an array's first element."""
 
     def plan_forward(self, problem: Problem, kernel_name: str, operands: dict[str, Operand]) -> Any:
-        """Prepare calls with operands of these shapes and strides: a function of (q, k, v, out, lse or None)."""
+        """Prepare calls with operands of these shapes and strides: a function of (q, k, v, out, lse or None, **extras).
+
+        The extras are what the variant of a call takes, by the names of the options: arrays, a seed that may be an
+        int, a BlockMask, the dict mod_args.
+        """
 
     def plan_backward(self, problem: Problem, kernel_name: str, operands: dict[str, Operand]) -> Any:
-        """Likewise, a function of (dout, q, k, v, out, lse, dq, dk, dv)."""
+        """Likewise, a function of (dout, q, k, v, out, lse, dq, dk, dv, **extras); dbias and dsinks are written too."""
 
 
 class NumpyBackend:
@@ -36,6 +42,7 @@ class NumpyBackend:
     kind = "NumPy"
     dtypes: tuple[str, ...] = ("float16", "bfloat16", "float32", "float64")
     kernels: tuple[str, ...] = ("auto",)
+    mod_kind: ModKind = "callable"
 
     def empty(self, shape: tuple[int, ...], dtype: Any) -> Any:
         return np.empty(shape, dtype)
@@ -44,23 +51,44 @@ class NumpyBackend:
         return int(array.__array_interface__["data"][0])
 
     def plan_forward(self, problem: Problem, kernel_name: str, operands: dict[str, Operand]) -> Any:
-        q_op, k_op, v_op, out_op, lse_op = (operands[name] for name in ("q", "k", "v", "out", "lse"))
-
-        def forward(q: Any, k: Any, v: Any, out: Any, lse: Any) -> None:
-            lse_view = None if lse is None else _view(lse, lse_op)[..., 0]
-            _numpy.forward(problem, _view(q, q_op), _view(k, k_op), _view(v, v_op), _view(out, out_op), lse_view)
+        def forward(q: Any, k: Any, v: Any, out: Any, lse: Any, **extras: Any) -> None:
+            arrays = {"q": q, "k": k, "v": v, "out": out, "lse": lse, **extras}
+            _numpy.forward(problem, **_views(problem, operands, arrays))
 
         return forward
 
     def plan_backward(self, problem: Problem, kernel_name: str, operands: dict[str, Operand]) -> Any:
         names = ("dout", "q", "k", "v", "out", "lse", "dq", "dk", "dv")
 
-        def backward(*arrays: Any) -> None:
-            views = {name: _view(array, operands[name]) for name, array in zip(names, arrays, strict=True)}
-            views["lse"] = views["lse"][..., 0]
-            _numpy.backward(problem, **views)
+        def backward(*arrays: Any, **extras: Any) -> None:
+            named = dict(zip(names, arrays, strict=True)) | extras
+            _numpy.backward(problem, **_views(problem, operands, named))
 
         return backward
+
+
+ROWS = ("lse", "dlse")
+LISTS = ("cu_seqlens_q", "cu_seqlens_k", "seqused_k")
+AS_THEY_ARE = ("block_mask", "dsinks")
+
+
+def _views(problem: Problem, operands: dict[str, Operand], arrays: dict[str, Any]) -> dict[str, Any]:
+    """The arrays of a call as NumPy's loops take them: most as (batch, heads, rows, columns)."""
+
+    def view(name: str, array: Any) -> Any:
+        if array is None or name in AS_THEY_ARE:
+            return array
+        if name == "seed":
+            return int(array) if isinstance(array, int) else int(array.item())
+        if name in LISTS:
+            return array.astype(np.int64)
+        viewed = _view(array, operands[name])
+        return viewed[..., 0] if name in ROWS else viewed
+
+    views = {name: view(name, array) for name, array in arrays.items()}
+    if problem.packed:
+        _check_options.offset_values(problem, **{name: views[name] for name in LISTS if name in views})
+    return views
 
 
 def _view(array: Any, operand: Operand) -> Any:
@@ -74,23 +102,24 @@ numpy_backend: Backend = NumpyBackend()
 
 
 NAMES = ("q", "k", "v", "out", "dout", "lse")
+"""What errors call the arrays of a plain call."""
 
 _cupy: Any = None
 """The module of that name, once a CuPy array has been seen."""
 
 
-def backend_of(*arrays: Any) -> Backend:
-    """The backend of arrays (named as in NAMES) that are all of one kind and, for CuPy, on the current device."""
+def backend_of(*arrays: Any, names: tuple[str, ...] = NAMES) -> Backend:
+    """The backend of arrays, of these names, that are all of one kind and, for CuPy, on the current device."""
     kind = type(arrays[0])
     for array in arrays:
         if type(array) is not kind:
-            return _backend_of_kinds(arrays)
+            return _backend_of_kinds(arrays, names)
     if kind is np.ndarray:
         return numpy_backend
     if _cupy is None or kind is not _cupy.ndarray:
-        return _backend_of_kinds(arrays)
+        return _backend_of_kinds(arrays, names)
     device_id: int = _cupy.current_device_id()
-    for name, array in zip(NAMES, arrays, strict=False):
+    for name, array in zip(names, arrays, strict=False):
         if array.data.device_id != device_id:
             raise ValueError(
                 f"{name}: is on device {array.data.device_id}, but the current device is {device_id}; "
@@ -105,21 +134,21 @@ def backend_of(*arrays: Any) -> Backend:
     return backend
 
 
-def _backend_of_kinds(arrays: tuple[Any, ...]) -> Backend:
+def _backend_of_kinds(arrays: tuple[Any, ...], names: tuple[str, ...]) -> Backend:
     """The same for subclasses of NumPy's arrays, the first CuPy array, and everything that is refused."""
     global _cupy
     kinds = []
-    for name, array in zip(NAMES, arrays, strict=False):
+    for name, array in zip(names, arrays, strict=False):
         if isinstance(array, np.ndarray) and not isinstance(array, (np.matrix, np.ma.MaskedArray)):
             kinds.append("numpy")
         elif f"{type(array).__module__}.{type(array).__name__}" == "cupy.ndarray":
             kinds.append("cupy")
         else:
             raise TypeError(_foreign(name, array))
-    for name, kind in zip(NAMES, kinds, strict=False):
+    for name, kind in zip(names, kinds, strict=False):
         if kind != kinds[0]:
             raise TypeError(
-                f"{name}: is a {kind}.ndarray, but {NAMES[0]} is a {kinds[0]}.ndarray; all arrays must be of one "
+                f"{name}: is a {kind}.ndarray, but {names[0]} is a {kinds[0]}.ndarray; all arrays must be of one "
                 "kind. Convert with cupy.asarray(x) or cupy.asnumpy(x)"
             )
     if kinds[0] == "numpy":
@@ -128,7 +157,7 @@ def _backend_of_kinds(arrays: tuple[Any, ...]) -> Backend:
         from . import _cupy as module
 
         _cupy = module
-    return backend_of(*arrays)
+    return backend_of(*arrays, names=names)
 
 
 def _foreign(name: str, array: Any) -> str:

@@ -7,12 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from ._problem import MAX_HEAD_DIM, Band, Causal, Layout, Operand, Problem, WindowSize
+from ._problem import MAX_HEAD_DIM, MAX_SEQLEN, Causal, Layout, Operand, Problem, Window, WindowSize
 
 LAYOUTS = ("bhsd", "bshd")
 CAUSAL: tuple[Any, ...] = (False, True, "bottom-right", "top-left")
-KERNELS = ("auto", "wmma")
-MAX_SEQLEN = 2**30 - 256  # 32-bit sums of an index, a limit and a tile stay below 2**31
+KERNELS = ("auto", "wmma", "naive", "fa1")
 OVERLAP_WORK = 100_000  # steps that NumPy may take to find an overlap: microseconds to a few milliseconds
 
 AXES = {"bhsd": "(..., heads, sequence, head_dim)", "bshd": "(..., sequence, heads, head_dim)"}
@@ -62,10 +61,14 @@ def window_size(value: Any) -> WindowSize:
     return None if left is None else int(left), None if right is None else int(right)
 
 
+def is_real(value: Any) -> bool:
+    return isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
+
+
 def scale(value: Any, head_dim: int, dtype: str) -> float:
     if value is None:
         return 1.0 / math.sqrt(head_dim)
-    if not isinstance(value, (int, float, np.integer, np.floating)) or isinstance(value, bool):
+    if not is_real(value):
         raise TypeError(f"scale: got {value!r} of type {type(value).__name__}; allowed are None and a real number")
     limit = float(np.finfo(lse_dtype(dtype)).max)
     if not abs(value) <= limit:
@@ -95,7 +98,17 @@ def operand(name: str, array: Any, layout: Layout) -> Operand:
         raise ValueError(
             f"{name}: shape {shape} has {len(shape)} axes; allowed are 2 (sequence, head_dim), 3 and 4: {AXES[layout]}"
         )
-    return Operand.of(shape, element_strides(name, array), layout)
+    return Operand.of(shape, element_strides(name, array), layout, str(array.dtype))
+
+
+def packed(arrays: dict[str, Any]) -> None:
+    """Refuse arrays that are not (total, heads, head_dim)."""
+    for name, array in arrays.items():
+        if len(array.shape) != 3:
+            raise ValueError(
+                f"{name}: shape {array.shape} has {len(array.shape)} axes; "
+                "packed arrays have 3: (total, heads, head_dim)"
+            )
 
 
 def element_strides(name: str, array: Any) -> tuple[int, ...]:
@@ -157,7 +170,7 @@ def problem(
         head_dim=head_dim,
         head_dim_v=head_dim_v,
         softmax_scale=scale(scale_value, head_dim, dtype),
-        band=Band.of(seqlen_q, seqlen_k, causal(causal_value), window_size(window_value)),
+        window=Window.of(causal(causal_value), window_size(window_value)),
     )
 
 

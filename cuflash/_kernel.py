@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from ._device import KernelSource
 from ._jit.sources import cuda_digest
+from ._options import Options
 from ._params import PARAMS
 from ._problem import Problem
 
@@ -38,22 +39,49 @@ class Kernel:
     params: str
     num_threads: int
     shared_bytes: int
+    options: Options | None = None  # None for a kernel that knows no options
 
     @property
     def source(self) -> KernelSource:
         """The CUDA C++ that instantiates the kernel; its assertions tie it to what this module believes."""
         arguments = ", ".join(str(argument) for argument in self.arguments)
         names = ", ".join(pointer.split()[-1] for pointer in self.pointers)
+        parameters = [*self.pointers, f"const __grid_constant__ cuflash::{self.params} params"]
+        options, call = "", "params"
+        if self.options is not None:
+            options, call = self.options.code, "params, {}"
+            if self.options.features:
+                options += f"static_assert(sizeof(Options) == {self.options.dtype.itemsize});\n"
+                parameters.append("const __grid_constant__ Options options")
+                call = "params, options"
         code = f"""\
 // cuda_src {cuda_digest()}
 #include <cuflash/kernels/{self.header}.cuh>
-using Kernel = cuflash::{self.template}<{arguments}>;
+{options}using Kernel = cuflash::{self.template}<{arguments}>;
 using Element = Kernel::Element;
 static_assert(sizeof(cuflash::{self.params}) == {PARAMS[self.params].itemsize});
 static_assert(Kernel::kNumThreads == {self.num_threads} && Kernel::kSharedBytes == {self.shared_bytes});
 extern "C" __global__ void __launch_bounds__({self.num_threads}, 1)
-{self.symbol}({", ".join(self.pointers)}, const __grid_constant__ cuflash::{self.params} params) {{
-  Kernel::run({{{names}}}, params);
+{self.symbol}({", ".join(parameters)}) {{
+  Kernel::run({{{names}}}, {call});
 }}
 """
         return KernelSource(self.symbol, code, self.num_threads, self.shared_bytes)
+
+
+FIND_BLOCKS_WARPS = 8
+
+
+def find_blocks(options: Options) -> Kernel:
+    """The kernel that finds the blocks of a block mask."""
+    return Kernel(
+        template="FindBlocks",
+        header="find_blocks",
+        symbol="cuflash_find_blocks",
+        arguments=(options.type, FIND_BLOCKS_WARPS),
+        pointers=("Element* visible", "Element* full"),
+        params="FwdParams",
+        num_threads=32 * FIND_BLOCKS_WARPS,
+        shared_bytes=0,
+        options=options,
+    )

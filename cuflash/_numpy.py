@@ -9,11 +9,14 @@ gradients add up inside the products.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ._dual import Dual
+from ._numpy_pairs import Block, Pairs
 from ._problem import Problem
 
 Array = NDArray[Any]
@@ -24,35 +27,60 @@ BLOCK_ROWS = 1024
 BLOCK_KEYS = 512
 
 
-def forward(problem: Problem, q: Array, k: Array, v: Array, out: Array, lse: Array | None) -> None:
-    """Write attention to ``out``, its log-sum-exp to ``lse``; axes are ``(batch, heads, rows, columns)``."""
+def forward(
+    problem: Problem,
+    q: Array,
+    k: Array,
+    v: Array,
+    out: Array,
+    lse: Array | None,
+    *,
+    sinks: Array | None = None,
+    **extras: Any,
+) -> None:
+    """Write attention to ``out``, its log-sum-exp to ``lse``; axes are ``(batch, heads, rows, columns)``.
+
+    The extras are the options that are arrays, as Problem does not tell them.
+    """
     dtype = _compute_dtype(problem)
+    if problem.packed:  # rows that belong to no sequence
+        out[...] = 0
+        if lse is not None:
+            lse[...] = -np.inf
     with np.errstate(all="ignore"):
-        for batch, heads, heads_kv in _head_blocks(problem):
-            for queries in _query_blocks(problem):
-                here = (batch, heads, queries)
-                block_q = _stacked(problem, q[here], dtype) * dtype.type(problem.softmax_scale)
-                acc = np.zeros((*block_q.shape[:2], problem.head_dim_v), dtype)
-                row_max = np.full(block_q.shape[:2], -np.inf, dtype)
-                row_sum = np.zeros(block_q.shape[:2], dtype)
-                for keys, hidden in _key_blocks(problem, queries):
-                    block_k = np.ascontiguousarray(k[batch, heads_kv, keys], dtype)
-                    block_v = np.ascontiguousarray(v[batch, heads_kv, keys], dtype)
-                    p = block_q @ block_k.mT
-                    if hidden is not None:
-                        np.copyto(p, -np.inf, where=hidden)
-                    old_max, row_max = row_max, np.maximum(row_max, p.max(axis=-1))
-                    offset = _softmax_offset(row_max)
-                    p -= offset[..., None]
-                    np.exp(p, out=p)
-                    rescale = np.exp(old_max - offset)
-                    row_sum = row_sum * rescale + p.sum(axis=-1)
-                    acc *= rescale[..., None]
-                    acc += _visible_product(p, block_v, hidden)
-                acc /= np.where(row_sum == 0, 1, row_sum)[..., None]
-                out[here] = acc.reshape(out[here].shape)
-                if lse is not None:
-                    lse[here] = (row_max + np.log(row_sum)).reshape(lse[here].shape)
+        for pairs, rows, key_rows in _sequences(problem, dtype, **extras):
+            for heads, heads_kv in _head_blocks(pairs.problem):
+                for queries in _query_blocks(pairs.problem):
+                    here = rows.part(heads, queries)
+                    block_q = _stacked(problem, q[here], dtype) * dtype.type(problem.softmax_scale)
+                    acc = np.zeros((*block_q.shape[:2], problem.head_dim_v), dtype)
+                    row_max = _sink_logits(sinks, pairs.batch, heads, block_q.shape[:2], dtype)
+                    row_sum = np.isfinite(row_max).astype(dtype)  # e^(sink - row_max)
+                    for keys in _key_blocks(pairs, heads, queries):
+                        there, block = key_rows.part(heads_kv, keys), Block(heads, queries, keys)
+                        block_k = np.ascontiguousarray(k[there], dtype)
+                        block_v = np.ascontiguousarray(v[there], dtype)
+                        # The steps in which the documentation of attention() lists the options.
+                        p = pairs.capped(block_q @ block_k.mT)
+                        p = pairs.modified(p, block)
+                        hidden = pairs.hidden(block)
+                        if hidden is not None:
+                            np.copyto(p, -np.inf, where=hidden)
+                        old_max, row_max = row_max, np.maximum(row_max, p.max(axis=-1))
+                        offset = _softmax_offset(row_max)
+                        p -= offset[..., None]
+                        np.exp(p, out=p)
+                        rescale = np.exp(old_max - offset)
+                        row_sum = row_sum * rescale + p.sum(axis=-1)
+                        survivors = pairs.survivors(block)
+                        if survivors is not None:
+                            p *= survivors
+                        acc *= rescale[..., None]
+                        acc += _visible_product(p, block_v, hidden)
+                    acc /= np.where(row_sum == 0, 1, row_sum)[..., None]
+                    out[here] = acc.reshape(out[here].shape)
+                    if lse is not None:
+                        lse[here] = (row_max + np.log(row_sum)).reshape(lse[here].shape)
 
 
 def backward(
@@ -66,56 +94,127 @@ def backward(
     dq: Array,
     dk: Array,
     dv: Array,
+    *,
+    dlse: Array | None = None,
+    dbias: Array | None = None,
+    sinks: Array | None = None,
+    dsinks: Array | None = None,
+    **extras: Any,
 ) -> None:
-    """Write the gradients of ``sum(dout * out)``, with the weights recomputed from ``lse``."""
+    """Write the gradients of ``sum(dout * out) + sum(dlse * lse)``, with the weights recomputed from ``lse``.
+
+    ``dbias`` has size 1 along the axes over which it is summed, ``dsinks`` is ``(heads,)``.
+    """
     dtype = _compute_dtype(problem)
     scale = dtype.type(problem.softmax_scale)
+    if problem.packed:  # rows that belong to no sequence
+        for gradient in (dq, dk, dv):
+            gradient[...] = 0
+    acc_dbias = None if dbias is None else np.zeros(dbias.shape, dtype)
+    acc_dsinks = np.zeros(problem.num_heads, dtype)
     with np.errstate(all="ignore"):
-        for batch, heads, heads_kv in _head_blocks(problem):
-            acc_dk = np.zeros(dk[batch, heads_kv].shape, dtype)
-            acc_dv = np.zeros(dv[batch, heads_kv].shape, dtype)
-            for queries in _query_blocks(problem):
-                here = (batch, heads, queries)
-                block_q = _stacked(problem, q[here], dtype) * scale
-                block_dout = _stacked(problem, dout[here], dtype)
-                delta = (block_dout * _stacked(problem, out[here], dtype)).sum(axis=-1, keepdims=True)
-                offset = _softmax_offset(_stacked(problem, lse[here][..., None], dtype))
-                acc_dq = np.zeros_like(block_q)
-                for keys, hidden in _key_blocks(problem, queries):
-                    block_k = np.ascontiguousarray(k[batch, heads_kv, keys], dtype)
-                    block_v = np.ascontiguousarray(v[batch, heads_kv, keys], dtype)
-                    p = block_q @ block_k.mT
-                    p -= offset
-                    np.exp(p, out=p)
-                    ds = block_dout @ block_v.mT
-                    ds -= delta
-                    ds *= p
-                    if hidden is not None:
-                        np.copyto(p, 0, where=hidden)
-                        np.copyto(ds, 0, where=hidden)
-                    hidden_from = None if hidden is None else hidden.T
-                    acc_dv[:, keys] += _visible_product(p.mT, block_dout, hidden_from)
-                    acc_dk[:, keys] += _visible_product(ds.mT, block_q, hidden_from)
-                    acc_dq += _visible_product(ds, block_k, hidden)
-                dq[here] = (acc_dq * scale).reshape(dq[here].shape)
-            dk[batch, heads_kv] = acc_dk
-            dv[batch, heads_kv] = acc_dv
+        for pairs, rows, key_rows in _sequences(problem, dtype, **extras):
+            for heads, heads_kv in _head_blocks(pairs.problem):
+                all_keys = key_rows.part(heads_kv, slice(0, pairs.problem.seqlen_k))
+                acc_dk = np.zeros(dk[all_keys].shape, dtype)
+                acc_dv = np.zeros(dv[all_keys].shape, dtype)
+                for queries in _query_blocks(pairs.problem):
+                    here = rows.part(heads, queries)
+                    block_q = _stacked(problem, q[here], dtype) * scale
+                    block_dout = _stacked(problem, dout[here], dtype)
+                    delta = (block_dout * _stacked(problem, out[here], dtype)).sum(axis=-1, keepdims=True)
+                    if dlse is not None:
+                        delta -= _stacked(problem, dlse[here][..., None], dtype)
+                    offset = _softmax_offset(_stacked(problem, lse[here][..., None], dtype))
+                    if dsinks is not None:
+                        logits = _sink_logits(sinks, pairs.batch, heads, block_q.shape[:2], dtype)
+                        dlogits = -np.exp(logits - offset[..., 0]) * delta[..., 0]
+                        acc_dsinks[heads] += dlogits.reshape(heads.stop - heads.start, -1).sum(axis=-1)
+                    acc_dq = np.zeros_like(block_q)
+                    for keys in _key_blocks(pairs, heads, queries):
+                        there, block = key_rows.part(heads_kv, keys), Block(heads, queries, keys)
+                        block_k = np.ascontiguousarray(k[there], dtype)
+                        block_v = np.ascontiguousarray(v[there], dtype)
+                        capped = pairs.capped(Dual(block_q @ block_k.mT))
+                        final = pairs.modified(Dual(capped.value), block)  # its slope is the derivative by the bias
+                        hidden = pairs.hidden(block)
+                        p = final.value
+                        p -= offset
+                        np.exp(p, out=p)
+                        ds = block_dout @ block_v.mT
+                        survivors = pairs.survivors(block)
+                        if survivors is not None:
+                            ds *= survivors
+                        ds -= delta
+                        ds *= p
+                        if survivors is not None:
+                            p *= survivors
+                        if hidden is not None:
+                            np.copyto(p, 0, where=hidden)
+                            np.copyto(ds, 0, where=hidden)
+                        ds = _chain(ds, final.slope, hidden)
+                        if acc_dbias is not None:
+                            pairs.add_to(acc_dbias, ds, block)
+                        ds = _chain(ds, capped.slope, hidden)
+                        hidden_from = None if hidden is None else hidden.mT
+                        acc_dv[:, keys] += _visible_product(p.mT, block_dout, hidden_from)
+                        acc_dk[:, keys] += _visible_product(ds.mT, block_q, hidden_from)
+                        acc_dq += _visible_product(ds, block_k, hidden)
+                    dq[here] = (acc_dq * scale).reshape(dq[here].shape)
+                dk[all_keys] = acc_dk
+                dv[all_keys] = acc_dv
+    if dbias is not None:
+        dbias[...] = acc_dbias
+    if dsinks is not None:
+        dsinks[...] = acc_dsinks
 
 
 def _compute_dtype(problem: Problem) -> np.dtype[Any]:
     return np.dtype(np.float64 if problem.dtype == "float64" else np.float32)
 
 
-def _head_blocks(problem: Problem) -> Iterator[tuple[int, slice, slice]]:
-    """Yield ``(batch, heads, heads_kv)``; the heads of short sequences share a block."""
+class Rows(NamedTuple):
+    """Where the rows of a sequence are in arrays of axes (batch, heads, rows, ...)."""
+
+    entry: int
+    first: int
+
+    def part(self, heads: slice, rows: slice) -> tuple[int, slice, slice]:
+        """The index of some heads and rows of the sequence."""
+        return self.entry, heads, slice(self.first + rows.start, self.first + rows.stop)
+
+
+def _sequences(
+    problem: Problem,
+    dtype: np.dtype[Any],
+    *,
+    cu_seqlens_q: Any = None,
+    cu_seqlens_k: Any = None,
+    seqused_k: Any = None,
+    **options: Any,
+) -> Iterator[tuple[Pairs, Rows, Rows]]:
+    """Yield each sequence, a batch entry or a stretch of packed rows: its options, and where queries and keys are."""
+    for batch in range(problem.batch):
+        if not problem.packed:
+            yield Pairs(problem, dtype, batch, **options), Rows(batch, 0), Rows(batch, 0)
+            continue
+        (first_query, end_query), (first_key, end_key) = (
+            offsets[batch : batch + 2].tolist() for offsets in (cu_seqlens_q, cu_seqlens_k)
+        )
+        seqlen_k = end_key - first_key if seqused_k is None else int(seqused_k[batch])
+        alone = replace(problem, batch=1, seqlen_q=end_query - first_query, seqlen_k=seqlen_k, packed=False)
+        yield Pairs(alone, dtype, batch, **options), Rows(0, first_query), Rows(0, first_key)
+
+
+def _head_blocks(problem: Problem) -> Iterator[tuple[slice, slice]]:
+    """Yield ``(heads, heads_kv)``; the heads of short sequences share a block."""
     group_size = problem.group_size
     rows = min(group_size * problem.seqlen_q, BLOCK_ROWS)
     keys = min(problem.seqlen_k, BLOCK_KEYS)
     step = max(1, BLOCK_ROWS * BLOCK_KEYS // max(1, rows * keys))
-    for batch in range(problem.batch):
-        for start in range(0, problem.num_heads_kv, step):
-            stop = min(start + step, problem.num_heads_kv)
-            yield batch, slice(start * group_size, stop * group_size), slice(start, stop)
+    for start in range(0, problem.num_heads_kv, step):
+        stop = min(start + step, problem.num_heads_kv)
+        yield slice(start * group_size, stop * group_size), slice(start, stop)
 
 
 def _query_blocks(problem: Problem) -> Iterator[slice]:
@@ -124,19 +223,11 @@ def _query_blocks(problem: Problem) -> Iterator[slice]:
         yield slice(start, min(start + step, problem.seqlen_q))
 
 
-def _key_blocks(problem: Problem, queries: slice) -> Iterator[tuple[slice, Array | None]]:
-    """Yield the blocks of keys that some of these queries see, with the mask of hidden pairs where needed."""
-    begin, end = problem.band
-    first = max(0, queries.start + begin)
-    last = min(problem.seqlen_k, queries.stop - 1 + end)
-    for start in range(first, last, BLOCK_KEYS):
-        stop = min(start + BLOCK_KEYS, last)
-        hidden = None
-        if start < queries.stop - 1 + begin or stop > queries.start + end:
-            i = np.arange(queries.start, queries.stop)[:, None]
-            j = np.arange(start, stop)
-            hidden = np.tile((j < i + begin) | (j >= i + end), (problem.group_size, 1))
-        yield slice(start, stop), hidden
+def _key_blocks(pairs: Pairs, heads: slice, queries: slice) -> Iterator[slice]:
+    """Yield the blocks of keys that some of these queries may see."""
+    for first, last in pairs.key_ranges(heads, queries):
+        for start in range(first, last, BLOCK_KEYS):
+            yield slice(start, min(start + BLOCK_KEYS, last))
 
 
 def _stacked(problem: Problem, x: Array, dtype: np.dtype[Any]) -> Array:
@@ -144,6 +235,24 @@ def _stacked(problem: Problem, x: Array, dtype: np.dtype[Any]) -> Array:
     heads, rows, columns = x.shape
     group_size = problem.group_size
     return np.ascontiguousarray(x, dtype).reshape(heads // group_size, group_size * rows, columns)
+
+
+def _sink_logits(sinks: Array | None, batch: int, heads: slice, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+    """Return the logit that each row, of these stacked heads, has beside its scores: -inf without sinks."""
+    if sinks is None:
+        return np.full(shape, -np.inf, dtype)
+    logits = sinks[batch, heads, 0].astype(dtype)
+    return np.broadcast_to(logits, (len(logits), shape[0] * shape[1] // len(logits))).reshape(shape)
+
+
+def _chain(gradient: Array, slope: Any, hidden: Array | None) -> Array:
+    """Return a gradient of scores times their slope, by the chain rule; hidden pairs stay 0 where the slope is NaN."""
+    if np.ndim(slope) == 0 and slope == 1:
+        return gradient
+    gradient = gradient * slope
+    if hidden is not None:
+        np.copyto(gradient, 0, where=hidden)
+    return gradient
 
 
 def _softmax_offset(row_max: Array) -> Array:
@@ -159,5 +268,5 @@ def _visible_product(weights: Array, values: Array, hidden: Array | None) -> Arr
     product = weights @ np.where(finite, values, 0)
     for j in np.flatnonzero(~finite.all(axis=(0, 2))):
         special = np.where(finite[:, j], 0, values[:, j])
-        product += np.where(hidden[:, j, None], 0, weights[:, :, j, None] * special[:, None, :])
+        product += np.where(hidden[..., j, None], 0, weights[:, :, j, None] * special[:, None, :])
     return product

@@ -14,30 +14,35 @@ STRIDES = np.dtype([("batch", "i8"), ("head", "i8"), ("row", "i8"), ("col", "i8"
 PROBLEM = np.dtype(
     [
         *((name, "i4") for name in ("batch", "num_heads", "num_heads_kv", "seqlen_q", "seqlen_k")),
-        *((name, "i4") for name in ("head_dim", "head_dim_v", "band_begin", "band_end")),
+        *((name, "i4") for name in ("head_dim", "head_dim_v", "window_begin", "window_end", "bottom_right")),
         ("softmax_scale", "f4"),
     ],
     align=True,
 )
 
 
-def _struct(operands: tuple[str, ...]) -> np.dtype[Any]:
-    return np.dtype([*((name, STRIDES) for name in operands), ("problem", PROBLEM)], align=True)
+def _struct(operands: tuple[str, ...], sizes: tuple[str, ...] = ()) -> np.dtype[Any]:
+    fields = [*((name, STRIDES) for name in operands), ("problem", PROBLEM), *((name, "i4") for name in sizes)]
+    return np.dtype(fields, align=True)
 
 
 PARAMS = {
     "FwdParams": _struct(("q", "k", "v", "out", "lse")),
-    "BwdParams": _struct(("q", "k", "v", "out", "dout", "lse", "dq", "dk", "dv")),
+    "BwdParams": _struct(("q", "k", "v", "out", "dout", "lse", "dlse", "delta", "dq", "dk", "dv")),
+    "DbiasParams": _struct(("q", "k", "v", "dout", "lse", "delta", "dbias"), ("batch", "heads", "rows", "cols")),
 }
 
 
 def fill(struct: str, problem: Problem, operands: Mapping[str, Operand]) -> np.ndarray[Any, Any]:
     """A structured array of size 1, as CuPy passes it by value; operands that are left out get strides of 0."""
     params = np.zeros(1, PARAMS[struct])
-    for name, operand in operands.items():
-        params[name] = operand.strides
+    for name in PARAMS[struct].names or ():
+        if name in operands:
+            params[name] = operands[name].strides
+    window = problem.window
+    sizes = {"window_begin": window.begin, "window_end": window.end, "bottom_right": window.bottom_right}
     for name in PROBLEM.names or ():
-        if name not in ("band_begin", "band_end"):
-            params["problem"][name] = getattr(problem, name)
-    params["problem"]["band_begin"], params["problem"]["band_end"] = problem.band
+        params["problem"][name] = sizes[name] if name in sizes else getattr(problem, name)
+    if struct == "DbiasParams":
+        params["batch"], params["heads"], params["rows"], params["cols"] = operands["dbias"].shape
     return params

@@ -4,26 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 from ._device import Chip
 from ._kernel import NUMBERS, Kernel, padded_head_dims
-from ._problem import Problem, ceil_div
+from ._options import ELEMENTS, Options
+from ._problem import Operand, Problem, ceil_div
 
 Tile = tuple[int, ...]
 
 # The oldest GPU whose tensor cores multiply numbers of each type.
 MIN_CAPABILITY = {"float16": (7, 0), "bfloat16": (8, 0), "float32": (8, 0), "tfloat32": (8, 0)}
 
+PLAIN = Options()
+
 # Tiles by (bytes of an element, head_dim), the fastest first; the first that fits the chip's shared memory is taken.
 # sm_75 has 64 KB and must find one for 2-byte elements, sm_86, 89 and 120 have 99 KB and must for all elements.
-# Measured on an H200, and chosen so that no chip spills registers (docs/notes/wmma.md).
+# Measured on an H200, and chosen so that no chip spills registers (docs/notes/wmma.md): a third number of a key is the
+# major compute capability of the chips that try these tiles before the others.
+Tiles = dict[tuple[int, ...], list[Tile]]
+
 # Forward: (block_m, block_n, warps).
-FORWARD_TILES: dict[tuple[int, int], list[Tile]] = {
+FORWARD_TILES: Tiles = {
     (2, 32): [(128, 64, 4)],
     (2, 64): [(128, 64, 4)],
     (2, 96): [(128, 64, 4), (64, 64, 4)],
-    (2, 128): [(128, 48, 4), (64, 64, 4)],
+    (2, 128): [(128, 48, 4), (128, 32, 4), (64, 64, 4)],
+    (2, 128, 7): [(64, 64, 4)],
+    (2, 128, 9): [(128, 64, 4)],
     (2, 192): [(64, 64, 4), (64, 32, 4)],
     (2, 256): [(64, 64, 4), (64, 32, 4), (64, 16, 4)],
     (4, 32): [(64, 32, 4)],
@@ -34,7 +41,7 @@ FORWARD_TILES: dict[tuple[int, int], list[Tile]] = {
     (4, 256): [(64, 16, 4), (32, 16, 2)],
 }
 # Gradients of K and V: (block_m, block_n, warps over keys, warps over columns, stages).
-DKDV_TILES: dict[tuple[int, int], list[Tile]] = {
+DKDV_TILES: Tiles = {
     (2, 32): [(64, 64, 4, 1, 2)],
     (2, 64): [(64, 64, 2, 2, 2), (64, 64, 2, 2, 1)],
     (2, 96): [(64, 64, 2, 2, 2), (32, 64, 2, 2, 1)],
@@ -48,28 +55,44 @@ DKDV_TILES: dict[tuple[int, int], list[Tile]] = {
     (4, 192): [(32, 32, 2, 2, 1), (16, 32, 2, 2, 1)],
     (4, 256): [(32, 32, 2, 4, 1), (16, 16, 1, 4, 1)],
 }
-# Gradient of Q: (block_m, block_n, warps, stages).
-DQ_TILES: dict[tuple[int, int], list[Tile]] = {
-    (2, 32): [(64, 64, 4, 2)],
-    (2, 64): [(128, 32, 4, 2), (64, 64, 4, 1)],
-    (2, 96): [(128, 32, 4, 1), (64, 32, 4, 1)],
-    (2, 128): [(128, 32, 4, 2), (64, 32, 4, 1), (32, 32, 2, 1)],
-    (2, 192): [(64, 32, 4, 2), (64, 32, 4, 1), (32, 32, 2, 1)],
-    (2, 256): [(64, 32, 4, 1), (32, 16, 2, 1)],
+# Gradient of Q: (block_m, block_n, warps over queries, warps over columns, stages).
+DQ_TILES: Tiles = {
+    (2, 32): [(64, 64, 4, 1, 2)],
+    (2, 64): [(128, 32, 4, 1, 2), (64, 64, 4, 1, 1)],
+    (2, 96): [(128, 32, 4, 1, 1), (64, 32, 4, 1, 1)],
+    (2, 128): [(128, 32, 4, 1, 2), (64, 32, 4, 1, 1), (32, 32, 2, 1, 1)],
+    (2, 192): [(64, 32, 4, 1, 2), (64, 32, 4, 1, 1), (32, 32, 2, 1, 1)],
+    (2, 256): [(64, 32, 4, 1, 1), (32, 16, 2, 1, 1)],
+    (4, 32): [(64, 32, 4, 1, 1)],
+    (4, 64): [(64, 32, 4, 1, 1)],
+    (4, 96): [(64, 32, 4, 1, 1), (32, 32, 2, 1, 1)],
+    (4, 128): [(32, 32, 2, 1, 1)],
+    (4, 192): [(32, 16, 2, 1, 1)],
+    (4, 256): [(32, 32, 2, 2, 1), (16, 16, 1, 2, 1)],
+}
+# Gradient of a bias: (block_m, block_n, warps, stages).
+DBIAS_TILES: Tiles = {
+    (2, 32): [(128, 64, 4, 1), (64, 64, 4, 1)],
+    (2, 64): [(128, 64, 4, 1), (64, 64, 4, 1)],
+    (2, 96): [(64, 64, 4, 1), (32, 32, 2, 1)],
+    (2, 128): [(128, 128, 8, 1), (64, 64, 4, 1), (32, 32, 2, 1)],
+    (2, 192): [(64, 64, 4, 1), (32, 32, 2, 1)],
+    (2, 256): [(64, 64, 4, 1), (32, 32, 2, 1), (16, 32, 1, 1)],
     (4, 32): [(64, 32, 4, 1)],
     (4, 64): [(64, 32, 4, 1)],
     (4, 96): [(64, 32, 4, 1), (32, 32, 2, 1)],
     (4, 128): [(32, 32, 2, 1)],
-    (4, 192): [(32, 16, 2, 1)],
-    (4, 256): [(32, 16, 2, 1), (16, 16, 1, 1)],
+    (4, 192): [(32, 32, 2, 1), (16, 16, 1, 1)],
+    (4, 256): [(32, 32, 2, 1), (16, 16, 1, 1)],
 }
 DELTA_WARPS = 8
+SINKS_WARPS = 16
 
 # A lane learns the layout of fragments from 16 x 16 indices in rows of 24 floats (FragmentMap).
 MAP_SCRATCH_BYTES = 16 * 24 * 4
 
 
-def why_not(problem: Problem, number: str, chip: Chip) -> str | None:
+def why_not(problem: Problem, number: str, chip: Chip, options: Options = PLAIN) -> str | None:
     """The reason why the family cannot compute the problem on a GPU, or None if it can."""
     needed = MIN_CAPABILITY[number]
     if chip.capability < needed:
@@ -85,21 +108,50 @@ def _pitch(cols: int, size: int) -> int:
     return cols * size + 16
 
 
-def _forward_bytes(size: int, dim: int, dim_v: int, block_m: int, block_n: int, warps: int) -> int:
+def _forward_bytes(size: int, options: Options, dim: int, dim_v: int, block_m: int, block_n: int, warps: int) -> int:
     warp_bytes = max(block_m // warps * _pitch(block_n, size), MAP_SCRATCH_BYTES)
-    return (block_m + block_n) * _pitch(dim, size) + block_n * _pitch(dim_v, size) + warps * warp_bytes
+    tiles = (block_m + block_n) * _pitch(dim, size) + block_n * _pitch(dim_v, size)
+    return tiles + warps * warp_bytes + options.tile_bytes(block_m, block_n)
 
 
 def _dkdv_bytes(
-    size: int, dim: int, dim_v: int, block_m: int, block_n: int, warps_n: int, warps_d: int, stages: int
+    size: int,
+    options: Options,
+    dim: int,
+    dim_v: int,
+    block_m: int,
+    block_n: int,
+    warps_n: int,
+    warps_d: int,
+    stages: int,
 ) -> int:
     row = _pitch(dim, size) + _pitch(dim_v, size)
-    return block_n * (row + 2 * _pitch(block_m, size)) + stages * block_m * (row + 8)
+    stage = block_m * (row + 8) + options.tile_bytes(block_m, block_n)
+    return block_n * (row + 2 * _pitch(block_m, size)) + stages * stage
 
 
-def _dq_bytes(size: int, dim: int, dim_v: int, block_m: int, block_n: int, warps: int, stages: int) -> int:
+def _dq_bytes(
+    size: int,
+    options: Options,
+    dim: int,
+    dim_v: int,
+    block_m: int,
+    block_n: int,
+    warps_m: int,
+    warps_d: int,
+    stages: int,
+) -> int:
     row = _pitch(dim, size) + _pitch(dim_v, size)
-    return block_m * (row + _pitch(block_n, size) + 8) + stages * block_n * row
+    stage = block_n * row + options.tile_bytes(block_m, block_n)
+    return block_m * (row + _pitch(block_n, size) + 8) + stages * stage
+
+
+def _dbias_bytes(
+    size: int, options: Options, dim: int, dim_v: int, block_m: int, block_n: int, warps: int, stages: int
+) -> int:
+    row = _pitch(dim, size) + _pitch(dim_v, size)
+    stage = (block_m + block_n) * row + 8 * block_m + options.tile_bytes(block_m, block_n)
+    return max(stages * stage, block_m * (block_n + 1) * 4)
 
 
 def _shared_memory(chip: Chip) -> int:
@@ -109,24 +161,26 @@ def _shared_memory(chip: Chip) -> int:
 
 @dataclass(frozen=True)
 class _TiledKernel:
-    """A kernel template; called for a problem, it gives the kernel to launch and the number of its blocks.
-
-    A block owns as many queries as the first number of its tile says, or as many keys as the second says.
-    """
+    """A kernel template; called for a problem, it gives the kernel to launch and the number of its blocks."""
 
     template: str
     header: str
-    tiles: dict[tuple[int, int], list[Tile]]
+    tiles: Tiles
     shared_bytes: Callable[..., int]
     num_warps: Callable[[Tile], int]
-    owns: Literal["queries", "keys"]
+    num_blocks: Callable[[Problem, Tile], int]
     pointers: tuple[str, ...]
     params: str
 
-    def __call__(self, problem: Problem, number: str, chip: Chip) -> tuple[Kernel, int]:
+    def __call__(self, problem: Problem, options: Options, number: str, chip: Chip) -> tuple[Kernel, int]:
         name, short, size = NUMBERS[number]
         dims = padded_head_dims(problem)
-        needed = {tile: self.shared_bytes(size, *dims, *tile) for tile in self.tiles[size, dims[0]]}
+        of_this_chip = self.tiles.get((size, dims[0], chip.capability[0]), [])
+        needed = {
+            tile: self.shared_bytes(size, options, *dims, *tile)
+            for tile in [*of_this_chip, *self.tiles[size, dims[0]]]
+            if options.allows_tile(*tile[:2])
+        }
         tile = next((tile for tile in needed if needed[tile] <= _shared_memory(chip)), None)
         if tile is None:
             raise NotImplementedError(
@@ -135,16 +189,32 @@ class _TiledKernel:
         kernel = Kernel(
             template=self.template,
             header=self.header,
-            symbol=f"cuflash_{self.header}_{short}_d{dims[0]}x{dims[1]}",
-            arguments=(f"cuflash::{name}", *dims, *tile),
+            symbol="_".join(("cuflash", self.header, short, f"d{dims[0]}x{dims[1]}", *options.names)),
+            arguments=(f"cuflash::{name}", options.type, *dims, *tile),
             pointers=self.pointers,
             params=self.params,
             num_threads=32 * self.num_warps(tile),
             shared_bytes=needed[tile],
+            options=options,
         )
-        if self.owns == "queries":
-            return kernel, ceil_div(problem.seqlen_q, tile[0]) * problem.num_heads * problem.batch
-        return kernel, ceil_div(problem.seqlen_k, tile[1]) * problem.num_heads_kv * problem.batch
+        return kernel, self.num_blocks(problem, tile)
+
+
+def _num_jobs(problem: Problem, num_rows: int, block: int) -> int:
+    """The blocks of threads that a head takes (attention/sequence.cuh, attention/packed.cuh)."""
+    if problem.packed:
+        return num_rows // block + problem.batch + 1 if num_rows else 0
+    return ceil_div(num_rows, block) * problem.batch
+
+
+def _query_blocks(problem: Problem, tile: Tile) -> int:
+    """A block of threads owns as many queries of a head as the first number of its tile says."""
+    return _num_jobs(problem, problem.seqlen_q, tile[0]) * problem.num_heads
+
+
+def _key_blocks(problem: Problem, tile: Tile) -> int:
+    """A block of threads owns as many keys of a key/value head as the second number of its tile says."""
+    return _num_jobs(problem, problem.seqlen_k, tile[1]) * problem.num_heads_kv
 
 
 _BACKWARD_INPUTS = (
@@ -158,7 +228,7 @@ forward = _TiledKernel(
     tiles=FORWARD_TILES,
     shared_bytes=_forward_bytes,
     num_warps=lambda tile: tile[2],
-    owns="queries",
+    num_blocks=_query_blocks,
     pointers=("const Element* q", "const Element* k", "const Element* v", "Element* out", "float* lse"),
     params="FwdParams",
 )
@@ -168,7 +238,7 @@ backward_dkdv = _TiledKernel(
     tiles=DKDV_TILES,
     shared_bytes=_dkdv_bytes,
     num_warps=lambda tile: tile[2] * tile[3],
-    owns="keys",
+    num_blocks=_key_blocks,
     pointers=(*_BACKWARD_INPUTS, "Element* dk", "Element* dv"),
     params="BwdParams",
 )
@@ -177,24 +247,57 @@ backward_dq = _TiledKernel(
     header="bwd_wmma_dq",
     tiles=DQ_TILES,
     shared_bytes=_dq_bytes,
-    num_warps=lambda tile: tile[2],
-    owns="queries",
+    num_warps=lambda tile: tile[2] * tile[3],
+    num_blocks=_query_blocks,
     pointers=(*_BACKWARD_INPUTS, "Element* dq"),
     params="BwdParams",
 )
 
 
-def delta(problem: Problem, number: str, chip: Chip) -> tuple[Kernel, int]:
-    """The kernel that computes delta = rowsum(dout * out), and the number of its blocks."""
+def backward_dbias(problem: Problem, options: Options, number: str, chip: Chip, dbias: Operand) -> tuple[Kernel, int]:
+    """The kernel that computes the gradient of a bias of this shape, and the number of its blocks."""
+    batch, heads, rows, cols = dbias.shape
+    make = _TiledKernel(
+        template="BwdWmmaDbias",
+        header="bwd_wmma_dbias",
+        tiles=DBIAS_TILES,
+        shared_bytes=_dbias_bytes,
+        num_warps=lambda tile: tile[2],
+        num_blocks=lambda problem, tile: batch * heads * ceil_div(rows, tile[0]) * ceil_div(cols, tile[1]),
+        pointers=(*_BACKWARD_INPUTS, f"{ELEMENTS[dbias.dtype]}* dbias"),
+        params="DbiasParams",
+    )
+    return make(problem, options, number, chip)
+
+
+def delta(problem: Problem, number: str) -> tuple[Kernel, int]:
+    """The kernel that computes delta = rowsum(dout * out) - dlse, and the number of its blocks."""
     name, short, _ = NUMBERS[number]
     kernel = Kernel(
         template="BwdDelta",
         header="bwd_delta",
         symbol=f"cuflash_bwd_delta_{short}",
         arguments=(f"cuflash::{name}", DELTA_WARPS),
-        pointers=("const Element* out", "const Element* dout", "float* delta"),
+        pointers=("const Element* out", "const Element* dout", "const float* dlse", "float* delta"),
         params="BwdParams",
         num_threads=32 * DELTA_WARPS,
         shared_bytes=0,
     )
-    return kernel, ceil_div(problem.seqlen_q, DELTA_WARPS) * problem.num_heads * problem.batch
+    rows = ceil_div(problem.seqlen_q, DELTA_WARPS) * problem.num_heads
+    return kernel, rows if problem.packed else rows * problem.batch
+
+
+def dsinks(problem: Problem, options: Options, target: str) -> tuple[Kernel, int]:
+    """The kernel that computes the gradient of sinks of this dtype, and the number of its blocks."""
+    kernel = Kernel(
+        template="BwdSinks",
+        header="bwd_sinks",
+        symbol="_".join(("cuflash_bwd_sinks", target, *options.names)),
+        arguments=(options.type, ELEMENTS[target], SINKS_WARPS),
+        pointers=("const float* lse", "const float* delta", "Element* dsinks"),
+        params="BwdParams",
+        num_threads=32 * SINKS_WARPS,
+        shared_bytes=32 * SINKS_WARPS * 4,
+        options=options,
+    )
+    return kernel, problem.num_heads

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import shutil
@@ -15,8 +16,13 @@ from hypothesis import HealthCheck, given, settings
 
 import cuflash
 from cuflash import _backends, _numpy
-from cuflash.testing import assert_attention_accurate, assert_gradients_accurate
-from cuflash.testing.strategies import AttentionProblem, attention_problems
+from cuflash.testing import (
+    assert_attention_accurate,
+    assert_attention_varlen_accurate,
+    assert_gradients_accurate,
+    assert_gradients_varlen_accurate,
+)
+from cuflash.testing.strategies import AttentionProblem, PackedProblem, attention_problems, packed_problems
 
 HALF = ("float16", "bfloat16")
 
@@ -53,8 +59,11 @@ class Ring:
     examples: int
     long_seqlen: int
 
-    def given(self, *, examples: int | None = None, **restrictions: Any) -> Callable[..., Callable[[], None]]:
+    def given(
+        self, *, examples: int | None = None, packed: bool = False, **restrictions: Any
+    ) -> Callable[..., Callable[[], None]]:
         """Decorate a test of one problem, so that a call runs it on many: the same ones every time."""
+        problems = packed_problems if packed else attention_problems
         restrictions = {
             "dtypes": [dtype for dtype in self.dtypes if dtype != "float64"],
             "head_dims": self.head_dims,
@@ -67,7 +76,7 @@ class Ring:
             deadline=None,
             suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
         )
-        return lambda test: configured(given(attention_problems(**restrictions))(test))
+        return lambda test: configured(given(problems(**restrictions))(test))
 
     def asarray(self, x: np.ndarray[Any, Any]) -> Any:
         """Return a NumPy array as an array of this ring, with the same strides."""
@@ -93,21 +102,58 @@ class Ring:
     def attention_vjp(self, q: Any, k: Any, v: Any, **options: Any) -> Any:
         return cuflash.attention_vjp(q, k, v, kernel=self.kernel, **options)
 
-    def gradients(self, problem: AttentionProblem) -> Any:
-        """Compute the gradients of a problem, from its own forward pass."""
-        _, vjp = self.attention_vjp(*problem.arrays(self.xp), **problem.options)
-        return vjp(problem.dout(self.xp))
+    def attention_varlen(self, *arrays: Any, **options: Any) -> Any:
+        return cuflash.attention_varlen(*arrays, kernel=self.kernel, **options)
+
+    def attention_varlen_vjp(self, *arrays: Any, **options: Any) -> Any:
+        return cuflash.attention_varlen_vjp(*arrays, kernel=self.kernel, **options)
+
+    def options(self, problem: AttentionProblem | PackedProblem) -> dict[str, Any]:
+        """Return the options of a problem as the calls of this ring take them."""
+        return problem.options_for(self.xp, "callable" if self.name == "numpy" else "expression")
+
+    def gradients(self, problem: AttentionProblem | PackedProblem) -> Any:
+        """Compute the gradients of a problem, those of its bias and its sinks too, from its own forward pass."""
+        options = self.options(problem)
+        asked = {f"return_d{name}": True for name in ("bias", "sinks") if name in options}
+        of_vjp = self.attention_varlen_vjp if isinstance(problem, PackedProblem) else self.attention_vjp
+        _, vjp = of_vjp(*problem.arrays(self.xp), **options, **asked)
+        return vjp(problem.dout(self.xp), *([problem.dlse(self.xp)] if problem.with_dlse else []))
+
+    @contextlib.contextmanager
+    def may_refuse(self, problem: AttentionProblem | PackedProblem) -> Iterator[None]:
+        """Let kernels refuse a problem by an error that names two things which do not go together."""
+        try:
+            yield
+        except NotImplementedError as error:
+            asked = [name for name, value in problem.options.items() if value is not None and value is not False]
+            if self.name == "numpy" or sum(name in str(error) for name in (*asked, problem.dtype, "packed")) < 2:
+                raise
 
     def check_forward(self, problem: AttentionProblem) -> None:
         """Hold the output and the log-sum-exp of a problem against the reference."""
         q, k, v = problem.arrays(self.xp)
-        out, lse = self.attention(q, k, v, return_lse=True, **problem.options)
+        out, lse = self.attention(q, k, v, return_lse=True, **self.options(problem))
         assert_attention_accurate(q, k, v, out, lse, **problem.options)
 
     def check_backward(self, problem: AttentionProblem) -> None:
         """Hold the gradients of a problem against the reference."""
-        q, k, v = problem.arrays(self.xp)
-        assert_gradients_accurate(problem.dout(self.xp), q, k, v, *self.gradients(problem), **problem.options)
+        dq, dk, dv, *others = self.gradients(problem)
+        options = problem.options | {"dlse": problem.dlse()} | self._named(problem, others)
+        assert_gradients_accurate(problem.dout(), *problem.arrays(), dq, dk, dv, **options)
+
+    def check_varlen(self, problem: PackedProblem) -> None:
+        """Hold the results of a packed problem, forward and backward, against the reference."""
+        out, lse = self.attention_varlen(*problem.arrays(self.xp), return_lse=True, **self.options(problem))
+        assert_attention_varlen_accurate(*problem.arrays(), out, lse, **problem.options)
+        dq, dk, dv, *others = self.gradients(problem)
+        options = problem.options | {"dlse": problem.dlse()} | self._named(problem, others)
+        assert_gradients_varlen_accurate(problem.dout(), *problem.arrays(), dq, dk, dv, **options)
+
+    def _named(self, problem: AttentionProblem | PackedProblem, others: list[Any]) -> dict[str, Any]:
+        """Return the gradients of options, in the order of the calls' results, by name."""
+        names = [f"d{name}" for name in ("bias", "sinks") if name in problem.options]
+        return dict(zip(names, others, strict=True))
 
     def assert_same_bits(self, actual: Any, expected: Any) -> None:
         """Assert that two arrays agree to the last bit; NaN equals NaN."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import sys
+import weakref
 from typing import Any
 
 import numpy as np
@@ -212,9 +214,11 @@ def test_a_kernel_that_this_gpu_cannot_run(monkeypatch: pytest.MonkeyPatch) -> N
                 cuflash.attention(old, old, old, kernel=kernel)
 
 
-def test_options_of_later_versions_are_not_in_the_signature(ring: Ring) -> None:
-    for option in ("mask", "bias", "softcap", "dropout_p"):
+def test_options_that_there_are_not(ring: Ring) -> None:
+    for option in ("attn_mask", "softmax_scale", "cu_seqlens_q", "is_causal"):
         fails(ring, TypeError, option, *arrays(ring), **{option: None})
+    with pytest.raises(TypeError, match=r"out\b.*vjp"):
+        cuflash.attention_vjp(*arrays(ring), out=arrays(ring)[0])
 
 
 def test_options_are_keywords_and_arrays_are_not(ring: Ring) -> None:
@@ -376,3 +380,267 @@ def test_out_that_overlaps_itself_or_has_no_elements(ring: Ring) -> None:
     overlapping = ring.xp.lib.stride_tricks.as_strided(memory, q.shape, strides)
     with pytest.raises(ValueError, match=r"out\b.*strides"):
         ring.attention(q, k, v, out=overlapping)
+
+
+@pytest.mark.parametrize("softcap", [0, 0.0, -1, np.nan, np.inf, 1e-40, 10**400])
+def test_softcap_must_be_positive(ring: Ring, softcap: float) -> None:
+    fails(ring, ValueError, r"softcap\b.*None.*> 0", *arrays(ring), softcap=softcap)
+
+
+@pytest.mark.parametrize("softcap", ["30", True, [30.0], 1j])
+def test_softcap_must_be_a_number(ring: Ring, softcap: Any) -> None:
+    fails(ring, TypeError, r"softcap\b.*number", *arrays(ring), softcap=softcap)
+
+
+@pytest.mark.parametrize(
+    ("dropout_p", "error"),
+    [(1, ValueError), (-0.1, ValueError), (np.nan, ValueError), (1.5, ValueError)]
+    + [(value, TypeError) for value in (None, "0.5", True, [0.1])],
+)
+def test_dropout_p_is_a_probability_below_1(ring: Ring, dropout_p: Any, error: type[Exception]) -> None:
+    fails(ring, error, r"dropout_p\b.*\[0, 1\)", *arrays(ring), dropout_p=dropout_p, seed=0)
+
+
+def test_dropout_needs_a_seed(ring: Ring) -> None:
+    fails(ring, ValueError, r"seed\b.*None.*dropout_p=0.1.*int.*uint64", *arrays(ring), dropout_p=0.1)
+
+
+@pytest.mark.parametrize(
+    ("seed", "error", "pattern"),
+    [
+        (-1, ValueError, r"-1.*2\*\*64"),
+        (2**64, ValueError, r"18446744073709551616.*2\*\*64"),
+        (1.0, TypeError, "float"),
+        (True, TypeError, "bool"),
+        ("7", TypeError, "str"),
+        (np.zeros(1, np.int64), TypeError, "int64.*uint64"),
+        (np.zeros(2, np.uint64), ValueError, r"\(2,\).*one element"),
+        (np.zeros(0, np.uint64), ValueError, r"\(0,\).*one element"),
+    ],
+)
+@pytest.mark.parametrize("dropout_p", [0.0, 0.5])
+def test_bad_seeds(ring: Ring, seed: Any, error: type[Exception], pattern: str, dropout_p: float) -> None:
+    if isinstance(seed, np.ndarray):
+        seed = ring.asarray(seed)
+    fails(ring, error, rf"seed\b.*{pattern}", *arrays(ring), seed=seed, dropout_p=dropout_p)
+
+
+@pytest.mark.parametrize(
+    "shape", [(4, 5, 6), (2, 4, 1, 5, 5), (3, 1, 5, 5), (2, 2, 5, 5), (4,), (5, 4), (1, 1, 1, 1, 1), (0, 4, 5, 5)]
+)
+@pytest.mark.parametrize(("name", "dtype"), [("bias", "float32"), ("mask", "bool")])
+def test_bias_and_mask_must_broadcast(ring: Ring, name: str, dtype: str, shape: tuple[int, ...]) -> None:
+    given = ring.asarray(np.ones(shape, dtype))
+    printed = str(shape).replace("(", r"\(").replace(")", r"\)")
+    fails(ring, ValueError, rf"{name}\b.*{printed}.*\(2, 4, 5, 5\)", *arrays(ring), **{name: given})
+
+
+@pytest.mark.parametrize("layout", ["bhsd", "bshd"])
+def test_bias_and_mask_are_batch_heads_queries_keys_in_every_layout(ring: Ring, layout: str) -> None:
+    inputs = arrays(ring, (2, 4, 5, 8), (2, 4, 6, 8), (2, 4, 6, 8))
+    if layout == "bshd":
+        inputs = arrays(ring, (2, 5, 4, 8), (2, 6, 4, 8), (2, 6, 4, 8))
+    bias = ring.asarray(np.ones((5, 4, 6), np.float32))
+    fails(ring, ValueError, r"bias\b.*\(5, 4, 6\).*\(2, 4, 5, 6\)", *inputs, bias=bias, layout=layout)
+
+
+def test_wrong_shapes_of_slopes_and_sinks(ring: Ring) -> None:
+    for name, shapes in (("alibi_slopes", [(2,), (2, 2), (4, 2), (2, 4, 1), ()]), ("sinks", [(2,), (2, 4), (1,)])):
+        for shape in shapes:
+            given = ring.asarray(np.ones(shape, np.float32))
+            fails(ring, ValueError, rf"{name}\b.*shape.*\(4,\)", *arrays(ring), **{name: given})
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "dtype", "allowed"),
+    [
+        ("bias", (5, 5), "float64", "float16 and float32"),
+        ("bias", (5, 5), "bfloat16", "float16 and float32"),
+        ("bias", (5, 5), "bool", "float16 and float32"),
+        ("mask", (5, 5), "float16", "bool"),
+        ("mask", (5, 5), "uint8", "bool"),
+        ("alibi_slopes", (4,), "float16", "float32"),
+        ("sinks", (4,), "int32", "float16 and float32"),
+    ],
+)
+def test_wrong_dtypes_of_options(ring: Ring, name: str, shape: Any, dtype: str, allowed: str) -> None:
+    given = ring.asarray(np.ones(shape, dtype))
+    fails(ring, TypeError, rf"{name}\b.*{dtype}.*{allowed}$", *arrays(ring, dtype="float16"), **{name: given})
+
+
+@pytest.mark.parametrize("name", ["bias", "mask", "alibi_slopes", "sinks"])
+@pytest.mark.parametrize("value", [[1.0], 1.0, FakeTensor()])
+def test_options_that_are_no_arrays(ring: Ring, name: str, value: Any) -> None:
+    fails(ring, TypeError, rf"{name}\b.*{type(value).__qualname__}.*ndarray", *arrays(ring), **{name: value})
+
+
+@pytest.mark.parametrize("name", ["bias", "mask", "seed", "sinks"])
+def test_numpy_and_cupy_do_not_mix_in_options(gpu: Any, name: str) -> None:
+    q, k, v = (gpu.ones(SHAPE, "float32") for _ in range(3))
+    with pytest.raises(TypeError, match=rf"{name}\b.*numpy\.ndarray.*q\b.*cupy\.ndarray"):
+        cuflash.attention(q, k, v, **{name: np.ones(4)})
+
+
+def test_a_block_mask_is_a_block_mask(ring: Ring) -> None:
+    fails(ring, TypeError, r"block_mask\b.*ndarray.*make_block_mask", *arrays(ring), block_mask=arrays(ring)[0])
+
+
+@pytest.mark.parametrize(
+    ("blocks", "shape", "pattern"),
+    [
+        ((1, 1, 1, 2), (5, 129), r"\(5, 129\).*\(5, 5\)"),
+        ((3, 1, 1, 1), (5, 5), r"\(3, 1, 1, 1\).*\(2, 4, 1, 1\)"),
+        ((2, 2, 1, 1), (5, 5), r"\(2, 2, 1, 1\).*\(2, 4, 1, 1\)"),
+    ],
+)
+def test_block_masks_of_other_calls(ring: Ring, blocks: Any, shape: Any, pattern: str) -> None:
+    block_mask = cuflash.BlockMask.from_blocks(ring.asarray(np.ones(blocks, bool)), shape=shape)
+    fails(ring, ValueError, rf"block_mask\b.*{pattern}", *arrays(ring), block_mask=block_mask)
+
+
+def test_out_that_overlaps_an_option(ring: Ring) -> None:
+    memory = ring.asarray(np.zeros((2, 4, 5, 8), np.float32))
+    fails(ring, ValueError, r"out\b.*overlaps bias\b", *arrays(ring), out=memory, bias=memory[..., :5])
+
+
+def test_expressions_are_for_kernels_and_callables_for_numpy(ring: Ring) -> None:
+    allowed, refused = "callable", "score * 2"
+    if ring.name != "numpy":
+        allowed, refused = "str", lambda score, b, h, i, j: score
+    for name in ("score_mod", "mask_mod"):
+        for value in (refused, 1.0, arrays(ring)[0]):
+            fails(ring, TypeError, rf"{name}\b.*allowed.*{allowed}", *arrays(ring), **{name: value})
+
+
+@pytest.mark.host
+@pytest.mark.parametrize(
+    ("options", "error", "pattern"),
+    [
+        ({"score_mod": " "}, ValueError, r"score_mod\b.*expression"),
+        ({"mask_mod": ""}, ValueError, r"mask_mod\b.*expression"),
+        ({"mod_args": {"a": 1}}, ValueError, r"mod_args\b.*'a'.*score_mod.*mask_mod"),
+        ({"score_mod": "score + aa", "mod_args": {"a": 1}}, ValueError, r"mod_args\b.*'a'"),
+        ({"score_mod": "score + a", "mod_args": [1]}, TypeError, r"mod_args\b.*dict"),
+        ({"score_mod": "score", "mod_args": {"score": 1}}, ValueError, r"mod_args\b.*'score'.*taken"),
+        ({"score_mod": "score", "mod_args": {"float": 1}}, ValueError, r"mod_args\b.*'float'.*taken"),
+        ({"score_mod": "score", "mod_args": {"a b": 1}}, ValueError, r"mod_args\b.*'a b'.*letters"),
+        ({"score_mod": "score", "mod_args": {"_a": 1}}, ValueError, r"mod_args\b.*'_a'.*letters"),
+        ({"score_mod": "score", "mod_args": {3: 1}}, ValueError, r"mod_args\b.*3.*letters"),
+        ({"score_mod": "score + a", "mod_args": {"a": 2**31}}, ValueError, r"mod_args\['a'\].*2147483648.*32 bits"),
+        ({"score_mod": "score + a", "mod_args": {"a": "1"}}, TypeError, r"mod_args\['a'\].*str.*ndarray"),
+        ({"score_mod": "score + a", "mod_args": {"a": np.ones(())}}, ValueError, r"mod_args\['a'\].*0 axes.*1 to 4"),
+        ({"score_mod": "score + a", "mod_args": {"a": np.ones(1, "c8")}}, TypeError, r"mod_args\['a'\].*complex64"),
+    ],
+)
+def test_bad_expressions(request: pytest.FixtureRequest, options: Any, error: type[Exception], pattern: str) -> None:
+    from cuflash import _backends
+    from tests.conftest import host_backend
+
+    request.getfixturevalue("monkeypatch").setattr(_backends, "numpy_backend", host_backend())
+    x = np.ones(SHAPE, np.float32)
+    with pytest.raises(error, match=pattern):
+        cuflash.attention(x, x, x, **options)
+
+
+def test_mod_args_are_not_for_callables() -> None:
+    x = np.ones(SHAPE, np.float32)
+    with pytest.raises(ValueError, match=r"mod_args\b.*table.*CUDA C\+\+"):
+        cuflash.attention(x, x, x, score_mod=lambda score, b, h, i, j: score, mod_args={"table": x})
+
+
+def test_gradients_of_what_there_is_not(ring: Ring) -> None:
+    arguments = backward_arguments(ring).values()
+    for name in ("bias", "sinks"):
+        with pytest.raises(ValueError, match=rf"return_d{name}\b.*True.*{name} is None"):
+            cuflash.attention_backward(*arguments, kernel=ring.kernel, **{f"return_d{name}": True})
+        with pytest.raises(ValueError, match=rf"return_d{name}\b.*True.*{name} is None"):
+            ring.attention_vjp(*arrays(ring), **{f"return_d{name}": True})
+        with pytest.raises(TypeError, match=rf"return_d{name}\b.*'yes'"):
+            ring.attention_vjp(*arrays(ring), **{f"return_d{name}": "yes"})
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "pattern"),
+    [
+        (lambda x: x[:1], ValueError, r"dlse\b.*\(1, 4, 5\).*\(2, 4, 5\)"),
+        (lambda x: x.astype("float16"), TypeError, r"dlse\b.*float16.*float32"),
+        (lambda x: x.tolist(), TypeError, r"dlse\b.*list.*ndarray"),
+    ],
+)
+def test_bad_gradients_of_lse(ring: Ring, change: Any, error: type[Exception], pattern: str) -> None:
+    arguments = backward_arguments(ring)
+    with pytest.raises(error, match=pattern):
+        cuflash.attention_backward(*arguments.values(), kernel=ring.kernel, dlse=change(arguments["lse"]))
+
+
+def packed(ring: Ring, lengths_q: Any = (0, 3, 7), lengths_k: Any = (0, 4, 9)) -> list[Any]:
+    offsets = (ring.asarray(np.array(lengths, np.int32)) for lengths in (lengths_q, lengths_k))
+    return [*arrays(ring, (7, 4, 8), (9, 2, 8), (9, 2, 8)), *offsets]
+
+
+def fails_packed(ring: Ring, error: type[Exception], pattern: str, *inputs: Any, **options: Any) -> None:
+    for function in (cuflash.attention_varlen, cuflash.attention_varlen_vjp):
+        with pytest.raises(error, match=pattern):
+            function(*inputs, kernel=ring.kernel, **options)
+
+
+def test_packed_arrays_have_three_axes(ring: Ring) -> None:
+    for index, name in enumerate("qkv"):
+        inputs = packed(ring)
+        inputs[index] = inputs[index][None]
+        fails_packed(ring, ValueError, rf"{name}\b.*4 axes.*3: \(total, heads, head_dim\)", *inputs)
+
+
+@pytest.mark.parametrize("name", ["cu_seqlens_q", "cu_seqlens_k", "seqused_k"])
+@pytest.mark.parametrize(
+    ("change", "error", "pattern"),
+    [
+        (lambda x: x.astype("int64"), TypeError, "int64.*int32"),
+        (lambda x: x[None], ValueError, r"shape.*\(1, \d\)"),
+        (lambda x: x.repeat(2)[::2], ValueError, r"strides.*contiguous"),
+        (lambda x: x.tolist(), TypeError, "list.*ndarray"),
+    ],
+)
+def test_bad_arrays_of_lengths(ring: Ring, name: str, change: Any, error: type[Exception], pattern: str) -> None:
+    q, k, v, *offsets = packed(ring)
+    given = {"cu_seqlens_q": offsets[0], "cu_seqlens_k": offsets[1], "seqused_k": ring.asarray(np.ones(2, np.int32))}
+    given[name] = change(given[name])
+    seqused_k = given.pop("seqused_k")
+    fails_packed(ring, error, rf"{name}\b.*{pattern}", q, k, v, *given.values(), seqused_k=seqused_k)
+
+
+def test_numbers_of_sequences_must_agree(ring: Ring) -> None:
+    fails_packed(ring, ValueError, r"cu_seqlens_k\b.*\(2,\).*\(3,\)", *packed(ring, lengths_k=(0, 9)))
+    seqused_k = ring.asarray(np.ones(3, np.int32))
+    fails_packed(ring, ValueError, r"seqused_k\b.*\(3,\).*\(2,\)", *packed(ring), seqused_k=seqused_k)
+
+
+@pytest.mark.parametrize(("name", "index", "total"), [("cu_seqlens_q", 3, 7), ("cu_seqlens_k", 4, 9)])
+@pytest.mark.parametrize("values", [(1, 3, 7), (0, 5, 4), (0, 3, 10), (0, -1, 7), (0, 2**31 - 1, -(2**31))])
+def test_offsets_of_numpy_arrays_are_checked(name: str, index: int, total: int, values: tuple[int, ...]) -> None:
+    inputs = [np.ones((7, 4, 8)), *np.ones((2, 9, 2, 8)), *(np.array(x, np.int32) for x in ((0, 3, 7), (0, 4, 9)))]
+    inputs[index] = np.array(values, np.int32)
+    with pytest.raises(ValueError, match=rf"{name}\b.*{values[1]}.*at most at {total}"):
+        cuflash.attention_varlen(*inputs)
+
+
+@pytest.mark.parametrize("values", [(5, 5), (-1, 5), (4, 6)])
+def test_used_lengths_of_numpy_arrays_are_checked(values: tuple[int, int]) -> None:
+    inputs = [np.ones((7, 4, 8)), *np.ones((2, 9, 2, 8)), *(np.array(x, np.int32) for x in ((0, 3, 7), (0, 4, 9)))]
+    with pytest.raises(ValueError, match=r"seqused_k\b.*at most.*\[4, 5\]"):
+        cuflash.attention_varlen(*inputs, seqused_k=np.array(values, np.int32))
+
+
+def test_a_callable_and_its_arrays_are_not_kept() -> None:
+    x = np.ones((5, 8))
+
+    class Score:
+        def __call__(self, score: Any, b: Any, h: Any, i: Any, j: Any) -> Any:
+            return score
+
+    score = Score()
+    gone = weakref.ref(score)
+    cuflash.attention(x, x, x, score_mod=score)
+    del score
+    gc.collect()
+    assert gone() is None

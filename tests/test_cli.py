@@ -9,18 +9,23 @@ import os
 import subprocess
 import sys
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import cuflash
+from cuflash import _backends
 from cuflash._cli import console, info
-from cuflash._cli.bench import cells, command, first_call, naive, plots, records, sweeps, tables
+from cuflash._cli.bench import ahead, cells, command, first_call, naive, plots, records, sweeps, tables, variants
 from cuflash._cli.bench.cells import Cell
 from cuflash._cli.bench.cpu import Cpu
 from cuflash._cli.bench.timing import Contender, Spread, describe, measure_in_turn
 from cuflash._cli.main import main
+from cuflash._device import Chip
+from cuflash._launch import LaunchBackend
 
 ROOT = Path(__file__).resolve().parents[1]
 CELL = Cell(64, False, 4096, batch=4, heads=32, dtype="bfloat16")
@@ -37,6 +42,23 @@ HEAD = {
 def record(op="forward", kernel="wmma", cell=CELL, ms=2.0, **peers):
     tflops = cells.flops(op, cell) / ms / 1e9
     return {"op": op, "kernel": kernel, **cell.fields, "ms": ms, "tflops": tflops, "peers": peers}
+
+
+def variant_records(kernel="wmma"):
+    """Every variant twice as slow as plain attention; packed sequences three times as fast as padded ones."""
+    return [
+        {
+            **record(op, kernel, cell, plain={"ms": 1.0}, **({"padded": {"ms": 6.0}} if variant.packed else {})),
+            "tflops": cells.flops(op, cell, variant.pairs(cell)) / 2.0 / 1e9,
+            "variant": variant.name,
+            "pairs": int(variant.pairs(cell)),
+            "ratio": 0.5,
+            **({"padding": 0.5} if variant.packed else {}),
+        }
+        for variant in variants.VARIANTS
+        for cell in variant.cells(variants.SIZES["gpu"], "bfloat16")
+        for op in variant.ops
+    ]
 
 
 @pytest.fixture
@@ -71,6 +93,13 @@ def results():
         "memory": memory,
         "host": [host],
         "compile": [{"op": "backward", "kernel": "wmma", **small, **compiled}],
+        "history": [
+            {"op": op, "kernel": kernel, **cell.fields, "ms": 1.5, "tflops": 2.5, "peak_bytes": 1 << 20}
+            for cell in cells.history_cells("bfloat16")
+            for op in cells.OPS
+            for kernel in cells.HISTORY[op]
+        ],
+        "variants": variant_records(),
     }
     return records.merge({}, HEAD, measured)
 
@@ -202,7 +231,7 @@ class TestRecords:
         path = tmp_path / "deep" / "device.json"
         records.save(path, results)
         assert records.load(path) == results
-        assert sum(line.startswith('    {"op"') for line in path.read_text().splitlines()) == 72 + 16 + 2
+        assert sum(line.startswith('    {"op"') for line in path.read_text().splitlines()) == 72 + 16 + 2 + 5 * 7 + 48
         assert [file.name for file in path.parent.iterdir()] == ["device.json"]
 
     def test_no_file_is_no_results(self, tmp_path):
@@ -230,6 +259,12 @@ def check_schema(results):
         assert math.isclose(entry["tflops"], cells.flops(entry["op"], cell) / entry["ms"] / 1e9, rel_tol=1e-3)
         for peer in entry.get("peers", {}).values():
             assert ("ms" in peer) != ("error" in peer)
+    for entry in results.get("variants", []):
+        forward = 4 * entry["pairs"] * entry["head_dim"] / entry["ms"] / 1e9
+        assert math.isclose(entry["tflops"], forward * (1 if entry["op"] == "forward" else 2.5), rel_tol=1e-3)
+        plain = entry["peers"]["plain"]
+        if "ms" in plain:
+            assert math.isclose(entry["ratio"], entry["tflops"] / plain["tflops"], rel_tol=1e-2)
 
 
 class TestTables:
@@ -261,6 +296,36 @@ class TestTables:
         rows = {(row[0], row[4]): row[-2:] for row in tables.memory(results).rows}
         assert list(rows["forward", "1024"]) == ["32 KiB", "3.0 GiB"]
         assert list(rows["backward", "131072"]) == ["4.0 MiB", "out of memory"]
+
+    def test_variants_by_op(self, results):
+        table = tables.variants(results)
+        names = [row[0] for row in table.rows]
+        assert len(names) == 2 * 12 + 1
+        assert list(dict.fromkeys(names)) == list(dict.fromkeys(variant.name for variant in variants.VARIANTS))
+        rows = {(row[0], row[2], row[3]): row[4:] for row in table.rows}
+        _, _, backward, share, bar = rows["dbias", "64", "4096"]
+        assert list(rows["dbias", "64", "4096"][:2]) == ["", ""]  # it has no forward pass of its own
+        assert (share, bar) == ("0.50", "0.60")
+        cell = Cell(64, False, 4096, batch=4, heads=32, dtype="bfloat16")
+        assert float(backward) == pytest.approx(cells.flops("backward", cell) / 2e9, rel=0.01)
+        assert rows["sinks", "64", "4096"][-1] == ""
+        assert ("mask_mod", "128", "8192") in rows
+
+    def test_the_short_table_of_variants(self, results):
+        rows = {(row[0], row[1]): list(row[2:]) for row in tables.ratios(results).rows}
+        assert len(rows) == 13
+        assert rows["window", "16384"] == ["0.50", "0.50", "0.85"]
+        assert rows["mask_mod", "8192"] == ["0.50", "0.50", "0.80"]
+
+    def test_packed_beside_padded(self, results):
+        rows = tables.padding(results).rows
+        assert [row[0] for row in rows] == ["backward", "backward", "forward", "forward"]
+        assert {tuple(row[-3:]) for row in rows} == {("50 %", "3.00", "1.80")}
+
+    def test_the_first_call_with_options_is_told_apart(self, results):
+        (plain,) = results["compile"]
+        merged = records.merge(results, HEAD, {"compile": [{**plain, "variant": "softcap"}]})
+        assert [row[4] for row in tables.compilation(merged).rows] == ["plain", "softcap"]
 
     def test_slow_machines_get_a_smaller_unit(self):
         merged = records.merge({}, HEAD, {"records": [record(ms=1e6)]})
@@ -339,7 +404,7 @@ class TestPlots:
         pytest.importorskip("matplotlib")
         drawn = plots.draw(results, tmp_path / "nvidia-test-1")
         assert [path.name for path in drawn] == [
-            f"nvidia-test-1-{what}-bfloat16.png" for what in ("forward", "backward", "memory")
+            f"nvidia-test-1-{what}-bfloat16.png" for what in ("forward", "backward", "memory", "history", "variants")
         ]
         for path in drawn:
             assert path.read_bytes().startswith(b"\x89PNG")
@@ -499,14 +564,188 @@ class TestBench:
         assert "[4/4]" not in shown
 
 
+@pytest.fixture
+def small_variants(monkeypatch):
+    """Variants of few tokens, timed in no time."""
+    monkeypatch.setitem(variants.SIZES, "cpu", variants.Sizes(width=1024, seqlen=16, batch=4))
+    monkeypatch.setattr(sweeps, "measure_in_turn", partial(measure_in_turn, rounds=1, round_ms=0))
+
+
+def variant_named(name):
+    return next(variant for variant in variants.VARIANTS if variant.name == name)
+
+
+def seen_pairs(machine, variant, cell):
+    """The pairs that a call shows, counted: each query that sees n keys has lse log(n) if all scores are 0."""
+    options = variant.options(machine, cell)
+    q = np.zeros((cell.batch * cell.seqlen, cell.heads, cell.head_dim), np.float32)
+    if variant.packed:
+        lengths = np.array(variants.offsets(cell), np.int32)
+        _, lse = cuflash.attention_varlen(q, q, q, lengths, lengths, return_lse=True, **options)
+    else:
+        q = q.reshape(cell.shape)
+        _, lse = cuflash.attention(q, q, q, return_lse=True, **options)
+    return float(np.exp(lse).sum())
+
+
+class TestVariants:
+    def test_the_cells_are_those_of_the_other_sweeps(self):
+        for variant in variants.VARIANTS:
+            for cell in variant.cells(variants.SIZES["gpu"], "bfloat16"):
+                assert cell.batch * cell.seqlen == cells.TOKENS
+                assert cell.heads * cell.head_dim == cells.WIDTH
+
+    def test_random_lengths_have_the_tokens_of_the_cell(self):
+        (cell, _) = variant_named("varlen").cells(variants.SIZES["gpu"], "bfloat16")
+        lengths = np.diff(variants.offsets(cell))
+        assert (lengths > 0).all()
+        assert (lengths.sum(), lengths.mean(), len(set(lengths))) == (16384, 2048, 8)
+        padded = variants.padded(cell)
+        assert (padded.batch, padded.seqlen, padded.heads) == (8, lengths.max(), cell.heads)
+
+    @pytest.mark.parametrize("name", ["softcap", "window", "gqa8", "varlen", "dropout", "mask_mod"])
+    def test_pairs_are_those_that_are_seen(self, name):
+        variant = replace(variant_named(name), group=1)
+        cell = variant.cells(variants.Sizes(width=16, seqlen=128, batch=4), "float32")[0]
+        cell = replace(cell, head_dim=8, heads=2)
+        if name == "softcap":
+            variant = replace(variant, options=lambda *_: {})
+        # Half of all pairs stands for the causal ones: n^2 / 2 for n (n + 1) / 2.
+        assert variant.pairs(cell) == pytest.approx(seen_pairs(Cpu(), variant, cell), rel=0.13)
+
+    def test_a_causal_mask_mod_computes_what_causal_does(self):
+        variant, machine = variant_named("mask_mod"), Cpu()
+        cell = Cell(8, True, 300, batch=1, heads=2, dtype="float64")
+        for op in cells.OPS:
+            programmed = variant.prepare(machine, op, cell, "auto")().call()
+            built_in = variants.PLAIN.prepare(machine, op, cell, "auto")().call()
+            for ours, theirs in zip(programmed, built_in, strict=True):
+                np.testing.assert_allclose(ours, theirs, rtol=1e-9, atol=1e-12)
+
+    def test_the_mask_shows_four_fifths(self):
+        cell = Cell(8, False, 300, batch=1, heads=2, dtype="float32")
+        mask = variant_named("mask").options(Cpu(), cell)["mask"]
+        assert (mask.shape, mask.dtype) == ((1, 1, 300, 300), bool)
+        assert mask.mean() == pytest.approx(0.8, abs=0.01)
+
+    def test_measured_on_numpy(self, small_variants, tmp_path, capsys):
+        assert main(["bench", "--cpu", "--sweep", "variants", "--out", str(tmp_path)]) == 0
+        (path,) = tmp_path.glob("*.json")
+        saved = records.load(path)
+        check_schema(saved)
+        assert len(saved["variants"]) == 48
+        assert all("error" not in peer for entry in saved["variants"] for peer in entry["peers"].values())
+        assert {entry["variant"] for entry in saved["variants"] if "padding" in entry} == {"varlen"}
+        assert {entry["heads"] // entry["heads_kv"] for entry in saved["variants"] if entry["variant"] == "gqa8"} == {8}
+        assert "of the work really done" in capsys.readouterr().out
+
+    def test_a_variant_that_fails_is_told_and_the_others_go_on(self, small_variants, tmp_path, monkeypatch, capsys):
+        def broken(*_, **__):
+            raise NotImplementedError("no packed sequences")
+
+        monkeypatch.setattr(cuflash, "attention_varlen", broken)
+        arguments = ["--op", "forward", "--out", str(tmp_path)]
+        assert main(["bench", "--cpu", "--sweep", "variants", *arguments]) == 1
+        assert "numpy failed: NotImplementedError: no packed sequences" in capsys.readouterr().out
+        (path,) = tmp_path.glob("*.json")
+        assert len(records.load(path)["variants"]) == 2 * 10 + 1
+
+    def test_without_the_plain_rate_there_is_no_ratio(self, results):
+        entry = {key: value for key, value in variant_records()[0].items() if key != "ratio"}
+        (row,) = tables.variants({**results, "variants": [entry]}).rows
+        assert list(row[5:]) == ["", "", "", "0.85"]
+
+
+class _Recorder:
+    """A GPU that takes every launch and does nothing."""
+
+    chip = Chip("NVIDIA H200", (9, 0), 227 << 10)
+    null = np.uint64(0)
+
+    def __init__(self):
+        self.loaded = set()
+
+    def empty(self, shape, dtype):
+        return np.zeros(shape, dtype)
+
+    def pointer(self, array):
+        return array.ctypes.data
+
+    def struct(self, params):
+        return params
+
+    def load(self, kernel):
+        self.loaded.add(kernel.code)
+        return lambda *_: None
+
+
+class TestCompilingAhead:
+    """The variants as a GPU gets them, on a device that computes nothing."""
+
+    @pytest.fixture
+    def device(self, monkeypatch):
+        device = _Recorder()
+        monkeypatch.setattr(_backends, "numpy_backend", LaunchBackend(device))
+        machine = Cpu()
+        machine.kind = "gpu"
+        monkeypatch.setattr(ahead, "_gpu", lambda: machine)
+        return device
+
+    @pytest.fixture
+    def in_this_process(self, monkeypatch):
+        class Pool:
+            def __init__(self, *_, **__):
+                self.map = map
+
+            def __enter__(self):
+                return self
+
+            def __exit__(self, *_):
+                pass
+
+        monkeypatch.setattr(ahead, "ProcessPoolExecutor", Pool)
+
+    def test_compiles_what_is_measured(self, device, in_this_process, monkeypatch):
+        pytest.importorskip("ml_dtypes")
+        monkeypatch.setitem(variants.SIZES, "cpu", variants.Sizes(width=1024, seqlen=128, batch=1))
+        ahead.compile_variants(cells.OPS, ["auto"], "bfloat16")
+        compiled, device.loaded = device.loaded, set()
+        machine = ahead._gpu()
+        for variant in (variants.PLAIN, *variants.VARIANTS):
+            for cell in variant.cells(variants.Sizes(width=2048, seqlen=256, batch=4), "bfloat16"):
+                for op in variant.ops:
+                    variant.prepare(machine, op, cell, "auto")().call()
+        assert len(compiled) > 60
+        assert device.loaded <= compiled
+
+    def test_what_fails_is_left_to_the_measurement(self, device, in_this_process, monkeypatch):
+        def broken(*_, **__):
+            raise NotImplementedError("not on this machine")
+
+        monkeypatch.setattr(cuflash, "attention", broken)
+        monkeypatch.setitem(variants.SIZES, "cpu", variants.Sizes(width=1024, seqlen=16, batch=1))
+        ahead.compile_variants(["forward"], ["auto"], "float16")
+        assert device.loaded  # those of packed sequences
+
+    def test_it_is_the_first_step_on_a_gpu(self, device, monkeypatch):
+        asked = []
+        monkeypatch.setattr(ahead, "compile_variants", lambda *choice: asked.append(choice))
+        choice = sweeps.Choice(ops=["forward"], kernels=["auto"], peers=[], dtype="bfloat16")
+        first, *others = sweeps.plan(ahead._gpu(), "variants", choice)
+        assert first.run() == sweeps.Outcome([])
+        assert asked == [(["forward"], ["auto"], "bfloat16")]
+        assert len(others) == 2 * 11 + 1
+
+
 class TestFirstCall:
     """With a stand-in for the process that needs a GPU."""
 
     def test_cold_and_warm(self, monkeypatch):
         stand_in = """
 import json, os, pathlib, sys
-op, kernel, dtype, shape = json.loads(sys.argv[1])
+op, kernel, dtype, shape, options = json.loads(sys.argv[1])
 assert (op, kernel, dtype, shape) == ("backward", "wmma", "bfloat16", [1, 8, 128, 64])
+assert options == {"softcap": 30.0}
 import cuflash
 cache = pathlib.Path(os.environ["CUPY_CACHE_DIR"])
 warm = any(cache.iterdir())
@@ -516,7 +755,7 @@ print("a word from a library")
 print(json.dumps({"import_s": 0.1, "first_call_s": 0.2 if warm else 3.0}))
 """
         monkeypatch.setattr(first_call, "CHILD", stand_in)
-        seconds = first_call.cold_and_warm("backward", cells.small_cell("bfloat16"), "wmma")
+        seconds = first_call.cold_and_warm("backward", cells.small_cell("bfloat16"), "wmma", {"softcap": 30.0})
         assert seconds == {"num_kernels": 3, "cold_s": 3.0, "cold_s_per_kernel": 1.0, "warm_s": 0.3}
 
     def test_a_process_that_fails(self, monkeypatch):

@@ -4,38 +4,86 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from cuflash import _wmma
-from cuflash._kernel import HEAD_DIMS, NUMBERS, Kernel
-from cuflash._problem import Band, Problem
+from cuflash._kernel import HEAD_DIMS, NUMBERS, Kernel, find_blocks
+from cuflash._options import Options
+from cuflash._problem import Mod, Operand, Problem
 from tests import cubin
 from tests.cubin import CHIPS
 
 pytest.importorskip("cupy")
 pytestmark = pytest.mark.compile
 
-MAKERS = {
-    "forward": _wmma.forward,
-    "delta": _wmma.delta,
-    "dkdv": _wmma.backward_dkdv,
-    "dq": _wmma.backward_dq,
+PAIRS = Operand((1, 1, 64, 64), (0, 0, 64, 1), "bfloat16")
+MASK = PAIRS._replace(dtype="bool")
+ROWS = Operand((1, 1, 1, 1), (0, 0, 0, 0), "float32")
+SCORE_MOD = Mod(score_mod="score + table(h, abs(q_idx - kv_idx))", args=(("table", ("float32", 2)),))
+MASK_MOD = Mod(mask_mod="q_idx / 64 == kv_idx / 64")
+
+# What each option adds to a problem, and its arrays.
+FEATURES: dict[str, tuple[dict[str, Any], dict[str, Operand]]] = {
+    "softcap": ({"softcap": 50.0}, {}),
+    "alibi": ({}, {"alibi_slopes": ROWS}),
+    "bias": ({}, {"bias": PAIRS}),
+    "mask": ({}, {"mask": MASK}),
+    "score_mod": ({"mod": SCORE_MOD}, {}),
+    "mask_mod": ({"mod": MASK_MOD}, {"block_mask": ROWS}),
+    "sinks": ({}, {"sinks": ROWS}),
+    "dropout": ({"dropout_p": 0.1}, {}),
+    "packed": ({"packed": True}, {}),
 }
 
 
 def problem(head_dim: int, head_dim_v: int) -> Problem:
-    return Problem("float16", 1, 1, 1, 64, 64, head_dim, head_dim_v, 1.0, Band(-64, 64))
+    return Problem("bfloat16", 1, 1, 1, 64, 64, head_dim, head_dim_v, 1.0)
+
+
+def numbers(arch: int) -> list[str]:
+    """The types of numbers that the tensor cores of a GPU multiply."""
+    return [number for number in NUMBERS if _wmma.why_not(problem(1, 1), number, CHIPS[arch]) is None]
+
+
+def options(feature: str) -> Options:
+    changes, operands = FEATURES[feature]
+    return Options.of(replace(problem(1, 1), **changes), operands)
+
+
+def passes(options: Options, number: str, head_dims: tuple[int, int], arch: int) -> Iterator[Kernel]:
+    """The forward and the two kernels of the backward."""
+    for make in (_wmma.forward, _wmma.backward_dkdv, _wmma.backward_dq):
+        yield make(problem(*head_dims), options, number, CHIPS[arch])[0]
+
+
+def plain_kernels(arch: int) -> Iterator[Kernel]:
+    for number in numbers(arch):
+        yield _wmma.delta(problem(1, 1), number)[0]
+        for head_dims in HEAD_DIMS:
+            yield from passes(Options(), number, head_dims, arch)
+
+
+def kernels_with_options(arch: int) -> Iterator[Kernel]:
+    for feature in FEATURES:
+        yield from passes(options(feature), "bfloat16", (64, 64), arch)
+        yield from passes(options(feature), "bfloat16", (128, 128), arch)
+    for number in numbers(arch):
+        for head_dims in HEAD_DIMS:
+            yield _wmma.backward_dbias(problem(*head_dims), options("bias"), number, CHIPS[arch], PAIRS)[0]
+    yield _wmma.dsinks(problem(1, 1), options("sinks"), "float32")[0]
+    yield find_blocks(options("mask_mod"))
 
 
 def reachable(arch: int) -> Iterator[Kernel]:
-    chip = CHIPS[arch]
-    for number in NUMBERS:
-        if _wmma.why_not(problem(1, 1), number, chip) is not None:
-            continue
-        for dims in HEAD_DIMS:
-            for make in MAKERS.values():
-                yield make(problem(*dims), number, chip)[0]
+    yield from plain_kernels(arch)
+    if arch in ARCHS_WITH_OPTIONS:
+        yield from kernels_with_options(arch)
+
+
+ARCHS_WITH_OPTIONS = (80, 90, 100)
 
 
 def cases() -> list[object]:

@@ -20,16 +20,18 @@ from cuflash import _params, _wmma
 from cuflash._device import KernelSource
 from cuflash._jit import compiler, headers, sources
 from cuflash._kernel import HEAD_DIMS, NUMBERS, Kernel
-from cuflash._problem import Band, Problem
+from cuflash._options import Options
+from cuflash._problem import Problem
 from tests import cubin
 
 ROOT = Path(__file__).resolve().parents[1]
-MAKERS = (_wmma.forward, _wmma.delta, _wmma.backward_dkdv, _wmma.backward_dq)
+MAKERS = (_wmma.forward, _wmma.backward_dkdv, _wmma.backward_dq)
 
 
 def kernels(number: str = "float16", dims: tuple[int, int] = (64, 64)) -> list[Kernel]:
-    problem = Problem("float16", 1, 1, 1, 64, 64, *dims, 1.0, Band(-64, 64))
-    return [make(problem, number, cubin.CHIPS[90])[0] for make in MAKERS]
+    problem = Problem("float16", 1, 1, 1, 64, 64, *dims, 1.0)
+    made = [make(problem, Options(), number, cubin.CHIPS[90]) for make in MAKERS]
+    return [kernel for kernel, _ in (*made, _wmma.delta(problem, number))]
 
 
 # Headers
@@ -341,7 +343,7 @@ def test_symbols_are_readable_and_unique() -> None:
     for kernel in built:
         assert re.fullmatch(rf"cuflash_(fwd|bwd)_[a-z_]+_({names})(_d\d+x\d+)?", kernel.symbol)
         dims = re.search(r"_d(\d+)x(\d+)$", kernel.symbol)
-        assert dims is None or tuple(map(int, dims.groups())) == kernel.arguments[1:3]
+        assert dims is None or tuple(map(int, dims.groups())) == kernel.arguments[2:4]
 
 
 # The structs that kernels take

@@ -16,19 +16,31 @@ ROOT = Path(__file__).resolve().parents[1]
 # A part of the package imports from parts in lines above its own. A new part needs a place here.
 PYTHON_LAYERS = [
     {"_problem", "_device"},
-    {"_params", "_checks", "_numpy", "_jit"},
+    {"_cublas"},
+    {"_params", "_checks", "_jit", "_dual"},
+    {"_check_mods", "_check_options"},
+    {"_dropout"},
+    {"_numpy_pairs"},
+    {"_numpy"},
+    {"_options"},
     {"_kernel"},
     {"_wmma"},
+    {"_fa1", "_naive"},
     {"_launch"},
     {"_cupy"},
     {"_backends"},
+    {"_block_mask", "_merge", "_padding"},
+    {"_variants"},
+    {"_plan"},
     {"_attention"},
+    {"_varlen"},
+    {"flash_attn"},
     {"__init__"},
     {"testing"},
     {"_cli"},
     {"__main__"},
 ]
-MAY_IMPORT_CUPY = {"_cupy", "_jit", "_cli"}
+MAY_IMPORT_CUPY = {"_cupy", "_cublas", "_jit", "_cli"}
 
 # A header includes from folders above its own, and from its own: but a kernel never includes another kernel.
 CUDA_LAYERS = ["common", "ptx", "tile", "attention", "kernels"]
@@ -107,7 +119,7 @@ def test_cuda_includes_go_down_and_assembly_is_in_ptx() -> None:
         ("_problem.py", "import cupy"),
         ("_problem.py", "from cuflash import attention"),
         ("_params.py", "def later():\n    from cupy.cuda import nvrtc"),
-        ("_numpy.py", "from . import _checks"),
+        ("_numpy.py", "from . import _backends"),
         ("_jit/sources.py", "from .. import _launch"),
         ("_jit/sources.py", "import cuflash._attention"),
         ("testing/_reference.py", "import cuflash._cli"),

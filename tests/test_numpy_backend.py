@@ -13,8 +13,10 @@ import pytest
 
 import cuflash
 from cuflash import _numpy
+from cuflash._numpy_pairs import Block, Pairs
+from cuflash._problem import Problem, Window
 from cuflash.testing import assert_attention_accurate, assert_gradients_accurate
-from cuflash.testing.strategies import AttentionProblem
+from cuflash.testing.strategies import AttentionProblem, PairArray
 
 
 def peak_memory(call: Callable[[], Any]) -> int:
@@ -52,6 +54,37 @@ def test_block_sizes_do_not_matter(monkeypatch: pytest.MonkeyPatch, block: Any, 
         assert_gradients_accurate(dout, *arrays, *gradients, **problem.options)
 
 
+# One of every option, with grouped heads.
+VARIANT = AttentionProblem(
+    (2, 6, 30, 8),
+    (2, 2, 200, 8),
+    (2, 2, 200, 5),
+    causal=True,
+    softcap=2.0,
+    alibi="batch",
+    bias=PairArray((2, 1, 30, 200)),
+    mask=PairArray((6, 1, 200), hidden=0.2),
+    block_mask=True,
+    sinks="float32",
+    dropout_p=0.3,
+    score_mod="square",
+    mask_mod="stripes",
+    with_dlse=True,
+)
+
+
+@pytest.mark.parametrize("block", [(5, 7), (16, 64), (_numpy.BLOCK_ROWS, _numpy.BLOCK_KEYS)])
+def test_block_sizes_do_not_matter_to_any_option(monkeypatch: pytest.MonkeyPatch, block: Any) -> None:
+    monkeypatch.setattr(_numpy, "BLOCK_ROWS", block[0])
+    monkeypatch.setattr(_numpy, "BLOCK_KEYS", block[1])
+    arrays, options = VARIANT.arrays(), VARIANT.options
+    (out, lse), vjp = cuflash.attention_vjp(*arrays, return_lse=True, return_dbias=True, return_dsinks=True, **options)
+    assert_attention_accurate(*arrays, out, lse, **options)
+    dout, dlse = VARIANT.dout(), VARIANT.dlse()
+    dq, dk, dv, dbias, dsinks = vjp(dout, dlse)
+    assert_gradients_accurate(dout, *arrays, dq, dk, dv, dbias=dbias, dsinks=dsinks, dlse=dlse, **options)
+
+
 def test_a_problem_of_several_blocks() -> None:
     seqlen = 3 * _numpy.BLOCK_ROWS + 1
     problem = AttentionProblem((1, seqlen, 8), (1, seqlen, 8), (1, seqlen, 8), causal=True)
@@ -62,22 +95,25 @@ def test_a_problem_of_several_blocks() -> None:
     assert_gradients_accurate(dout, *arrays, *gradients, causal=True)
 
 
-def visited(problem: Any) -> list[tuple[int, int, int, int, bool]]:
+ONE_HEAD = slice(0, 1)
+
+
+def visited(problem: Problem, **options: Any) -> list[tuple[int, int, int, int, bool]]:
+    """Return the blocks of scores that are computed, and whether they are masked."""
+    pairs = Pairs(problem, np.dtype("float32"), 0, **options)
     return [
-        (queries.start, queries.stop, keys.start, keys.stop, hidden is not None)
+        (queries.start, queries.stop, keys.start, keys.stop, pairs.hidden(Block(ONE_HEAD, queries, keys)) is not None)
         for queries in _numpy._query_blocks(problem)
-        for keys, hidden in _numpy._key_blocks(problem, queries)
+        for keys in _numpy._key_blocks(pairs, ONE_HEAD, queries)
     ]
 
 
 def test_hidden_blocks_are_skipped_and_full_ones_are_not_masked(monkeypatch: pytest.MonkeyPatch) -> None:
-    from cuflash._problem import Band, Problem
-
     monkeypatch.setattr(_numpy, "BLOCK_ROWS", 10)
     monkeypatch.setattr(_numpy, "BLOCK_KEYS", 10)
 
     def problem(causal: Any, window_size: Any) -> Problem:
-        return Problem("float32", 1, 1, 1, 30, 30, 8, 8, 1.0, Band.of(30, 30, causal, window_size))
+        return Problem("float32", 1, 1, 1, 30, 30, 8, 8, 1.0, Window.of(causal, window_size))
 
     assert visited(problem(True, None)) == [
         (0, 10, 0, 10, True),
@@ -95,6 +131,122 @@ def test_hidden_blocks_are_skipped_and_full_ones_are_not_masked(monkeypatch: pyt
         [20, 30, 18, 28],
         [20, 30, 28, 30],
     ]
+
+
+def test_blocks_that_a_block_mask_hides_are_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_numpy, "BLOCK_ROWS", 128)
+    monkeypatch.setattr(_numpy, "BLOCK_KEYS", 256)
+    visible = np.array([[1, 0, 1, 1, 1], [0, 0, 0, 0, 0], [1, 1, 0, 0, 1]], bool)
+    block_mask = cuflash.BlockMask.from_blocks(visible, visible, shape=(300, 600))
+    problem = Problem("float32", 1, 1, 1, 300, 600, 8, 8, 1.0)
+    assert visited(problem, block_mask=block_mask) == [
+        (0, 128, 0, 128, False),
+        (0, 128, 256, 512, False),
+        (0, 128, 512, 600, False),
+        (256, 300, 0, 256, False),
+        (256, 300, 512, 600, False),
+    ]
+
+
+def test_masks_are_looked_at_only_where_a_block_is_seen_in_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_numpy, "BLOCK_ROWS", 128)
+    monkeypatch.setattr(_numpy, "BLOCK_KEYS", 128)
+    looked_at = []
+
+    def causal(score: Any, b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
+        looked_at.append((int(q_idx[0, 0]), int(kv_idx[0])))
+        return q_idx >= kv_idx
+
+    problem = AttentionProblem((300, 8), (300, 8), (300, 8))
+    block_mask = cuflash.make_block_mask(mask_mod=causal, shape=(1, 1, 300, 300))
+    looked_at.clear()
+    out, vjp = cuflash.attention_vjp(*problem.arrays(), mask_mod=causal, block_mask=block_mask)
+    assert looked_at == [(0, 0), (128, 128), (256, 256)]
+    dq, dk, dv = vjp(problem.dout())
+    assert looked_at == 2 * [(0, 0), (128, 128), (256, 256)]
+    assert_attention_accurate(*problem.arrays(), out, causal=True)
+    assert_gradients_accurate(problem.dout(), *problem.arrays(), dq, dk, dv, causal=True)
+
+
+def test_callables_get_arrays_that_broadcast() -> None:
+    shapes = []
+
+    def score_mod(score: Any, b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
+        shapes.append(tuple(x.shape for x in (score, b, h, q_idx, kv_idx)))
+        return score
+
+    def mask_mod(score: Any, b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
+        assert score is None
+        shapes.append(tuple(x.shape for x in (b, h, q_idx, kv_idx)))
+        return np.bool_(True)
+
+    q, k, v = np.ones((3, 2, 4, 5, 8), np.float32)
+    out, vjp = cuflash.attention_vjp(q, k, v, score_mod=score_mod, mask_mod=mask_mod)
+    vjp(out)
+    indices = ((1, 1, 1, 1), (1, 4, 1, 1), (5, 1), (5,))
+    assert set(shapes) == {((1, 4, 5, 5), *indices), indices}
+
+
+def test_what_a_callable_returns_stays_its_own() -> None:
+    table = np.zeros((1, 1, 5, 5), np.float32)
+    given: list[Any] = []
+
+    def constant(score: Any, *indices: Any) -> Any:
+        given.append(score)
+        return table
+
+    problem = AttentionProblem((5, 8), (5, 8), (5, 8))
+    out, vjp = cuflash.attention_vjp(*problem.arrays(), score_mod=constant)
+    np.testing.assert_allclose(out, np.broadcast_to(problem.arrays()[2].mean(axis=0), (5, 8)), rtol=1e-6)
+    dq, dk, _ = vjp(problem.dout())
+    assert (table == 0).all() and (dq == 0).all() and (dk == 0).all()
+
+
+def test_a_score_mod_may_work_in_place() -> None:
+    def in_place(score: Any, b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
+        score *= 0.5
+        score += 0.25 * (q_idx - kv_idx)
+        return score
+
+    def pure(score: Any, b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
+        return score * 0.5 + 0.25 * (q_idx - kv_idx)
+
+    problem = AttentionProblem((2, 9, 8), (2, 9, 8), (2, 9, 8))
+    results = []
+    for score_mod in (in_place, pure):
+        out, vjp = cuflash.attention_vjp(*problem.arrays(), score_mod=score_mod, softcap=3.0)
+        results.append((out, *vjp(problem.dout())))
+    for x, y in zip(*results, strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+def test_nan_in_hidden_scores_and_their_slopes_is_inert() -> None:
+    def nan_above(score: Any, b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
+        return score * np.where(kv_idx > q_idx, np.nan, 1.0)
+
+    problem = AttentionProblem((9, 8), (9, 8), (9, 8))
+    out, vjp = cuflash.attention_vjp(*problem.arrays(), score_mod=nan_above, causal=True)
+    assert_attention_accurate(*problem.arrays(), out, causal=True)
+    assert_gradients_accurate(problem.dout(), *problem.arrays(), *vjp(problem.dout()), causal=True)
+
+
+@pytest.mark.parametrize("name", ["score_mod", "mask_mod"])
+def test_a_callable_that_returns_a_wrong_shape_is_named(name: str) -> None:
+    q = np.ones((2, 5, 8), np.float32)
+    options: dict[str, Any] = {name: lambda *_: np.ones(3)}
+    with pytest.raises(ValueError, match=rf"{name}: returned shape \(3,\).*\(1, 2, 5, 5\)"):
+        cuflash.attention(q, q, q, **options)
+
+
+def test_gradients_of_broadcast_arrays_are_summed_before_they_are_rounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_numpy, "BLOCK_ROWS", 3)
+    q = np.zeros((1, 1, 5000, 8), np.float16)
+    bias, sinks = np.zeros((1, 1), np.float16), np.zeros(1, np.float16)
+    (_, lse), vjp = cuflash.attention_vjp(
+        q, q[:, :, :1], q[:, :, :1], bias=bias, sinks=sinks, return_lse=True, return_dbias=True, return_dsinks=True
+    )
+    *_, dbias, dsinks = vjp(np.zeros_like(q), np.ones_like(lse))
+    assert dbias.item() == 2500 and dsinks.item() == 2500  # in float16, 2048 + 1.5 is 2050
 
 
 def test_memory_is_a_tenth_of_plain_attention() -> None:
@@ -116,6 +268,30 @@ def test_memory_does_not_grow_with_the_square_of_the_length() -> None:
         small, large = extra(1024, backward), extra(4096, backward)
         linear = 4096 * 8 * 4 * 6 if backward else 0  # the gradients, and their sums
         assert large <= small + linear + 4096
+
+
+@pytest.mark.parametrize("name", ["bias", "mask", "alibi_slopes", "sinks", "dropout", "mods", "block_mask"])
+def test_no_option_takes_memory_for_all_pairs(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr(_numpy, "BLOCK_ROWS", 128)
+    monkeypatch.setattr(_numpy, "BLOCK_KEYS", 128)
+    seqlen = 2048
+    q, k, v, dout = np.random.default_rng(0).standard_normal((4, 1, 1, seqlen, 8), np.float32)
+    all_pairs = (1, 1, seqlen, seqlen)
+    every: dict[str, dict[str, Any]] = {
+        "bias": {"bias": np.zeros((seqlen, 1), np.float32)},
+        "mask": {"mask": np.broadcast_to(np.True_, all_pairs)},
+        "alibi_slopes": {"alibi_slopes": np.ones(1, np.float32)},
+        "sinks": {"sinks": np.ones(1, np.float32)},
+        "dropout": {"dropout_p": 0.5, "seed": 1},
+        "mods": {"score_mod": lambda s, b, h, i, j: s * 2, "mask_mod": lambda s, b, h, i, j: (i + j) % 2 == 0},
+        "block_mask": {"block_mask": cuflash.BlockMask.from_blocks(np.ones((16, 16), bool), shape=(seqlen, seqlen))},
+    }
+
+    def call() -> None:
+        _, vjp = cuflash.attention_vjp(q, k, v, return_dbias=name == "bias", **every[name])
+        vjp(dout)
+
+    assert peak_memory(call) < seqlen * seqlen / 2  # bytes
 
 
 def test_inputs_are_not_copied_whole() -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import find, given, settings
+from hypothesis import Phase, find, given, settings
 
 import cuflash
 from cuflash.testing import (
@@ -21,10 +21,25 @@ from cuflash.testing import (
     plain_attention,
     plain_attention_backward,
     reference_attention,
+    reference_attention_backward,
+    reference_attention_varlen,
+    reference_attention_varlen_backward,
 )
-from cuflash.testing.strategies import STRIDES, AttentionProblem, attention_problems
+from cuflash.testing.mods import SCORE_MODS
+from cuflash.testing.strategies import (
+    PACKED_VARIANTS,
+    PAIR_STRIDES,
+    VARIANTS,
+    AttentionProblem,
+    PackedProblem,
+    PairArray,
+    attention_problems,
+    packed_problems,
+)
 
 PROBLEM = AttentionProblem((2, 4, 33, 16), (2, 2, 40, 16), (2, 2, 40, 8), causal=True)
+# To see that something is drawn at all: there is no need to shrink it.
+DRAW_MANY = settings(max_examples=20000, database=None, deadline=None, phases=[Phase.generate])
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 
@@ -80,13 +95,125 @@ def test_the_reference_keeps_nan_out_of_rows_that_do_not_see_it() -> None:
         assert np.isnan(out[3:]).all()
 
 
+EVERYTHING: dict[str, Any] = {
+    "bias": PairArray((2, 1, 5, 7), hidden=0.2), "mask": PairArray((4, 5, 7), hidden=0.3), "softcap": 1.5,
+    "alibi": "batch", "sinks": "float64", "dropout_p": 0.3, "mask_mod": "stripes", "with_dlse": True, "causal": True,
+}  # fmt: skip
+SMALL = AttentionProblem((2, 4, 5, 3), (1, 2, 7, 3), (2, 2, 7, 4), "float64")
+
+
+@pytest.mark.parametrize("score_mod", [None, "relative"])
+def test_the_reference_is_the_definition_of_the_variants(score_mod: str | None) -> None:
+    problem = dataclasses.replace(SMALL, score_mod=score_mod, **EVERYTHING)
+    q, k, v = problem.arrays()
+    options = problem.options
+    kept = cuflash.dropout_mask((2, 4, 5, 7), 0.3, options["seed"])
+    out, lse = reference_attention(q, k, v, **options)
+    for b, h, i in np.ndindex(2, 4, 5):
+        sink = options["sinks"][h]
+        total, row = math.exp(sink), np.zeros(4)
+        for j in range(i + 3):  # causal
+            score = 1.5 * math.tanh(q[b, h, i] @ k[0, h // 2, j] / math.sqrt(3) / 1.5)
+            score += options["bias"][b, 0, i, j] - float(options["alibi_slopes"][b, h]) * abs(i + 2 - j)
+            score += 0.0625 * (i - j) if score_mod else 0
+            if options["mask"][h, i, j] and (i + j + h) % 3 != 0:
+                total += math.exp(score)
+                row += math.exp(score) * kept[b, h, i, j] / 0.7 * v[b, h // 2, j]
+        np.testing.assert_allclose(out[b, h, i], row / total, rtol=1e-12, atol=1e-15)
+        np.testing.assert_allclose(lse[b, h, i], math.log(total), rtol=1e-12)
+
+
+@pytest.mark.parametrize("score_mod", [None, *SCORE_MODS])
+def test_gradients_of_the_reference_are_finite_differences(score_mod: str | None) -> None:
+    variants = EVERYTHING | ({} if score_mod is None else {"bias": PairArray((4, 1, 7)), "score_mod": score_mod})
+    problem = dataclasses.replace(SMALL, **variants)
+    options, dout, dlse = problem.options, problem.dout(), problem.dlse()
+    arrays = problem.arrays()
+    gradients = reference_attention_backward(dout, *arrays, dlse=dlse, return_dbias=True, return_dsinks=True, **options)
+    step = 1e-5
+    for x, gradient in zip((*arrays, options["bias"], options["sinks"]), gradients, strict=True):
+        numeric = np.empty_like(x)
+        for index in np.ndindex(x.shape):
+            centre = x[index]
+            values = []
+            for x[index] in (centre + step, centre - step):
+                out, lse = reference_attention(*arrays, **options)
+                values.append((out * dout).sum() + np.where(np.isfinite(lse), lse * dlse, 0).sum())
+            x[index] = centre
+            numeric[index] = (values[0] - values[1]) / (2 * step) if np.isfinite(centre) else 0
+        np.testing.assert_allclose(gradient, numeric, rtol=1e-6, atol=1e-8)
+
+
+def test_the_reference_of_packed_sequences_is_a_loop() -> None:
+    problem = PackedProblem(
+        (5, 0, 7), (9, 3, 4), (6, 3, 4), heads=(4, 2), tails=(2, 1), dtype="float64", causal=True,
+        alibi="batch", sinks="float64", score_mod="relative", with_dlse=True,
+    )  # fmt: skip
+    q, k, v, cu_q, cu_k = problem.arrays()
+    dout, dlse, options = problem.dout(), problem.dlse(), problem.options
+    out, lse = reference_attention_varlen(q, k, v, cu_q, cu_k, **options)
+    dq, dk, dv, dsinks = reference_attention_varlen_backward(
+        dout, q, k, v, cu_q, cu_k, dlse=dlse, return_dsinks=True, **options
+    )
+    used = options.pop("seqused_k")
+    slopes, sum_dsinks = options.pop("alibi_slopes"), 0
+    for s in range(3):
+        rows, keys = slice(cu_q[s], cu_q[s + 1]), slice(cu_k[s], cu_k[s] + used[s])
+        own = {"alibi_slopes": slopes[s], "layout": "bshd", **options}
+        part_out, part_lse = reference_attention(q[rows], k[keys], v[keys], **own)
+        np.testing.assert_array_equal(out[rows], part_out)
+        np.testing.assert_array_equal(lse[:, rows], part_lse)
+        *parts, part_dsinks = reference_attention_backward(
+            dout[rows], q[rows], k[keys], v[keys], dlse=dlse[:, rows], return_dsinks=True, **own
+        )
+        for whole, part in zip((dq[rows], dk[keys], dv[keys]), parts, strict=True):
+            np.testing.assert_array_equal(whole, part)
+        sum_dsinks = sum_dsinks + part_dsinks
+    np.testing.assert_allclose(dsinks, sum_dsinks, rtol=1e-12)
+    assert (out[12:] == 0).all() and np.isneginf(lse[:, 12:]).all() and (dq[12:] == 0).all()
+    assert (dk[6:9] == 0).all() and (dv[16:] == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"softcup": 2.0}, TypeError, "softcup"),
+        (
+            {"score_mod": "2 * score"},
+            TypeError,
+            "score_mod is the CUDA expression .*; give a Python",
+        ),
+        ({"dropout_p": 0.5}, ValueError, "dropout_p is 0.5 and seed is None"),
+    ],
+)
+def test_wrong_options_are_refused(options: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        reference_attention(*PROBLEM.arrays(), **options)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_plain_attention_passes_its_own_rule(dtype: str) -> None:
+@pytest.mark.parametrize("variants", [{}, EVERYTHING], ids=["plain", "everything"])
+def test_plain_attention_passes_its_own_rule(dtype: str, variants: dict[str, Any]) -> None:
     problem = dataclasses.replace(PROBLEM, dtype=dtype)
-    arrays, dout = problem.arrays(), problem.dout()
-    assert_attention_accurate(*arrays, *plain_attention(*arrays, **problem.options), **problem.options)
-    gradients = plain_attention_backward(dout, *arrays, **problem.options)
-    assert_gradients_accurate(dout, *arrays, *gradients, **problem.options)
+    if variants:
+        problem = dataclasses.replace(SMALL, **variants | {"dtype": dtype, "sinks": dtype})
+    arrays, dout, options = problem.arrays(), problem.dout(), problem.options
+    assert_attention_accurate(*arrays, *plain_attention(*arrays, **options), **options)
+    names = [name for name in ("dbias", "dsinks") if name[1:] in options]
+    options["dlse"] = problem.dlse()
+    asked = {f"return_{name}": True for name in names}
+    dq, dk, dv, *others = plain_attention_backward(dout, *arrays, **asked, **options)
+    judged = dict(zip(names, others, strict=True))
+    assert_gradients_accurate(dout, *arrays, dq, dk, dv, **judged, **options)
+
+
+@pytest.mark.parametrize("name", ["dbias", "dsinks"])
+def test_a_wrong_gradient_of_an_option_is_caught(name: str) -> None:
+    problem = dataclasses.replace(PROBLEM, bias=PairArray((33, 40)), sinks="float32", with_dlse=True)
+    arrays, dout, options = problem.arrays(), problem.dout(), problem.options | {"dlse": problem.dlse()}
+    *gradients, wrong = plain_attention_backward(dout, *arrays, **{f"return_{name}": True}, **options)
+    with pytest.raises(AssertionError, match=f"{name} is not accurate"):
+        assert_gradients_accurate(dout, *arrays, *gradients, **{name: wrong * np.float32(1 + 1e-5)}, **options)
 
 
 def _worst(x: Any) -> tuple[int, ...]:
@@ -166,6 +293,67 @@ def test_a_forgotten_option_is_caught(wrong: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("variant", "options"),
+    [
+        ("softcap", ["softcap"]), ("alibi", ["alibi_slopes"]), ("sinks", ["sinks"]), ("bias", ["bias"]),
+        ("mask", ["mask"]), ("block_mask", ["block_mask"]), ("dropout", ["dropout_p", "seed"]),
+        ("score_mod", ["score_mod"]), ("mask_mod", ["mask_mod"]), ("dlse", ["dlse"]),
+    ],
+)  # fmt: skip
+def test_a_forgotten_variant_is_caught(variant: str, options: list[str]) -> None:
+    @settings(derandomize=True, database=None, deadline=None, phases=[Phase.generate])
+    @given(attention_problems(max_seqlen=17, head_dims=[8], variants=[variant]))
+    def check(problem: AttentionProblem) -> None:
+        arrays, dout, given_options = problem.arrays(), problem.dout(), problem.options
+        if problem.with_dlse:
+            given_options["dlse"] = problem.dlse()
+        fewer = {name: value for name, value in given_options.items() if name not in options}
+        gradients = plain_attention_backward(dout, *arrays, **fewer)
+        assert_gradients_accurate(dout, *arrays, *gradients, **given_options)
+
+    assert set(VARIANTS) >= {variant}
+    with pytest.raises(AssertionError):
+        check()
+
+
+@pytest.mark.parametrize(
+    "condition",
+    [
+        lambda p: p.bias and p.mask and p.softcap and p.alibi and p.sinks,
+        lambda p: p.bias and p.bias.hidden and p.bias.shape == (1, 1) and p.pairs[3] > 1,
+        lambda p: p.bias and p.bias.shape == p.pairs and p.pairs[0] == 3 and p.bias.strides == "repeated",
+        lambda p: p.mask and p.mask.hidden == 1.0 and p.pairs[2] * p.pairs[3] > 0,
+        lambda p: p.score_mod == "table" and p.mask_mod == "padding" and p.dropout_p and p.with_dlse,
+        lambda p: p.block_mask and p.sinks == "float16" and p.dtype == "float16",
+        lambda p: p.alibi == "batch" and p.dtype == "float64" and p.sinks == "float64",
+    ],
+)
+def test_the_strategy_draws_every_kind_of_variant(condition: Any) -> None:
+    find(
+        attention_problems(dtypes=DTYPES, variants=VARIANTS),
+        condition,
+        settings=DRAW_MANY,
+    )
+
+
+@pytest.mark.parametrize(
+    "condition",
+    [
+        lambda p: len(p.lengths_q) == 4 and 0 in p.lengths_q and 0 in p.lengths_k,
+        lambda p: p.seqused_k and p.seqused_k[0] < p.lengths_k[0] and p.tails == (2, 1),
+        lambda p: p.lengths_q[0] > p.lengths_k[0] > 0 and p.causal == "top-left",
+        lambda p: p.alibi == "batch" and p.sinks and p.dropout_p and p.heads == (6, 2),
+    ],
+)
+def test_the_strategy_draws_every_kind_of_packed_problem(condition: Any) -> None:
+    find(
+        packed_problems(variants=PACKED_VARIANTS),
+        condition,
+        settings=DRAW_MANY,
+    )
+
+
+@pytest.mark.parametrize(
     "condition",
     [
         lambda p: p.q[-2] == 0 and p.layout == "bhsd",
@@ -185,7 +373,7 @@ def test_the_strategy_draws_every_kind_of_problem(condition: Any) -> None:
     find(
         attention_problems(dtypes=DTYPES),
         condition,
-        settings=settings(max_examples=20000, database=None, deadline=None),
+        settings=DRAW_MANY,
     )
 
 
@@ -208,7 +396,7 @@ def test_the_strategy_keeps_to_its_restrictions() -> None:
     check()
 
 
-@pytest.mark.parametrize("strides", STRIDES)
+@pytest.mark.parametrize("strides", PAIR_STRIDES)
 def test_problems_have_the_strides_they_name(strides: Any) -> None:
     contiguous = AttentionProblem((2, 3, 5, 4), (2, 3, 6, 4), (2, 3, 6, 4))
     q, *_ = dataclasses.replace(contiguous, strides=(strides,) * 4).arrays()
@@ -218,10 +406,14 @@ def test_problems_have_the_strides_they_name(strides: Any) -> None:
         "negative": (240, 80, -16, -4),
         "sliced": (756, 252, 36, 8),
         "broadcast": (80, 0, 16, 4),
+        "offset": (240, 80, 16, 4),
+        "repeated": (48, 16, 0, 4),
     }
     assert q.strides == expected[strides]
     if strides == "broadcast":
         assert (q == q[:, :1]).all()
+    elif strides == "repeated":
+        assert (q == q[:, :, :1]).all()
     else:
         np.testing.assert_array_equal(q, contiguous.arrays()[0])
 
@@ -230,7 +422,9 @@ def test_problems_are_the_same_every_time() -> None:
     for x, y in zip(PROBLEM.arrays(), PROBLEM.arrays(), strict=True):
         np.testing.assert_array_equal(x, y)
     assert (PROBLEM.arrays()[0] != dataclasses.replace(PROBLEM, seed=1).arrays()[0]).all()
-    assert eval(repr(PROBLEM)) == PROBLEM
+    for problem in (PROBLEM, dataclasses.replace(SMALL, **EVERYTHING), PackedProblem((1, 2), (3, 4), sinks="float16")):
+        assert eval(repr(problem)) == problem
+    assert repr(SMALL) == "AttentionProblem(q=(2, 4, 5, 3), k=(1, 2, 7, 3), v=(2, 2, 7, 4), dtype='float64')"
 
 
 def test_the_ten_lines_of_the_documentation_find_a_bug() -> None:
@@ -251,7 +445,7 @@ def test_hypothesis_is_needed_for_the_strategies_alone() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-@pytest.mark.parametrize("module", ["_accuracy", "_reference", "strategies"])
+@pytest.mark.parametrize("module", ["_accuracy", "_reference", "mods", "strategies"])
 def test_the_examples_in_the_documentation(module: str) -> None:
     results = doctest.testmod(importlib.import_module(f"cuflash.testing.{module}"))
     assert results.attempted > 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from cuflash._device import Chip
 from cuflash._launch import FAMILIES
-from cuflash._problem import Band, Problem
+from cuflash._problem import Problem, Window
 
 DTYPES = ("float16", "bfloat16", "float32")
 
@@ -38,6 +38,6 @@ def obstacles(dtype: str, chip: Chip, *, head_dim: int = 128) -> dict[str, str |
         head_dim=head_dim,
         head_dim_v=head_dim,
         softmax_scale=head_dim**-0.5,
-        band=Band.of(4096, 4096, causal=True, window_size=None),
+        window=Window.of(causal=True, window_size=None),
     )
     return {name: family.why_not(problem, dtype, chip) for name, family in FAMILIES.items()}

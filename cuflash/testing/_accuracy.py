@@ -4,24 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from .._problem import Causal, Layout, WindowSize
-from ._reference import (
-    as_numpy,
-    attention_magnitudes,
-    gradient_magnitudes,
-    plain_attention,
-    plain_attention_backward,
-    reference_attention,
-    reference_attention_backward,
-)
-
-Array = NDArray[Any]
+from ._formula import MAGNITUDES, Arithmetic, Results, forward, gradients, stored
+from ._options import Array, Options, as_numpy
 
 # Half the distance from 1 to the next number, and half the smallest positive number.
 _ROUNDING = {
@@ -40,19 +28,7 @@ _ENOUGH_ELEMENTS = 8192
 _REPETITIONS = 8
 
 
-def assert_attention_accurate(
-    q: Any,
-    k: Any,
-    v: Any,
-    out: Any,
-    lse: Any = None,
-    /,
-    *,
-    scale: float | None = None,
-    causal: Causal = False,
-    window_size: WindowSize = None,
-    layout: Layout = "bhsd",
-) -> None:
+def assert_attention_accurate(q: Any, k: Any, v: Any, out: Any, lse: Any = None, /, **options: Any) -> None:
     """Assert that an output, and its log-sum-exp, are as accurate as they should be.
 
     The rule: NaN and infinities are in the same places as in the float64 reference, and the largest error is
@@ -71,8 +47,8 @@ def assert_attention_accurate(
         The output to judge.
     lse : array, optional
         The log-sum-exp to judge.
-    scale, causal, window_size, layout
-        The options of the call, as in :func:`cuflash.attention`.
+    **options
+        The options of the call, as in :func:`reference_attention`.
 
     Raises
     ------
@@ -86,16 +62,7 @@ def assert_attention_accurate(
     >>> out, lse = cuflash.attention(q, k, v, causal=True, return_lse=True)
     >>> assert_attention_accurate(q, k, v, out, lse, causal=True)
     """
-    options: dict[str, Any] = {"causal": causal, "window_size": window_size, "layout": layout}
-    _assert_rule(
-        {"out": out, "lse": lse},
-        (as_numpy(q), as_numpy(k), as_numpy(v)),
-        scale,
-        reference=partial(reference_attention, **options),
-        plain=partial(plain_attention, **options),
-        magnitudes=partial(attention_magnitudes, **options),
-        growth=lambda q, k, v: (v, 1.0),
-    )
+    _assert_rule(forward, {"q": q, "k": k, "v": v}, Options(**options), {"out": out, "lse": lse})
 
 
 def assert_gradients_accurate(
@@ -108,10 +75,9 @@ def assert_gradients_accurate(
     dv: Any,
     /,
     *,
-    scale: float | None = None,
-    causal: Causal = False,
-    window_size: WindowSize = None,
-    layout: Layout = "bhsd",
+    dbias: Any = None,
+    dsinks: Any = None,
+    **options: Any,
 ) -> None:
     """Assert that the gradients of attention are as accurate as they should be.
 
@@ -123,8 +89,10 @@ def assert_gradients_accurate(
         The gradient of the output and the inputs, NumPy or CuPy.
     dq, dk, dv : array
         The gradients to judge.
-    scale, causal, window_size, layout
-        The options of the call, as in :func:`cuflash.attention`.
+    dbias, dsinks : array, optional
+        The gradients of the options `bias` and `sinks` to judge.
+    **options
+        The options of the call, and `dlse`, as in :func:`reference_attention_backward`.
 
     Raises
     ------
@@ -138,60 +106,144 @@ def assert_gradients_accurate(
     >>> out, vjp = cuflash.attention_vjp(q, k, v, causal=True)
     >>> assert_gradients_accurate(dout, q, k, v, *vjp(dout), causal=True)
     """
-    options: dict[str, Any] = {"causal": causal, "window_size": window_size, "layout": layout}
-    _assert_rule(
-        {"dq": dq, "dk": dk, "dv": dv},
-        (as_numpy(dout), as_numpy(q), as_numpy(k), as_numpy(v)),
-        scale,
-        reference=partial(reference_attention_backward, **options),
-        plain=partial(plain_attention_backward, **options),
-        magnitudes=partial(gradient_magnitudes, **options),
-        growth=lambda dout, q, k, v: (dout * v / q, dout * v / k, dout),
-    )
+    results = {"dq": dq, "dk": dk, "dv": dv, "dbias": dbias, "dsinks": dsinks}
+    _assert_rule(gradients, {"dout": dout, "q": q, "k": k, "v": v}, Options(**options), results)
+
+
+def assert_attention_varlen_accurate(
+    q: Any, k: Any, v: Any, cu_seqlens_q: Any, cu_seqlens_k: Any, out: Any, lse: Any = None, /, **options: Any
+) -> None:
+    """Assert that an output of packed sequences, and its log-sum-exp, are as accurate as they should be.
+
+    Parameters
+    ----------
+    q, k, v, cu_seqlens_q, cu_seqlens_k : array
+        The inputs, as in :func:`reference_attention_varlen`.
+    out, lse
+        The results to judge, as in :func:`assert_attention_accurate`.
+    **options
+        The options of the call, `seqused_k` among them.
+
+    Raises
+    ------
+    AssertionError
+        As :func:`assert_attention_accurate` does.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import cuflash, numpy as np
+    >>> q, k, v = np.random.default_rng(0).standard_normal((3, 17, 2, 8), np.float32)
+    >>> cu_seqlens = np.array([0, 5, 17], np.int32)
+    >>> out = cuflash.attention_varlen(q, k, v, cu_seqlens, cu_seqlens)
+    >>> assert_attention_varlen_accurate(q, k, v, cu_seqlens, cu_seqlens, out)
+    """
+    assert_attention_accurate(q, k, v, out, lse, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, **options)
+
+
+def assert_gradients_varlen_accurate(
+    dout: Any,
+    q: Any,
+    k: Any,
+    v: Any,
+    cu_seqlens_q: Any,
+    cu_seqlens_k: Any,
+    dq: Any,
+    dk: Any,
+    dv: Any,
+    /,
+    **options: Any,
+) -> None:
+    """Assert that the gradients of packed sequences are as accurate as they should be.
+
+    Parameters
+    ----------
+    dout, q, k, v, cu_seqlens_q, cu_seqlens_k : array
+        The gradient of the output and the inputs, as in :func:`reference_attention_varlen`.
+    dq, dk, dv
+        The gradients to judge.
+    **options
+        The options of the call, `seqused_k` and `dlse` among them, and `dsinks` to judge.
+
+    Raises
+    ------
+    AssertionError
+        As :func:`assert_gradients_accurate` does.
+
+    Examples
+    --------
+    >>> import cuflash, numpy as np
+    >>> q, k, v, dout = np.random.default_rng(0).standard_normal((4, 17, 2, 8), np.float32)
+    >>> cu_seqlens = np.array([0, 5, 17], np.int32)
+    >>> out, vjp = cuflash.attention_varlen_vjp(q, k, v, cu_seqlens, cu_seqlens)
+    >>> assert_gradients_varlen_accurate(dout, q, k, v, cu_seqlens, cu_seqlens, *vjp(dout))
+    """
+    options |= {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
+    assert_gradients_accurate(dout, q, k, v, dq, dk, dv, **options)
+
+
+def _growth(name: str, factors: dict[str, float]) -> float:
+    """Return how a result grows with factors on the arrays, when the scale shrinks so that the scores are as before."""
+    if name == "lse":
+        return 1.0
+    if name == "out":
+        return factors["v"]
+    if name == "dv":
+        return factors["dout"]
+    of_scores = factors["dout"] * factors["v"]
+    return of_scores / factors[name[1:]] if name in ("dq", "dk") else of_scores
+
+
+def _rescaled(
+    arrays: dict[str, Array], options: Options, factors: dict[str, float], dtype: Any
+) -> tuple[dict[str, Array], Options]:
+    """Return arrays multiplied by factors, and options that keep the scores, and the rows of their gradient in step."""
+
+    def times(x: Array, factor: float) -> Array:
+        return (x.astype(dtype) * factor).astype(x.dtype)
+
+    assert options.scale is not None
+    options = options.replace(scale=options.scale / (factors["q"] * factors["k"]))
+    if options.dlse is not None:
+        options = options.replace(dlse=times(options.dlse, factors["dout"] * factors["v"]))
+    return {name: times(x, factors[name]) for name, x in arrays.items()}, options
 
 
 def _assert_rule(
-    results: dict[str, Any],
-    arrays: tuple[Array, ...],
-    scale: float | None,
-    reference: Callable[..., tuple[Array, ...]],
-    plain: Callable[..., tuple[Array, ...]],
-    magnitudes: Callable[..., tuple[Array, ...]],
-    growth: Callable[..., tuple[float, ...]],
+    compute: Callable[..., Results], arrays: dict[str, Any], options: Options, results: dict[str, Any]
 ) -> None:
-    """Hold results against the rule; `growth` says how they grow with factors on the arrays (.., q, k, v)."""
-    dtype = arrays[-1].dtype
+    """Hold results that `compute` tells of arrays, in any arithmetic, against the rule."""
+    arrays = {name: as_numpy(x) for name, x in arrays.items()}
+    dtype = arrays["q"].dtype
     reference_dtype = np.longdouble if dtype == np.float64 else np.float64
     if np.finfo(reference_dtype).eps >= np.finfo(np.float64).eps and dtype == np.float64:
         raise NotImplementedError(
             "float64 cannot be judged: numpy.longdouble is no longer than float64 on this platform"
         )
-    if scale is None:
-        scale = 1 / math.sqrt(arrays[-2].shape[-1])
+    if options.scale is None:
+        options = options.replace(scale=1 / math.sqrt(arrays["q"].shape[-1]))
+    reference, plain = Arithmetic.reference(reference_dtype), Arithmetic.plain(dtype)
 
-    expected = reference(*arrays, scale=scale, dtype=reference_dtype)
-    plain_results = plain(*arrays, scale=scale)
+    expected = compute(*arrays.values(), options, reference)
+    plain_results = stored(compute(*arrays.values(), options, plain), dtype, options)
     plain_errors = _largest_errors(plain_results, expected)
-    if min(x.size for x in expected) < _ENOUGH_ELEMENTS:
-        for factors in np.random.default_rng(0).uniform(0.5, 1, (_REPETITIONS, len(arrays))).tolist():
-            copies = [
-                (x.astype(reference_dtype) * factor).astype(dtype) for x, factor in zip(arrays, factors, strict=True)
-            ]
-            rescaled = scale / (factors[-3] * factors[-2])
-            errors = _largest_errors(
-                plain(*copies, scale=rescaled), reference(*copies, scale=rescaled, dtype=reference_dtype)
-            )
-            plain_errors = np.maximum(plain_errors, errors / growth(*factors))
-    terms = magnitudes(*arrays, scale=scale)
-    for i, (name, result) in enumerate(results.items()):
+    if min(x.size for x in expected.values()) < _ENOUGH_ELEMENTS:
+        for drawn in np.random.default_rng(0).uniform(0.5, 1, (_REPETITIONS, len(arrays))).tolist():
+            factors = dict(zip(arrays, drawn, strict=True))
+            copies, own = _rescaled(arrays, options, factors, reference_dtype)
+            of_plain = stored(compute(*copies.values(), own, plain), dtype, own)
+            for name, error in _largest_errors(of_plain, compute(*copies.values(), own, reference)).items():
+                plain_errors[name] = max(plain_errors[name], error / _growth(name, factors))
+    terms = compute(*arrays.values(), options, MAGNITUDES)
+    for name, result in results.items():
         if result is not None:
-            plain_error = max(plain_errors[i], _WORKING_ROUNDING[dtype.name] * _largest(terms[i]))
-            _assert_close(name, as_numpy(result), expected[i], plain_results[i].dtype, plain_error)
+            plain_error = max(plain_errors[name], _WORKING_ROUNDING[dtype.name] * _largest(terms[name]))
+            _assert_close(name, as_numpy(result), expected[name], plain_results[name].dtype, plain_error)
 
 
-def _largest_errors(results: tuple[Array, ...], expected: tuple[Array, ...]) -> Array:
+def _largest_errors(results: Results, expected: Results) -> dict[str, float]:
     """Return the largest error of each result, where it and what is expected are finite."""
-    return np.array([_errors(*pair).max(initial=0) for pair in zip(results, expected, strict=True)], np.float64)
+    return {name: float(_errors(results[name], expected[name]).max(initial=0)) for name in expected}
 
 
 def _errors(result: Array, expected: Array) -> Array:

@@ -5,24 +5,152 @@ See :mod:`cuflash.testing` for a property test written with them.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from itertools import accumulate
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from .._problem import Causal, Layout, WindowSize
+import cuflash
 
-Strides = Literal["contiguous", "transposed", "negative", "sliced", "broadcast"]
+from .._problem import Causal, Layout, Operand, WindowSize, ceil_div
+from .mods import MASK_MODS, SCORE_MODS, Shape
+
+Strides = Literal["contiguous", "transposed", "negative", "sliced", "broadcast", "offset", "repeated"]
+Mods = Literal["callable", "expression"]
 
 STRIDES: tuple[Strides, ...] = ("contiguous", "transposed", "negative", "sliced", "broadcast")
+PAIR_STRIDES: tuple[Strides, ...] = (*STRIDES, "offset", "repeated")
 LENGTHS = (0, 1, 17, 63, 64, 65, 129)
 
+PACKED_VARIANTS = ("softcap", "alibi", "sinks", "dropout", "dlse", "score_mod", "mask_mod")
+VARIANTS = (*PACKED_VARIANTS, "bias", "mask", "block_mask")
 
-@dataclass(frozen=True)
-class AttentionProblem:
+
+class PairArray(NamedTuple):
+    """How a bias or a mask is made: an array that broadcasts to all pairs of queries and keys.
+
+    Parameters
+    ----------
+    shape : tuple of int
+        2 to 4 sizes that broadcast to ``(B, Hq, M, N)``.
+    strides : str
+        As for :class:`AttentionProblem`, or ``"offset"``, one element off the start of its memory, or
+        ``"repeated"``, a stride of 0 along the rows.
+    dtype : str
+        Of a bias; that of the problem if empty.
+    hidden : float
+        The share of the pairs that it hides; if it hides any, then also the whole first row.
+
+    Examples
+    --------
+    >>> problem = AttentionProblem((2, 17, 8), (2, 33, 8), (2, 33, 8), mask=PairArray((1, 33), hidden=0.5))
+    >>> problem.options["mask"].shape
+    (1, 33)
+    """
+
+    shape: tuple[int, ...]
+    strides: Strides = "contiguous"
+    dtype: str = ""
+    hidden: float = 0.0
+
+    def shown(self, rng: np.random.Generator) -> NDArray[Any]:
+        """Return which elements hide nothing."""
+        shown = rng.random(self.shape) >= self.hidden
+        if self.hidden and self.shape[-2] > 1:
+            shown[..., 0, :] = False
+        return shown
+
+
+class _Maker(NamedTuple):
+    """Makes the arrays of a problem, each from the problem's seed and a number of its own."""
+
+    xp: Any
+    dtype: str
+    seed: int
+
+    def rng(self, index: int) -> np.random.Generator:
+        return np.random.default_rng((self.seed, index))
+
+    def normal(self, index: int, shape: tuple[int, ...], dtype: str = "") -> NDArray[Any]:
+        return self.rng(index).standard_normal(shape).astype(_dtype(dtype or self.dtype))
+
+    def lse(self, index: int, shape: tuple[int, ...]) -> Any:
+        """Make an array of the dtype that a log-sum-exp has."""
+        return self.xp.asarray(self.normal(index, shape, "float64" if self.dtype == "float64" else "float32"))
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class _Variants:
+    """The options that padded and packed problems share, beyond the mask of positions.
+
+    Parameters
+    ----------
+    softcap : float, optional
+        As in :func:`cuflash.attention`.
+    alibi : str, optional
+        The shape of `alibi_slopes`: ``"heads"`` or ``"batch"``, which has heads as well.
+    sinks : str, optional
+        The dtype of `sinks`.
+    dropout_p : float
+        As in :func:`cuflash.attention`, with a seed made of the problem's.
+    score_mod, mask_mod : str, optional
+        Names of entries of :data:`cuflash.testing.mods.SCORE_MODS` and of ``MASK_MODS``.
+    with_dlse : bool
+        Whether the log-sum-exp has a gradient.
+    """
+
+    softcap: float | None = None
+    alibi: Literal["heads", "batch"] | None = None
+    sinks: str | None = None
+    dropout_p: float = 0.0
+    score_mod: str | None = None
+    mask_mod: str | None = None
+    with_dlse: bool = False
+
+    def __repr__(self) -> str:
+        fields = dataclasses.fields(self)
+        given = [(f.name, getattr(self, f.name)) for f in fields if getattr(self, f.name) != f.default]
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in given)})"
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        """Print as hypothesis asks for it."""
+        printer.text(repr(self))
+
+    def _variant_options(self, make: _Maker, mods: Mods, pairs: Shape) -> dict[str, Any]:
+        """Return the keyword arguments of these options, as far as they are used."""
+        options: dict[str, Any] = {}
+        batch, heads = pairs[:2]
+        if self.softcap is not None:
+            options["softcap"] = self.softcap
+        if self.alibi is not None:
+            shape = (heads,) if self.alibi == "heads" else (batch, heads)
+            options["alibi_slopes"] = make.xp.asarray(make.rng(6).uniform(0, 0.5, shape).astype(np.float32))
+        if self.sinks is not None:
+            options["sinks"] = make.xp.asarray(make.normal(7, (heads,), self.sinks))
+        if self.dropout_p > 0:
+            options |= {"dropout_p": self.dropout_p, "seed": int(make.rng(8).integers(2**64, dtype=np.uint64))}
+        mod_args: dict[str, Any] = {}
+        for index, name, catalogue in ((9, "score_mod", SCORE_MODS), (10, "mask_mod", MASK_MODS)):
+            if getattr(self, name) is not None:
+                mod = catalogue[getattr(self, name)]
+                args = mod.make_args(make.rng(index), pairs)
+                options[name] = mod.callable(args) if mods == "callable" else mod.expression
+                mod_args |= args
+        if mod_args and mods == "expression":
+            options["mod_args"] = {
+                name: make.xp.asarray(value) if isinstance(value, np.ndarray) else value
+                for name, value in mod_args.items()
+            }
+        return options
+
+
+@dataclass(frozen=True, repr=False)
+class AttentionProblem(_Variants):
     """A problem to test attention with: shapes, options and a seed, from which it builds its arrays.
 
     Parameters
@@ -39,12 +167,28 @@ class AttentionProblem:
         of NaN; ``"broadcast"``, a stride of 0 along the heads.
     seed : int
         The seed of the normally distributed values.
+    bias, mask : PairArray, optional
+        How the options are made.
+    block_mask : bool
+        Whether there is a `block_mask`, of random blocks.
+    softcap, dropout_p
+        The options, as in :func:`cuflash.attention`; dropout gets a seed made of the problem's.
+    alibi : {"heads", "batch"}, optional
+        The shape of `alibi_slopes`: (Hq,) or (B, Hq).
+    sinks : str, optional
+        The dtype of `sinks`.
+    score_mod, mask_mod : str, optional
+        Names of entries of ``SCORE_MODS`` and ``MASK_MODS`` in :mod:`cuflash.testing.mods`.
+    with_dlse : bool
+        Whether the log-sum-exp has a gradient.
 
     Examples
     --------
-    >>> problem = AttentionProblem(q=(2, 17, 8), k=(1, 33, 8), v=(1, 33, 4), causal=True)
+    >>> problem = AttentionProblem(q=(2, 17, 8), k=(1, 33, 8), v=(1, 33, 4), causal=True, softcap=30.0)
     >>> [x.shape for x in problem.arrays()], problem.dout().shape
     ([(2, 17, 8), (1, 33, 8), (1, 33, 4)], (2, 17, 4))
+    >>> problem.options["softcap"]
+    30.0
     """
 
     q: tuple[int, ...]
@@ -57,28 +201,70 @@ class AttentionProblem:
     layout: Layout = "bhsd"
     strides: tuple[Strides, Strides, Strides, Strides] = ("contiguous",) * 4
     seed: int = 0
+    bias: PairArray | None = None
+    mask: PairArray | None = None
+    block_mask: bool = False
 
     @property
     def options(self) -> dict[str, Any]:
-        """The keyword arguments of the call."""
-        return {
+        """The keyword arguments of the call, with NumPy arrays and Python callables."""
+        return self.options_for(np)
+
+    def options_for(self, xp: Any, mods: Mods = "callable") -> dict[str, Any]:
+        """Build the keyword arguments of the call.
+
+        Parameters
+        ----------
+        xp : module
+            ``numpy``, ``cupy`` or one like them.
+        mods : {"callable", "expression"}
+            Whether `score_mod` and `mask_mod` are Python callables, or CUDA expressions with `mod_args`.
+
+        Returns
+        -------
+        dict
+            Options that the problem does not use are left out, but for `scale`, `causal`, `window_size`, `layout`.
+        """
+        make = self._make(xp)
+        options: dict[str, Any] = {
             "scale": self.scale,
             "causal": self.causal,
             "window_size": self.window_size,
             "layout": self.layout,
+            **self._variant_options(make, mods, self.pairs),
         }
+        if self.bias is not None:
+            bias = make.normal(4, self.bias.shape, self.bias.dtype)
+            bias = np.where(self.bias.shown(make.rng(11)), bias, bias.dtype.type(-np.inf))
+            options["bias"] = _laid_out(bias, self.bias.strides, "bhsd", xp)
+        if self.mask is not None:
+            options["mask"] = _laid_out(self.mask.shown(make.rng(5)), self.mask.strides, "bhsd", xp)
+        if self.block_mask:
+            batch, heads, seqlen_q, seqlen_k = self.pairs
+            blocks = (batch, heads, ceil_div(seqlen_q, 128), ceil_div(seqlen_k, 128))
+            visible = xp.asarray(make.rng(12).random(blocks) < 0.7)
+            options["block_mask"] = cuflash.BlockMask.from_blocks(visible, shape=(seqlen_q, seqlen_k))
+        return options
+
+    @property
+    def pairs(self) -> Shape:
+        """The shape of all pairs of queries and keys, (B, Hq, M, N)."""
+        q, k, v = (Operand.of(shape, shape, self.layout).shape for shape in (self.q, self.k, self.v))
+        (batch,) = np.broadcast_shapes(q[:1], k[:1], v[:1])
+        return batch, q[1], q[2], k[2]
 
     @property
     def out_shape(self) -> tuple[int, ...]:
         """The shape of the output."""
-        rank = max(len(self.q), len(self.k), len(self.v))
-        if rank == 2:
-            return (self.q[0], self.v[1])
-        batch = np.broadcast_shapes(*(shape[:-3] for shape in (self.q, self.k, self.v)))
-        q = self.q
-        if len(q) == 2:
-            q = (q[0], 1, q[1]) if self.layout == "bshd" else (1, *q)
-        return (*batch, *q[-3:-1], self.v[-1])
+        batch, heads, seqlen_q, _ = self.pairs
+        rows = (seqlen_q, heads) if self.layout == "bshd" else (heads, seqlen_q)
+        shape = (batch, *rows, self.v[-1])
+        return shape[4 - self._rank :] if self._rank > 2 else (seqlen_q, self.v[-1])
+
+    @property
+    def lse_shape(self) -> tuple[int, ...]:
+        """The shape of the log-sum-exp."""
+        return self.pairs[4 - self._rank : 3]
 
     def arrays(self, xp: Any = np) -> tuple[Any, Any, Any]:
         """Build ``(q, k, v)`` as arrays of the module `xp`: ``numpy``, ``cupy`` or one like them."""
@@ -89,9 +275,105 @@ class AttentionProblem:
         """Build a gradient of the output as an array of the module `xp`."""
         return self._array(3, self.out_shape, xp)
 
+    def dlse(self, xp: Any = np) -> Any:
+        """Build a gradient of the log-sum-exp as an array of the module `xp`, or None if the problem has none."""
+        return self._make(xp).lse(13, self.lse_shape) if self.with_dlse else None
+
+    @property
+    def _rank(self) -> int:
+        return max(len(self.q), len(self.k), len(self.v))
+
+    def _make(self, xp: Any) -> _Maker:
+        return _Maker(xp, self.dtype, self.seed)
+
     def _array(self, index: int, shape: tuple[int, ...], xp: Any) -> Any:
-        values = np.random.default_rng((self.seed, index)).standard_normal(shape).astype(_dtype(self.dtype))
-        return _laid_out(values, self.strides[index], self.layout, xp)
+        return _laid_out(self._make(xp).normal(index, shape), self.strides[index], self.layout, xp)
+
+
+@dataclass(frozen=True, repr=False)
+class PackedProblem(_Variants):
+    """A problem of packed sequences to test attention with.
+
+    Rows beyond the last sequence, and keys that are not used, are NaN.
+
+    Parameters
+    ----------
+    lengths_q, lengths_k : tuple of int
+        The lengths of the sequences.
+    seqused_k : tuple of int, optional
+        How many keys of each sequence are used.
+    heads : (int, int)
+        Numbers of query heads and of key/value heads.
+    head_dims : (int, int)
+        Head dimensions of the keys and of the values.
+    tails : (int, int)
+        Numbers of rows of `q`, and of `k` and `v`, beyond the last sequence.
+    dtype, scale, causal, window_size, strides, seed, softcap, alibi, sinks, dropout_p, score_mod, mask_mod, with_dlse
+        As for :class:`AttentionProblem`.
+
+    Examples
+    --------
+    >>> problem = PackedProblem((3, 0, 5), (4, 2, 0), heads=(2, 1), causal=True)
+    >>> [x.shape for x in problem.arrays()]
+    [(8, 2, 8), (6, 1, 8), (6, 1, 8), (4,), (4,)]
+    """
+
+    lengths_q: tuple[int, ...]
+    lengths_k: tuple[int, ...]
+    seqused_k: tuple[int, ...] | None = None
+    heads: tuple[int, int] = (1, 1)
+    head_dims: tuple[int, int] = (8, 8)
+    tails: tuple[int, int] = (0, 0)
+    dtype: str = "float32"
+    scale: float | None = None
+    causal: Causal = False
+    window_size: WindowSize = None
+    strides: tuple[Strides, Strides, Strides, Strides] = ("contiguous",) * 4
+    seed: int = 0
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The keyword arguments of the call, with NumPy arrays and Python callables."""
+        return self.options_for(np)
+
+    def options_for(self, xp: Any, mods: Mods = "callable") -> dict[str, Any]:
+        """Build the keyword arguments of the call, as :meth:`AttentionProblem.options_for` does."""
+        pairs = (len(self.lengths_q), self.heads[0], sum(self.lengths_q), sum(self.lengths_k))
+        options = {
+            "scale": self.scale,
+            "causal": self.causal,
+            "window_size": self.window_size,
+            **self._variant_options(_Maker(xp, self.dtype, self.seed), mods, pairs),
+        }
+        if self.seqused_k is not None:
+            options["seqused_k"] = xp.asarray(np.array(self.seqused_k, np.int32))
+        return options
+
+    def arrays(self, xp: Any = np) -> tuple[Any, Any, Any, Any, Any]:
+        """Build ``(q, k, v, cu_seqlens_q, cu_seqlens_k)`` as arrays of the module `xp`."""
+        q = self._rows(0, self.heads[0], self.head_dims[0], xp)
+        k, v = (self._rows(i, self.heads[1], self.head_dims[i - 1], xp) for i in (1, 2))
+        cu_q, cu_k = (np.array([0, *accumulate(x)], np.int32) for x in (self.lengths_q, self.lengths_k))
+        return q, k, v, xp.asarray(cu_q), xp.asarray(cu_k)
+
+    def dout(self, xp: Any = np) -> Any:
+        """Build a gradient of the output as an array of the module `xp`."""
+        return self._rows(3, self.heads[0], self.head_dims[1], xp)
+
+    def dlse(self, xp: Any = np) -> Any:
+        """Build a gradient of the log-sum-exp as an array of the module `xp`, or None if the problem has none."""
+        shape = (self.heads[0], sum(self.lengths_q) + self.tails[0])
+        return _Maker(xp, self.dtype, self.seed).lse(13, shape) if self.with_dlse else None
+
+    def _rows(self, index: int, heads: int, head_dim: int, xp: Any) -> Any:
+        """Build the packed array with this index: of queries, or for 1 and 2 of keys."""
+        of_keys = index in (1, 2)
+        lengths, tail = (self.lengths_k, self.tails[1]) if of_keys else (self.lengths_q, self.tails[0])
+        used = lengths if self.seqused_k is None or not of_keys else self.seqused_k
+        values = _Maker(xp, self.dtype, self.seed).normal(index, (sum(lengths) + tail, heads, head_dim))
+        seen = [i < n for length, n in zip(lengths, used, strict=True) for i in range(length)]
+        values[~np.array([*seen, *[False] * tail], bool)] = np.nan
+        return _laid_out(values, self.strides[index], "bshd", xp)
 
 
 def _dtype(name: str) -> np.dtype[Any]:
@@ -116,6 +398,11 @@ def _laid_out(values: NDArray[Any], strides: Strides, layout: Layout, xp: Any) -
     if strides == "broadcast" and values.ndim > 2:
         one_head = values[..., :1, :] if layout == "bshd" else values[..., :1, :, :]
         return xp.broadcast_to(xp.asarray(np.ascontiguousarray(one_head)), values.shape)
+    if strides == "offset":
+        parent = np.concatenate([values.ravel()[:1], values.ravel()]) if values.size else values.ravel()
+        return xp.asarray(parent)[parent.size - values.size :].reshape(values.shape)
+    if strides == "repeated":
+        return xp.broadcast_to(xp.asarray(np.ascontiguousarray(values[..., :1, :])), values.shape)
     return xp.asarray(values)
 
 
@@ -134,6 +421,7 @@ def attention_problems(
     windows: bool = True,
     scales: Sequence[float | None] = (None, 0.5, -0.25),
     strides: Sequence[Strides] = STRIDES,
+    variants: Sequence[str] = (),
 ) -> AttentionProblem:
     """Draw small attention problems; each argument restricts them to what the code under test supports.
 
@@ -162,6 +450,8 @@ def attention_problems(
         Values of the option `scale`.
     strides : sequence of str
         Memory layouts, as in :class:`AttentionProblem`.
+    variants : sequence of str
+        Further options, of which problems use none, some or all; :data:`VARIANTS` lists them.
 
     Returns
     -------
@@ -189,17 +479,117 @@ def attention_problems(
         stack = (rows, heads, columns) if layout == "bshd" else (heads, rows, columns)
         return {2: (rows, columns), 3: stack, 4: (draw(st.sampled_from([batch, 1])), *stack)}[rank]
 
-    limits = st.none() | st.integers(0, max(seqlen_q, seqlen_k) + 1)
     kinds = st.sampled_from(strides)
-    return AttentionProblem(
+    problem = AttentionProblem(
         q=shape(rank_q, heads, seqlen_q, head_dim),
         k=shape(rank_k, heads_kv, seqlen_k, head_dim),
         v=shape(rank_v, heads_kv, seqlen_k, head_dim_v),
         dtype=draw(st.sampled_from(dtypes)),
         scale=draw(st.sampled_from(scales)),
         causal=draw(st.sampled_from(causal)),
-        window_size=draw(st.none() | st.tuples(limits, limits)) if windows else None,
+        window_size=draw(_window_sizes(max(seqlen_q, seqlen_k))) if windows else None,
         layout=layout,
         strides=(draw(kinds), draw(kinds), draw(kinds), draw(kinds)),
         seed=draw(st.integers(0, 2**16)),
     )
+    chosen = draw(st.sets(st.sampled_from(variants))) if variants else set()
+    own: dict[str, Any] = {"block_mask": "block_mask" in chosen}
+    if "bias" in chosen:
+        # Of -inf, a score that is not added to may become anything.
+        hidden = 0.0 if "score_mod" in chosen else draw(st.sampled_from([0.0, 0.2]))
+        dtype = draw(st.sampled_from(["", problem.dtype if problem.dtype == "float64" else "float32"]))
+        own["bias"] = draw(_pair_arrays(problem.pairs, dtype, hidden))
+    if "mask" in chosen:
+        own["mask"] = draw(_pair_arrays(problem.pairs, "", draw(st.sampled_from([0.3, 1.0]))))
+    return dataclasses.replace(problem, **own, **draw(_shared_variants(chosen, problem.dtype)))
+
+
+@st.composite
+def packed_problems(
+    draw: st.DrawFn,
+    *,
+    dtypes: Sequence[str] = ("float32",),
+    max_sequences: int = 4,
+    max_seqlen: int = 65,
+    head_dims: Sequence[int] = (1, 3, 8, 16, 17, 32, 64),
+    group_sizes: Sequence[int] = (1, 2, 3),
+    causal: Sequence[Causal] = (False, True, "top-left"),
+    windows: bool = True,
+    scales: Sequence[float | None] = (None, 0.5, -0.25),
+    strides: Sequence[Strides] = STRIDES,
+    variants: Sequence[str] = (),
+) -> PackedProblem:
+    """Draw small problems of packed sequences, of length 0 as well, some with unused keys and rows after the last.
+
+    Parameters
+    ----------
+    dtypes, max_seqlen, head_dims, group_sizes, causal, windows, scales, strides
+        As in :func:`attention_problems`.
+    max_sequences : int
+        The largest number of sequences; the smallest is 1.
+    variants : sequence of str
+        Further options, of which problems use none, some or all; :data:`PACKED_VARIANTS` lists them.
+
+    Returns
+    -------
+    hypothesis.strategies.SearchStrategy[PackedProblem]
+
+    Examples
+    --------
+    >>> from hypothesis import given
+    >>> @given(packed_problems(max_sequences=2))
+    ... def test(problem):
+    ...     assert len(problem.lengths_q) == len(problem.lengths_k) <= 2
+    >>> test()
+    """
+    lengths = st.sampled_from([length for length in LENGTHS if length <= max_seqlen] + [max_seqlen])
+    sequences = draw(st.lists(st.tuples(lengths, lengths), min_size=1, max_size=max_sequences))
+    lengths_q, lengths_k = zip(*sequences, strict=True)
+    used = draw(st.none() | st.tuples(*(st.integers(0, length) for length in lengths_k)))
+    heads_kv = draw(st.integers(1, 2))
+    kinds = st.sampled_from(strides)
+    dtype = draw(st.sampled_from(dtypes))
+    chosen = draw(st.sets(st.sampled_from(variants))) if variants else set()
+    return PackedProblem(
+        lengths_q=lengths_q,
+        lengths_k=lengths_k,
+        seqused_k=used,
+        heads=(heads_kv * draw(st.sampled_from(group_sizes)), heads_kv),
+        head_dims=(draw(st.sampled_from(head_dims)), draw(st.sampled_from(head_dims))),
+        tails=draw(st.sampled_from([(0, 0), (3, 0), (0, 5), (2, 1)])),
+        dtype=dtype,
+        scale=draw(st.sampled_from(scales)),
+        causal=draw(st.sampled_from(causal)),
+        window_size=draw(_window_sizes(max_seqlen)) if windows else None,
+        strides=(draw(kinds), draw(kinds), draw(kinds), draw(kinds)),
+        seed=draw(st.integers(0, 2**16)),
+        **draw(_shared_variants(chosen, dtype)),
+    )
+
+
+def _window_sizes(seqlen: int) -> st.SearchStrategy[WindowSize]:
+    limits = st.none() | st.integers(0, seqlen + 1)
+    return st.none() | st.tuples(limits, limits)
+
+
+@st.composite
+def _pair_arrays(draw: st.DrawFn, pairs: Shape, dtype: str, hidden: float) -> PairArray:
+    rank = draw(st.integers(2, 4))
+    shape = tuple(draw(st.sampled_from([size, 1])) for size in pairs[4 - rank :])
+    return PairArray(shape, draw(st.sampled_from(PAIR_STRIDES)), dtype, hidden)
+
+
+@st.composite
+def _shared_variants(draw: st.DrawFn, chosen: set[str], dtype: str) -> dict[str, Any]:
+    """Draw what the chosen variants are, as arguments of a problem."""
+    long = dtype if dtype == "float64" else "float32"
+    kinds: dict[str, tuple[str, Sequence[Any]]] = {
+        "softcap": ("softcap", [30.0, 2.0]),
+        "alibi": ("alibi", ["heads", "batch"]),
+        "sinks": ("sinks", [long, dtype]),
+        "dropout": ("dropout_p", [0.17, 0.5]),
+        "dlse": ("with_dlse", [True]),
+        "score_mod": ("score_mod", sorted(SCORE_MODS)),
+        "mask_mod": ("mask_mod", sorted(MASK_MODS)),
+    }
+    return {name: draw(st.sampled_from(values)) for variant, (name, values) in kinds.items() if variant in chosen}

@@ -1,6 +1,8 @@
 // Which keys a query sees: causal masks and sliding windows are bands around a diagonal.
 #pragma once
 
+#include <cuflash/common/math.cuh>
+
 namespace cuflash {
 
 struct Range {
@@ -27,6 +29,7 @@ struct Band {
   // The queries that see at least one of these keys.
   __device__ __forceinline__ Range queries_of(Range keys) const {
     const int last = min(keys.end, seqlen_k) - 1;
+    if (last < keys.begin) return {0, 0};
     return {max(0, keys.begin - end + 1), min(seqlen_q, last - begin + 1)};
   }
 };

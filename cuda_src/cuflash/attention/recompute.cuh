@@ -1,24 +1,24 @@
-// What the backward knows of each query row: enough to recompute its weights without another softmax.
+// The backward of one pair of query and key: its weight, recomputed without another softmax, and its gradients.
 #pragma once
 
-#include <cuflash/attention/params.cuh>
-#include <cuflash/common/math.cuh>
+#include <cuflash/attention/options.cuh>
+#include <cuflash/attention/softmax.cuh>
 
 namespace cuflash {
 
-// lse and delta = rowsum(dout * out) of the queries of one head.
+// lse and delta = rowsum(dout * out) - dlse of the queries of one head.
 struct RowStatistics {
   const float *lse, *delta;
   long long lse_stride;
   int seqlen_q;
 
-  __device__ __forceinline__ RowStatistics(const float* lse_array, const float* delta_array, const BwdParams& params,
-                                           int batch, int head)
-      : lse(lse_array + batch * params.lse.batch + head * params.lse.head),
-        delta(delta_array +
-              (static_cast<long long>(batch) * params.problem.num_heads + head) * params.problem.seqlen_q),
+  template <class Params>
+  __device__ __forceinline__ RowStatistics(const float* lse_array, const float* delta_array, const Params& params,
+                                           const Sequence& sequence, int head)
+      : lse(Matrix<const float>(lse_array, params.lse, sequence.batch, head, sequence.first_query).data),
+        delta(Matrix<const float>(delta_array, params.delta, sequence.batch, head, sequence.first_query).data),
         lse_stride(params.lse.row),
-        seqlen_q(params.problem.seqlen_q) {}
+        seqlen_q(sequence.seqlen_q) {}
 
   // Rows that see no key, or lie beyond the end, get +infinity: their weights become 0 without a mask.
   __device__ __forceinline__ float lse_of(int row) const {
@@ -30,9 +30,24 @@ struct RowStatistics {
   __device__ __forceinline__ float delta_of(int row) const { return row < seqlen_q ? delta[row] : 0.0f; }
 };
 
-// The gradient of a score from that of its weight.
-__device__ __forceinline__ float score_gradient(float weight, float dweight, float delta) {
-  return weight * (dweight - delta);
+// What a pair adds to the gradients: `weight` times dout to that of the value, `dscore` times the key or the query to
+// that of the other.
+struct PairGradient {
+  float weight, dscore;
+};
+
+// dweight = dout . value; `survives` counts only where there is dropout.
+template <class Pairs>
+__device__ __forceinline__ PairGradient pair_gradient(const Pairs& pairs, float raw_score, float dweight, float lse,
+                                                      float delta, int query, int key, bool survives) {
+  const Dual score = pairs.score(raw_score, query, key);
+  const float weight = softmax_weight(score.value, lse);
+  if constexpr (Pairs::kHasDropout) {
+    const float factor = survives ? pairs.options.survivor_factor() : 0.0f;
+    return {weight * factor, weight * (factor * dweight - delta) * score.slope};
+  } else {
+    return {weight, weight * (dweight - delta) * score.slope};
+  }
 }
 
 }  // namespace cuflash

@@ -26,6 +26,13 @@ struct OnlineSoftmax {
   // What to subtract from scores: finite as long as no score was seen, so that hidden scores get weight 0, not NaN.
   __device__ __forceinline__ float shift() const { return base == -infinity() ? 0.0f : base; }
 
+  // Lets one more logit into the sum, which gives no value; returns the factor for what was summed up before.
+  __device__ __forceinline__ float join(float logit, float& sum) {
+    const float factor = rescale(logit);
+    sum = sum * factor + softmax_weight(logit, shift());
+    return factor;
+  }
+
   // The log of the sum of exponentials.
   __device__ __forceinline__ float lse(float sum) const { return sum == 0.0f ? -infinity() : base + kLn2 * log2f(sum); }
 };

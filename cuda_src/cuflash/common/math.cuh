@@ -12,5 +12,6 @@ __device__ __forceinline__ float infinity() { return __int_as_float(0x7f800000);
 __host__ __device__ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 __host__ __device__ constexpr int larger(int a, int b) { return a > b ? a : b; }
 __host__ __device__ constexpr int smaller(int a, int b) { return a < b ? a : b; }
+__host__ __device__ constexpr int clamp(int x, int low, int high) { return x < low ? low : x > high ? high : x; }
 
 }  // namespace cuflash

@@ -39,6 +39,10 @@ __device__ __forceinline__ __half from_float<__half>(float x) {
   return __float2half_rn(x);
 }
 template <>
+__device__ __forceinline__ bool from_float<bool>(float x) {
+  return x != 0.0f;
+}
+template <>
 __device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float x) {
   return __float2bfloat16_rn(x);
 }

@@ -1,16 +1,17 @@
 // FlashAttention-2 forward on nvcuda::wmma fragments.
 #pragma once
 
-#include <cuflash/attention/params.cuh>
+#include <cuflash/attention/options.cuh>
 #include <cuflash/attention/softmax.cuh>
 #include <cuflash/common/shared_memory.cuh>
+#include <cuflash/tile/bit_tile.cuh>
 #include <cuflash/tile/non_finite.cuh>
 
 namespace cuflash {
 
 // A block computes kBlockM rows of one head's output: it keeps their Q in shared memory, walks over K and V in tiles
 // of kBlockN keys, and never holds more than one tile of scores. Each warp owns kBlockM / kNumWarps rows.
-template <class Number, int kHeadDim, int kHeadDimV, int kBlockM, int kBlockN, int kNumWarps>
+template <class Number, class Options, int kHeadDim, int kHeadDimV, int kBlockM, int kBlockN, int kNumWarps>
 struct FwdWmma {
   using Element = typename Number::Element;
   using Map = FragmentMap<Number>;
@@ -30,7 +31,8 @@ struct FwdWmma {
   static constexpr int kSizeV = kBlockN * kPitchV * sizeof(Element);
   // A warp's P, and before it the scratch of row reductions.
   static constexpr int kSizeP = larger(kWarpM * kPitchP * sizeof(Element), Map::kScratchFloats * sizeof(float));
-  static constexpr int kSharedBytes = kSizeQ + kSizeK + kSizeV + kNumWarps * kSizeP;
+  static constexpr int kSizePairs = Options::template kTileBytes<kBlockM, kBlockN>;
+  static constexpr int kSharedBytes = kSizeQ + kSizeK + kSizeV + kNumWarps * kSizeP + kSizePairs;
 
   static_assert(kHeadDimV <= kHeadDim, "the output takes the place of Q");
   static_assert(kBlockM % (16 * kNumWarps) == 0 && kBlockN % 16 == 0 && kHeadDim % 16 == 0 && kHeadDimV % 16 == 0);
@@ -41,19 +43,22 @@ struct FwdWmma {
     float* lse;  // may be null
   };
 
-  static __device__ __forceinline__ void run(const Arrays& arrays, const FwdParams& params) {
+  static __device__ __forceinline__ void run(const Arrays& arrays, const FwdParams& params, Options options) {
     const Problem& problem = params.problem;
-    const Band band = problem.band();
-    const int num_m_blocks = ceil_div(problem.seqlen_q, kBlockM);
-    // Under a causal mask the last rows see the most keys: they start first.
-    const int m_block = num_m_blocks - 1 - blockIdx.x % num_m_blocks;
-    const int head = blockIdx.x / num_m_blocks % problem.num_heads;
-    const int batch = blockIdx.x / num_m_blocks / problem.num_heads;
-    const int head_kv = head / problem.group_size();
+    const Job job = options.template query_job<kBlockM>(problem);
+    const Sequence& sequence = job.sequence;
+    const int block_row = job.tile * kBlockM;
+    if (block_row >= sequence.seqlen_q || job.tile < 0) return;
+    const int batch = sequence.batch, head = job.head, head_kv = head / problem.group_size();
+    const Band band = problem.band(sequence.seqlen_q, sequence.seqlen_k);
+    options.enter(sequence, head);
 
-    const Matrix<const Element> q(arrays.q, params.q, batch, head, problem.seqlen_q, problem.head_dim);
-    const Matrix<const Element> k(arrays.k, params.k, batch, head_kv, problem.seqlen_k, problem.head_dim);
-    const Matrix<const Element> v(arrays.v, params.v, batch, head_kv, problem.seqlen_k, problem.head_dim_v);
+    const Matrix<const Element> q(arrays.q, params.q, batch, head, sequence.first_query, sequence.seqlen_q,
+                                  problem.head_dim);
+    const Matrix<const Element> k(arrays.k, params.k, batch, head_kv, sequence.first_key, sequence.seqlen_k,
+                                  problem.head_dim);
+    const Matrix<const Element> v(arrays.v, params.v, batch, head_kv, sequence.first_key, sequence.seqlen_k,
+                                  problem.head_dim_v);
 
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     unsigned char* const shared = dynamic_shared_memory();
@@ -63,13 +68,30 @@ struct FwdWmma {
     unsigned char* const warp_memory = shared + kSizeQ + kSizeK + kSizeV + warp * kSizeP;
     Element* const smem_p = reinterpret_cast<Element*>(warp_memory);
     float* const scratch = reinterpret_cast<float*>(warp_memory);
+    unsigned char* const smem_pairs = shared + kSizeQ + kSizeK + kSizeV + kNumWarps * kSizeP;
     Element* const warp_q = smem_q + warp * kWarpM * kPitchK;
 
-    const int block_row = m_block * kBlockM;
     const int warp_row = block_row + warp * kWarpM;
     const Range warp_queries = {warp_row, warp_row + kWarpM};
     const Range keys = band.keys_of({block_row, block_row + kBlockM});
-    const int n_begin = keys.begin / kBlockN, n_end = ceil_div(keys.end, kBlockN);
+    const int n_end = ceil_div(keys.end, kBlockN);
+    const auto keys_of = [](int n_block) { return Range{n_block * kBlockN, (n_block + 1) * kBlockN}; };
+    const auto skip_hidden = [&](int n_block) {
+      if constexpr (Options::kSkipsBlocks) {
+        for (Options there = options; n_block < n_end; ++n_block) {
+          there.template look_at<kBlockM, kBlockN>(smem_pairs, block_row, n_block * kBlockN);
+          if (!there.hides_all()) break;
+        }
+      }
+      return n_block;
+    };
+    const auto load_keys = [&](int n_block) {
+      if (n_block >= n_end) return;
+      load_tile<kBlockN, kHeadDim, kNumThreads>(smem_k, k, n_block * kBlockN);
+      options.template load<kBlockM, kBlockN, kNumThreads>(smem_pairs, block_row, n_block * kBlockN);
+    };
+    const int n_begin = skip_hidden(keys.begin / kBlockN);
+    const Pairs<Options> pairs = {options, band};
 
     load_tile<kBlockM, kHeadDim, kNumThreads>(smem_q, q, block_row);
     Map map(scratch);
@@ -79,15 +101,17 @@ struct FwdWmma {
 
     // Values that are not finite spoil rows that do not see them (tile/non_finite.cuh). Then the block starts again.
     for (bool careful = false;; careful = true) {
-      if (n_begin < n_end) load_tile<kBlockN, kHeadDim, kNumThreads>(smem_k, k, n_begin * kBlockN);
+      load_keys(n_begin);
       ptx::cp_async_commit();
 #pragma unroll
       for (int m = 0; m < kTilesM; ++m) softmax[m] = OnlineSoftmax();
       row_sum.clear();
       acc_o.clear();
 
-      for (int n_block = n_begin; n_block < n_end; ++n_block) {
+      for (int n_block = n_begin, following; n_block < n_end; n_block = following) {
+        following = skip_hidden(n_block + 1);
         const int first_key = n_block * kBlockN;
+        options.template look_at<kBlockM, kBlockN>(smem_pairs, block_row, first_key);
         map.stay_packed();
         ptx::cp_async_wait<0>();
         __syncthreads();  // K has arrived, and the previous V is no longer read
@@ -98,11 +122,15 @@ struct FwdWmma {
         acc_s.clear();
         acc_s.template add_product<kHeadDim, Stored::kTransposed>(warp_q, kPitchK, smem_k, kPitchK);
 
-        acc_s.for_each([&](float& score, int, int, int) { score *= problem.softmax_scale; });
-        if (!band.all_visible(warp_queries, {first_key, first_key + kBlockN})) {
+        acc_s.for_each([&](float& score, int m, int n, int i) {
+          score *= problem.softmax_scale;
+          if constexpr (Options::kChangesScores) {
+            score = pairs.score(score, warp_row + 16 * m + map.row(i), first_key + 16 * n + map.col(i)).value;
+          }
+        });
+        if (!pairs.all_visible(warp_queries, keys_of(n_block))) {
           acc_s.for_each([&](float& score, int m, int n, int i) {
-            const int query = warp_row + 16 * m + map.row(i), key = first_key + 16 * n + map.col(i);
-            if (!band.visible(query, key)) score = -infinity();
+            if (!pairs.visible(warp_row + 16 * m + map.row(i), first_key + 16 * n + map.col(i))) score = -infinity();
           });
         }
 
@@ -136,18 +164,22 @@ struct FwdWmma {
             }
           }
         }
+        const BitTile<Number, kTilesM, kTilesN, Options::kHasDropout> survives(
+            map, [&](int m, int n) { return options.draw(warp_row + 16 * m, first_key + 16 * n); });
+        acc_s.for_each([&](float& weight, int m, int n, int i) {
+          if (!survives(m, n, i)) weight = 0.0f;
+        });
         map.store(smem_p, kPitchP, acc_s);
 
         ptx::cp_async_wait<0>();
         __syncthreads();  // V has arrived, P is visible to its warp, and K is no longer read
-        if (n_block + 1 < n_end) load_tile<kBlockN, kHeadDim, kNumThreads>(smem_k, k, first_key + kBlockN);
-        ptx::cp_async_commit();
-
         if (careful) {
           add_non_finite<kBlockN>(acc_o, map, smem_p, kPitchP, smem_v, kPitchV,
-                                  [&](int row, int key) { return band.visible(warp_row + row, first_key + key); });
+                                  [&](int row, int key) { return pairs.visible(warp_row + row, first_key + key); });
           clear_non_finite<kBlockN, kHeadDimV, kNumThreads>(smem_v);
         }
+        load_keys(following);
+        ptx::cp_async_commit();
         acc_o.template add_product<kBlockN, Stored::kByRows>(smem_p, kPitchP, smem_v, kPitchV);
         __syncwarp();  // P is no longer read
       }
@@ -157,8 +189,10 @@ struct FwdWmma {
 
 #pragma unroll
     for (int m = 0; m < kTilesM; ++m) {
-      const float sum = map.reduce_rows(row_sum.tile[m][0], scratch, [](float x, float y) { return x + y; });
-      const float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
+      float sum = map.reduce_rows(row_sum.tile[m][0], scratch, [](float x, float y) { return x + y; });
+      float factor = options.survivor_factor();
+      if constexpr (Options::kHasSinks) factor *= softmax[m].join(options.sink(), sum);
+      const float inverse = sum == 0.0f ? 0.0f : factor / sum;
 #pragma unroll
       for (int i = 0; i < Map::kNumElements; ++i) {
         const float row_inverse = map.of_row(inverse, i);
@@ -166,11 +200,12 @@ struct FwdWmma {
         for (int d = 0; d < kTilesV; ++d) acc_o.tile[m][d].x[i] *= row_inverse;
       }
       const int row = warp_row + 16 * m + lane / 2;
-      if (arrays.lse != nullptr && lane % 2 == 0 && row < problem.seqlen_q) {
-        Matrix<float>(arrays.lse, params.lse, batch, head, problem.seqlen_q, 1).at(row, 0)[0] = softmax[m].lse(sum);
+      if (arrays.lse != nullptr && lane % 2 == 0 && row < sequence.seqlen_q) {
+        *Matrix<float>(arrays.lse, params.lse, batch, head, sequence.first_query).at(row, 0) = softmax[m].lse(sum);
       }
     }
-    const Matrix<Element> out(arrays.out, params.out, batch, head, problem.seqlen_q, problem.head_dim_v);
+    const Matrix<Element> out(arrays.out, params.out, batch, head, sequence.first_query, sequence.seqlen_q,
+                              problem.head_dim_v);
     // Through the place of Q, which no warp reads since the barrier above, to whole rows in memory.
     Element* const warp_o = smem_q + warp * kWarpM * kPitchV;
     map.store(warp_o, kPitchV, acc_o);

@@ -22,8 +22,9 @@ struct Matrix {
 
   static constexpr int kVector = 16 / sizeof(T);
 
-  __device__ __forceinline__ Matrix(T* array, const Strides& strides, int batch, int head, int rows, int cols)
-      : data(array + batch * strides.batch + head * strides.head),
+  __device__ __forceinline__ Matrix(T* array, const Strides& strides, int batch, int head, int first_row, int rows = 1,
+                                    int cols = 1)
+      : data(array + batch * strides.batch + head * strides.head + first_row * strides.row),
         row_stride(strides.row),
         col_stride(strides.col),
         rows(rows),

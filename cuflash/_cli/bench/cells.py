@@ -17,6 +17,9 @@ AXES: dict[tuple[str, str], tuple[list[int], list[int]]] = {
     ("cpu", "quick"): ([64], [512, 2048]),
 }
 
+# Plain attention, FlashAttention-1 and FlashAttention-2, by the families that compute them.
+HISTORY: dict[Op, tuple[str, ...]] = {"forward": ("naive", "fa1", "wmma"), "backward": ("naive", "wmma")}
+
 # The cells of a GPU keep these two products constant, so that all of them do comparable work.
 TOKENS = 16384  # batch * seqlen
 WIDTH = 2048  # heads * head_dim
@@ -24,7 +27,7 @@ WIDTH = 2048  # heads * head_dim
 
 @dataclass(frozen=True)
 class Cell:
-    """One self-attention problem: as many queries as keys, as many key/value heads as query heads."""
+    """One self-attention problem: as many queries as keys; `group` query heads share a key/value head."""
 
     head_dim: int
     causal: bool
@@ -32,10 +35,24 @@ class Cell:
     batch: int
     heads: int
     dtype: str
+    group: int = 1
+
+    @property
+    def heads_kv(self) -> int:
+        return self.heads // self.group
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
         return (self.batch, self.heads, self.seqlen, self.head_dim)
+
+    @property
+    def shape_kv(self) -> tuple[int, int, int, int]:
+        return (self.batch, self.heads_kv, self.seqlen, self.head_dim)
+
+    @property
+    def pairs(self) -> float:
+        """Pairs of a query and a key that see each other, over batch and heads; half of all if causal."""
+        return self.batch * self.heads * self.seqlen**2 * (0.5 if self.causal else 1)
 
     @property
     def fields(self) -> dict[str, Any]:
@@ -47,7 +64,7 @@ class Cell:
             "seqlen": self.seqlen,
             "batch": self.batch,
             "heads": self.heads,
-            "heads_kv": self.heads,
+            "heads_kv": self.heads_kv,
         }
 
     def __str__(self) -> str:
@@ -55,12 +72,12 @@ class Cell:
         return f"B {self.batch} H {self.heads} S {self.seqlen} D {self.head_dim} {mask} {self.dtype}"
 
 
-def flops(op: Op, cell: Cell) -> float:
+def flops(op: Op, cell: Cell, pairs: float | None = None) -> float:
     """Floating-point operations of the products that attention cannot do without.
 
-    Forward: Q K^T and P V, 2 * S * S * D for each head. Backward: five such products. Causal: half.
+    Forward: Q K^T and P V, 2 * D for each of the pairs, by default those of the cell. Backward: five such products.
     """
-    forward = 4 * cell.batch * cell.heads * cell.seqlen**2 * cell.head_dim * (0.5 if cell.causal else 1)
+    forward = 4 * (cell.pairs if pairs is None else pairs) * cell.head_dim
     return forward if op == "forward" else 2.5 * forward
 
 
@@ -78,6 +95,14 @@ def memory_cells(kind: str, dtype: str) -> list[Cell]:
     """The cells whose peak memory is measured: one batch of 8 causal heads, ever longer."""
     seqlens = [1024 << step for step in range(8)] if kind == "gpu" else [512, 1024, 2048, 4096]
     return [Cell(64, True, seqlen, batch=1, heads=8, dtype=dtype) for seqlen in seqlens]
+
+
+def history_cells(dtype: str) -> list[Cell]:
+    """The cells on which plain attention, FlashAttention-1 and FlashAttention-2 are compared."""
+    return [
+        Cell(64, False, seqlen, batch=TOKENS // seqlen, heads=WIDTH // 64, dtype=dtype)
+        for seqlen in (256 << step for step in range(7))
+    ]
 
 
 def small_cell(dtype: str) -> Cell:

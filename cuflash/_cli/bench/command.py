@@ -37,7 +37,8 @@ def add_parser(commands: Any) -> None:
         choices=SWEEPS,
         default=["quick"],
         help="what to measure: speed (quick; cells, the full table), peak memory, host time of a small call, "
-        "first call of a process (default: quick)",
+        "first call of a process, plain attention beside FlashAttention-1 and 2 (history), options of attention "
+        "beside plain (variants; default: quick)",
     )
     parser.add_argument("--op", nargs="+", choices=OPS, default=OPS, help="default: both")
     parser.add_argument("--kernel", nargs="+", choices=("auto", *FAMILIES), default=["auto"])

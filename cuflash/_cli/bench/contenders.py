@@ -31,38 +31,52 @@ def prepare(factories: dict[str, Prepare]) -> tuple[dict[str, Contender], dict[s
 
 def kernels(machine: Machine, op: Op, cell: Cell, names: Mapping[str, str]) -> dict[str, Prepare]:
     """Kernels of cuflash, by name; ``names`` has what to ask for."""
-    operands = _operands(machine, cell)
-    run = _cuflash_forward if op == "forward" else _cuflash_backward
-    return {name: partial(run, kernel, operands, cell.causal) for name, kernel in names.items()}
+    operands = operands_of(machine, cell)
+    return {
+        name: partial(attention, op, operands, {"causal": cell.causal, "kernel": kernel})
+        for name, kernel in names.items()
+    }
+
+
+def attention(
+    op: Op,
+    operands: tuple[Any, ...],
+    options: Mapping[str, Any],
+    *,
+    cu_seqlens: tuple[Any, ...] = (),
+    gradients: Mapping[str, Any] | None = None,
+) -> Contender:
+    """A call of cuflash on dout, q, k and v, of packed sequences if there are two ``cu_seqlens``.
+
+    ``gradients`` are the options that only a backward call has.
+    """
+    dout, q, k, v = operands
+    forward: Any = cuflash.attention_varlen if cu_seqlens else cuflash.attention
+    backward: Any = cuflash.attention_varlen_backward if cu_seqlens else cuflash.attention_backward
+    if op == "forward":
+        return Contender(lambda: forward(q, k, v, *cu_seqlens, **options))
+    out, lse = forward(q, k, v, *cu_seqlens, return_lse=True, **options)
+    asked = {**options, **(gradients or {})}
+    return Contender(lambda: backward(dout, q, k, v, out, lse, *cu_seqlens, **asked))
 
 
 def peers(machine: Machine, op: Op, cell: Cell, names: Sequence[str]) -> dict[str, Prepare]:
     """Other people's attention, by name; torch only where it can be imported and the machine is a GPU."""
-    operands = _operands(machine, cell)
+    operands = operands_of(machine, cell)
     run = _peer_forward if op == "forward" else _peer_backward
     return {name: partial(run, name, machine, operands, cell.causal) for name in names}
 
 
 def naive_training_step(machine: Machine, cell: Cell) -> Contender:
     """The naive backward pass together with the forward pass that makes its matrix of weights."""
-    dout, q, k, v = _operands(machine, cell)
+    dout, q, k, v = operands_of(machine, cell)
     return Contender(lambda: naive.backward(machine, dout, q, k, v, naive.weights(machine, q, k, cell.causal)))
 
 
-def _operands(machine: Machine, cell: Cell) -> tuple[Any, ...]:
+def operands_of(machine: Machine, cell: Cell) -> tuple[Any, ...]:
     """dout, q, k and v."""
-    return tuple(machine.normal(cell.shape, cell.dtype, seed) for seed in range(4))
-
-
-def _cuflash_forward(kernel: str, operands: tuple[Any, ...], causal: bool) -> Contender:
-    _, q, k, v = operands
-    return Contender(lambda: cuflash.attention(q, k, v, causal=causal, kernel=kernel))
-
-
-def _cuflash_backward(kernel: str, operands: tuple[Any, ...], causal: bool) -> Contender:
-    dout, q, k, v = operands
-    out, lse = cuflash.attention(q, k, v, causal=causal, return_lse=True, kernel=kernel)
-    return Contender(lambda: cuflash.attention_backward(dout, q, k, v, out, lse, causal=causal, kernel=kernel))
+    shapes = (cell.shape, cell.shape, cell.shape_kv, cell.shape_kv)
+    return tuple(machine.normal(shape, cell.dtype, seed) for seed, shape in enumerate(shapes))
 
 
 def _peer_forward(name: str, machine: Machine, operands: tuple[Any, ...], causal: bool) -> Contender:

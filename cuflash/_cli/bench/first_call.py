@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ CHILD = """
 import json, sys, time
 import cupy, numpy
 
-op, kernel, dtype, shape = json.loads(sys.argv[1])
+op, kernel, dtype, shape, options = json.loads(sys.argv[1])
 if dtype == "bfloat16":
     import ml_dtypes
     dtype = ml_dtypes.bfloat16
@@ -30,16 +31,18 @@ start = time.perf_counter()
 import cuflash
 imported = time.perf_counter()
 if op == "forward":
-    cuflash.attention(q, k, v, kernel=kernel)
+    cuflash.attention(q, k, v, kernel=kernel, **options)
 else:
-    cuflash.attention_backward(dout, q, k, v, out, lse, kernel=kernel)
+    cuflash.attention_backward(dout, q, k, v, out, lse, kernel=kernel, **options)
 cupy.cuda.get_current_stream().synchronize()
 print(json.dumps({"import_s": imported - start, "first_call_s": time.perf_counter() - imported}))
 """
 
 
-def cold_and_warm(op: Op, cell: Cell, kernel: str) -> dict[str, Any]:
+def cold_and_warm(op: Op, cell: Cell, kernel: str, options: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Seconds until the first result, beyond importing CuPy and making the inputs.
+
+    ``options`` are those of the call; numbers and strings.
 
     Returns
     -------
@@ -48,7 +51,7 @@ def cold_and_warm(op: Op, cell: Cell, kernel: str) -> dict[str, Any]:
         ``cold_s_per_kernel``, and ``warm_s`` for importing cuflash and the first call in a new process that
         finds the cache of the first one.
     """
-    arguments = json.dumps([op, kernel, cell.dtype, cell.shape])
+    arguments = json.dumps([op, kernel, cell.dtype, cell.shape, options or {}])
     with tempfile.TemporaryDirectory(prefix="cuflash-cache-") as cache:
         cold = _run(arguments, cache)
         num_kernels = sum(1 for file in Path(cache).rglob("*.cubin"))

@@ -18,14 +18,12 @@ from cuflash._cli.bench.machine import dtype_named
 from cuflash._cli.bench.timing import Call
 from cuflash._cli.driver import find_driver, version_text
 from cuflash._cli.families import obstacles
+from cuflash._cublas import product
 from cuflash._cupy import backend_on
 from cuflash._device import Chip
 
 Array = Any
 
-CUDA_TYPES = {"float16": 2, "bfloat16": 14, "float32": 0, "float64": 1}  # cudaDataType
-COMPUTE_32F = 68  # cublasComputeType_t
-DEFAULT_ALGORITHM = -1
 HOST_LOOP = 200
 
 
@@ -70,34 +68,8 @@ class Gpu:
         transpose_b: bool = False,
         dtype: Any = None,
     ) -> Array:
-        """One ``cublasGemmStridedBatchedEx``.
-
-        `cupy.matmul` of stacks does not take bfloat16 and computes float16 in float32 (CuPy 14.2,
-        https://github.com/cupy/cupy/pull/10317): it would be too easy to beat.
-        """
-        from cupy_backends.cuda.libs import cublas
-
-        rows, inner = (a.shape[-1], a.shape[-2]) if transpose_a else a.shape[-2:]
-        columns = b.shape[-2] if transpose_b else b.shape[-1]
-        c = cupy.empty((*a.shape[:-2], rows, columns), np.float32 if dtype is None else dtype)
-        one, zero = np.ones(1, np.float32), np.zeros(1, np.float32)
-        cublas.gemmStridedBatchedEx(  # cuBLAS counts by columns: C^T = B^T A^T
-            cupy.cuda.device.get_cublas_handle(),
-            int(transpose_b),
-            int(transpose_a),
-            columns,
-            rows,
-            inner,
-            one.ctypes.data,
-            *_matrices(b),
-            *_matrices(a),
-            zero.ctypes.data,
-            *_matrices(c),
-            int(np.prod(a.shape[:-2])),
-            COMPUTE_32F,
-            DEFAULT_ALGORITHM,
-        )
-        return c
+        dtype = np.float32 if dtype is None else dtype
+        return product(a, b, transpose_a=transpose_a, transpose_b=transpose_b, dtype=dtype)
 
     def kernel_name(self, cell: Cell, kernel: str) -> str:
         if kernel != "auto":
@@ -178,8 +150,3 @@ def _no_garbage_collection() -> Iterator[None]:
 def _flat_normal(size: int, dtype: str, seed: int) -> Array:
     numbers = np.random.default_rng(seed).standard_normal(size, np.float32)
     return cupy.asarray(numbers).astype(dtype_named(dtype))
-
-
-def _matrices(stack: Array) -> tuple[int, int, int, int]:
-    """Pointer, type, leading dimension and stride of a contiguous stack, in cuBLAS's order."""
-    return stack.data.ptr, CUDA_TYPES[stack.dtype.name], stack.shape[-1], stack.shape[-2] * stack.shape[-1]

@@ -1,4 +1,4 @@
-"""Plots made from a results file: speed over length, by head_dim and mask, and memory over length."""
+"""Plots made from a results file: speed, memory, and plain, v1 and v2, all over length; variants as bars."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cuflash._cli.bench.records import Record, Results
-from cuflash._cli.bench.tables import speed_unit
+from cuflash._cli.bench.tables import BARS, ORDER, speed_unit
 
 STYLES: dict[str, dict[str, Any]] = {
     "naive": {"color": "#9a9a9a", "marker": "x"},
@@ -22,7 +22,8 @@ MEMORY_TICKS = {0: "0", 1: "1 MiB", 32: "32 MiB", 1 << 10: "1 GiB", 1 << 15: "32
 def draw(results: Results, stem: Path) -> list[Path]:
     """Draw a file for each op and dtype that was measured: ``<stem>-forward-bfloat16.png`` and so on.
 
-    Peak memory goes to ``<stem>-memory-bfloat16.png``.
+    Peak memory goes to ``<stem>-memory-bfloat16.png``, the comparison with older ways of computing attention to
+    ``<stem>-history-bfloat16.png``, the variants to ``<stem>-variants-bfloat16.png``.
 
     Raises
     ------
@@ -32,9 +33,10 @@ def draw(results: Results, stem: Path) -> list[Path]:
     import matplotlib
 
     matplotlib.use("Agg")
-    speed, memory = results.get("records", []), results.get("memory", [])
+    sections = ("records", "memory", "history", "variants")
+    speed, memory, history, variants = (results.get(section, []) for section in sections)
     drawn = []
-    for dtype in sorted({record["dtype"] for record in [*speed, *memory]}):
+    for dtype in sorted({record["dtype"] for record in [*speed, *memory, *history, *variants]}):
         for op in ("forward", "backward"):
             records = [record for record in speed if record["op"] == op and record["dtype"] == dtype]
             if records:
@@ -45,6 +47,16 @@ def draw(results: Results, stem: Path) -> list[Path]:
             path = stem.with_name(f"{stem.name}-memory-{dtype}.png")
             title = f"Memory beyond inputs and outputs, {dtype}, {results['device']}"
             drawn.append(_memory(records, title, path))
+        records = [record for record in history if record["dtype"] == dtype]
+        if records:
+            path = stem.with_name(f"{stem.name}-history-{dtype}.png")
+            title = f"Plain attention, FlashAttention-1 (fa1) and 2 (wmma), {dtype}, {results['device']}"
+            drawn.append(_history(records, title, path))
+        records = [record for record in variants if record["dtype"] == dtype and "ratio" in record]
+        if records:
+            path = stem.with_name(f"{stem.name}-variants-{dtype}.png")
+            title = f"Variants: share of the plain rate, {dtype}, {results['device']}"
+            drawn.append(_variants(records, title, path))
     return drawn
 
 
@@ -72,10 +84,65 @@ def _memory(records: Sequence[Record], title: str, path: Path) -> Path:
         shown = [record for record in records if record["op"] == op]
         _lines(panel, shown, "peak_bytes", "peak_bytes", lambda _, peak: peak, 1 / (1 << 20))
         panel.set_title(f"{op}, head_dim {shown[0]['head_dim']}, {shown[0]['heads']} heads")
-        panel.set_yscale("symlog", linthresh=1 / 8)
-        panel.set_ylim(bottom=-1 / 16)
-        panel.set_yticks(list(MEMORY_TICKS), MEMORY_TICKS.values())
+        _memory_axis(panel)
     return _finish(figure, axes, title, path)
+
+
+def _history(records: Sequence[Record], title: str, path: Path) -> Path:
+    ops = [op for op in ("forward", "backward") if any(record["op"] == op for record in records)]
+    figure, axes = _grid(len(ops), 2)
+    for op, (time, memory) in zip(ops, axes, strict=True):
+        shown = [record for record in records if record["op"] == op]
+        _lines(time, shown, "ms", "ms", None, 1)
+        time.set_title(f"{op}, head_dim {shown[0]['head_dim']}")
+        time.set_yscale("log")
+        time.set_ylabel("milliseconds")
+        _lines(memory, shown, "peak_bytes", "peak_bytes", None, 1 / (1 << 20))
+        memory.set_title(f"{op}, memory beyond inputs and outputs")
+        _memory_axis(memory)
+    return _finish(figure, axes, title, path)
+
+
+def _variants(records: Sequence[Record], title: str, path: Path) -> Path:
+    """A panel for each head_dim, with a bar for each op and a line across them for the least that is asked for."""
+    from matplotlib import pyplot
+
+    head_dims = sorted({record["head_dim"] for record in records})
+    ops = [op for op in ("forward", "backward") if any(record["op"] == op for record in records)]
+    figure, axes = pyplot.subplots(len(head_dims), 1, figsize=(12, 3.2 * len(head_dims)), squeeze=False)
+    for head_dim, (panel,) in zip(head_dims, axes, strict=True):
+        shown = [record for record in records if record["head_dim"] == head_dim]
+        names = sorted({_variant_key(record) for record in shown})
+        for number, op in enumerate(ops):
+            ratios = {_variant_key(record): record["ratio"] for record in shown if record["op"] == op}
+            places = [place + 0.4 * number - 0.2 for place, name in enumerate(names) if name in ratios]
+            heights = [ratios[name] for name in names if name in ratios]
+            panel.bar(places, heights, 0.38, label=op, color=OUR_COLORS[number])
+        for place, (_, name, _) in enumerate(names):
+            if BARS.get(name) is not None:
+                panel.hlines(BARS[name], place - 0.4, place + 0.4, color="black", label="least asked for")
+        panel.set_xticks(range(len(names)), [f"{name}\n{seqlen}" for _, name, seqlen in names])
+        panel.set_title(f"head_dim {head_dim}, by variant and length")
+        panel.grid(alpha=0.3, axis="y")
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    entries = dict(zip(labels, handles, strict=True))
+    figure.suptitle(title)
+    figure.legend(entries.values(), entries.keys(), loc="lower center", ncols=len(entries))
+    figure.tight_layout(rect=(0, 0.05, 1, 1))
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+    return path
+
+
+def _variant_key(record: Record) -> tuple[int, str, int]:
+    """Sorts as the variants are listed."""
+    return ORDER.get(record["variant"], len(ORDER)), record["variant"], record["seqlen"]
+
+
+def _memory_axis(panel: Any) -> None:
+    panel.set_yscale("symlog", linthresh=1 / 8)
+    panel.set_ylim(bottom=-1 / 16)
+    panel.set_yticks(list(MEMORY_TICKS), MEMORY_TICKS.values())
 
 
 def _lines(panel: Any, records: Sequence[Record], own: str, peer_key: str, peer_value: Any, factor: float) -> None:

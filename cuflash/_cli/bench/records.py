@@ -1,8 +1,9 @@
 """The results file, ``bench/results/<device>.json``: its schema, and how a new run is merged into it.
 
 ``{"device", "driver", "cuda", "cupy", "date", "sources_digest", "records": [...]}``, and the sections
-"memory", "host" and "compile" beside "records". The head of the file tells of the last run. Every record also
-carries the date and the digest of the sources it was measured with: runs of different sources may meet here.
+"memory", "host", "compile", "history" and "variants" beside "records". The head of the file tells of the last run.
+Every record also carries the date and the digest of the sources it was measured with: runs of different sources may
+meet here.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ Record = dict[str, Any]
 Results = dict[str, Any]
 
 HEAD = ("device", "driver", "cuda", "cupy", "date", "sources_digest")
-SECTIONS = ("records", "memory", "host", "compile")
+SECTIONS = ("records", "memory", "host", "compile", "history", "variants")
 IDENTITY = (
     "op", "kernel", "dtype", "head_dim", "causal", "seqlen", "batch", "heads", "heads_kv", "variant",
 )  # fmt: skip

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-from cuflash._cli.bench import contenders, first_call
-from cuflash._cli.bench.cells import Cell, Op, flops, memory_cells, small_cell, timed_cells
+from cuflash._cli.bench import ahead, contenders, first_call
+from cuflash._cli.bench.cells import HISTORY, Cell, Op, flops, history_cells, memory_cells, small_cell, timed_cells
 from cuflash._cli.bench.machine import Machine
 from cuflash._cli.bench.records import Record
 from cuflash._cli.bench.timing import Failure, Spread, describe, measure_in_turn
+from cuflash._cli.bench.variants import PLAIN, SCORE_MOD, SIZES, VARIANTS, Variant, padded
 
-SWEEPS = ("quick", "cells", "memory", "host", "compile")
-GPU_ONLY = ("host", "compile")
+SWEEPS = ("quick", "cells", "memory", "host", "compile", "history", "variants")
+GPU_ONLY = ("host", "compile", "history")
+
+# Options that nobody has compiled together before, and the name of their records.
+COMBINATION = "softcap, dropout, score_mod"
+COMBINED = {"causal": True, "softcap": 30.0, "dropout_p": 0.17, "seed": 7, "score_mod": SCORE_MOD["gpu"]}
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,14 @@ def plan(machine: Machine, sweep: str, choice: Choice) -> list[Step]:
             Step("compile", f"first {op} call, D {head_dim}", partial(_compile, machine, op, head_dim, choice))
             for head_dim in (64, 128, 256)
             for op in choice.ops
+        ] + [
+            Step(
+                "compile",
+                f"first {op} call, D {head_dim}, {COMBINATION}",
+                partial(_compile, machine, op, head_dim, choice, COMBINATION, COMBINED),
+            )
+            for head_dim in (64, 128)
+            for op in choice.ops
         ]
     if sweep == "memory":
         return [
@@ -60,6 +73,14 @@ def plan(machine: Machine, sweep: str, choice: Choice) -> list[Step]:
             for cell in memory_cells(machine.kind, choice.dtype)
             for op in choice.ops
         ]
+    if sweep == "history":
+        return [
+            Step("history", f"plain, v1 and v2, {op} {cell}", partial(_history, machine, op, cell))
+            for cell in history_cells(choice.dtype)
+            for op in choice.ops
+        ]
+    if sweep == "variants":
+        return _variant_steps(machine, choice)
     return [
         Step("records", f"{op} {cell}", partial(_speed, machine, op, cell, choice))
         for cell in timed_cells(sweep, machine.kind, choice.dtype)
@@ -71,10 +92,17 @@ def _speed(machine: Machine, op: Op, cell: Cell, choice: Choice) -> Outcome:
     def fields(spread: Spread) -> dict[str, Any]:
         return spread.fields("ms")
 
-    outcome = _in_turn(machine, op, cell, choice, machine.sample, fields)
+    return _with_tflops(op, cell, _in_turn(machine, op, cell, choice, machine.sample, fields))
+
+
+def _with_tflops(op: Op, cell: Cell, outcome: Outcome, pairs: float | None = None) -> Outcome:
     for record in outcome.records:
-        record["tflops"] = float(f"{flops(op, cell) / record['ms'] / 1e9:.4g}")
+        record["tflops"] = _tflops(op, cell, record["ms"], pairs)
     return outcome
+
+
+def _tflops(op: Op, cell: Cell, ms: float, pairs: float | None = None) -> float:
+    return float(f"{flops(op, cell, pairs) / ms / 1e9:.4g}")
 
 
 def _host(machine: Machine, choice: Choice) -> Outcome:
@@ -121,16 +149,90 @@ def _memory(machine: Machine, op: Op, cell: Cell, choice: Choice) -> Outcome:
     return _outcome(op, cell, kernels, ["naive"], measured, lambda peak: {"peak_bytes": peak})
 
 
-def _compile(machine: Machine, op: Op, head_dim: int, choice: Choice) -> Outcome:
-    cell = Cell(head_dim, False, 128, batch=1, heads=8, dtype=choice.dtype)
+def _history(machine: Machine, op: Op, cell: Cell) -> Outcome:
+    """Time and peak memory of the families, from the oldest to the newest."""
+    kernels = {name: name for name in HISTORY[op]}
+    ready, failures = contenders.prepare(contenders.kernels(machine, op, cell, kernels))
+    spreads: dict[str, Spread | Failure] = measure_in_turn(ready, machine.sample)
+    measured: dict[str, dict[str, Any] | Failure] = {**failures}
+    for name, spread in spreads.items():
+        machine.release()
+        if isinstance(spread, Spread):
+            measured[name] = {**spread.fields("ms"), "peak_bytes": machine.peak_bytes(ready[name].call)}
+        else:
+            measured[name] = spread
+    ready.clear()
+    machine.release()
+    return _with_tflops(op, cell, _outcome(op, cell, kernels, [], measured, lambda fields: fields))
+
+
+def _variant_steps(machine: Machine, choice: Choice) -> list[Step]:
+    """A step for each variant, cell and op; one before them, which saves most of the time, compiles on all cores."""
+    steps = [
+        Step("variants", f"{variant.name}, {op} {cell}", partial(_variant, machine, variant, op, cell, kernel))
+        for variant in VARIANTS
+        for cell in variant.cells(SIZES[machine.kind], choice.dtype)
+        for op in choice.ops
+        if op in variant.ops
+        for kernel in choice.kernels
+    ]
+    if machine.kind == "gpu":
+        steps.insert(0, Step("variants", "compile the kernels", partial(_compile_ahead, choice)))
+    return steps
+
+
+def _compile_ahead(choice: Choice) -> Outcome:
+    ahead.compile_variants(choice.ops, choice.kernels, choice.dtype)
+    return Outcome([])
+
+
+def _variant(machine: Machine, variant: Variant, op: Op, cell: Cell, kernel: str) -> Outcome:
+    """Time a variant, plain attention of the same family and cell, and for packed sequences the padded ones."""
+    name, plain_cell = machine.kernel_name(cell, kernel), replace(cell, group=1)
+    beside = {"plain": plain_cell} | ({"padded": padded(plain_cell)} if variant.packed else {})
+    ready, failures = contenders.prepare(
+        {name: variant.prepare(machine, op, cell, kernel)}
+        | {peer: PLAIN.prepare(machine, op, peer_cell, kernel) for peer, peer_cell in beside.items()}
+    )
+    measured: Mapping[str, Spread | Failure] = measure_in_turn(ready, machine.sample) | failures
+    ready.clear()
+    machine.release()
+    pairs = variant.pairs(cell)
+    outcome = _with_tflops(
+        op, cell, _outcome(op, cell, [name], beside, measured, lambda spread: spread.fields("ms")), pairs
+    )
+    for record in outcome.records:
+        record |= {"variant": variant.name, "pairs": int(pairs)}
+        plain = record["peers"]["plain"]
+        if "ms" in plain:
+            plain["tflops"] = _tflops(op, cell, plain["ms"])
+            record["ratio"] = round(record["tflops"] / plain["tflops"], 3)
+        if variant.packed:
+            tokens = beside["padded"].batch * beside["padded"].seqlen
+            record["padding"] = round(1 - cell.batch * cell.seqlen / tokens, 4)
+    return outcome
+
+
+def _compile(
+    machine: Machine,
+    op: Op,
+    head_dim: int,
+    choice: Choice,
+    variant: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Outcome:
+    """What the first call of a process costs, plain or with these options; their name is in the records."""
+    causal = bool(options and options.get("causal"))
+    cell = Cell(head_dim, causal, 128, batch=1, heads=8, dtype=choice.dtype)
     kernels = _kernels(machine, cell, choice)
     measured: dict[str, dict[str, Any] | Failure] = {}
     for name, kernel in kernels.items():
         try:
-            measured[name] = first_call.cold_and_warm(op, cell, kernel)
+            measured[name] = first_call.cold_and_warm(op, cell, kernel, options)
         except Exception as error:
             measured[name] = describe(error)
-    return _outcome(op, cell, kernels, [], measured, lambda seconds: seconds)
+    named = {} if variant is None else {"variant": variant}
+    return _outcome(op, cell, kernels, [], measured, lambda seconds: {**named, **seconds})
 
 
 def _kernels(machine: Machine, cell: Cell, choice: Choice) -> dict[str, str]:

@@ -7,11 +7,15 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from cuflash._cli.bench.cells import HISTORY, OPS
 from cuflash._cli.bench.records import Record, Results, digests, load
+from cuflash._cli.bench.variants import VARIANTS
 from cuflash._cli.console import Table
 
 CELL_COLUMNS = ("op", "dtype", "D", "mask", "S", "B × H")
 SUMMARY_SEQLEN = 4096
+SUMMARY_HEAD_DIM = 128
+PADDING_BAR = 0.9  # of the speed-up that the share of padding suggests
 NOT_MEASURED = "*Not measured yet.*"
 BLOCK = re.compile(r"(<!-- bench:([a-z]+)(?:@([\w.-]+))? -->\n).*?(<!-- /bench -->)", re.DOTALL)
 
@@ -97,6 +101,7 @@ def compilation(results: Results) -> Table:
             record["kernel"],
             record["dtype"],
             str(record["head_dim"]),
+            record.get("variant", "plain"),
             str(record["num_kernels"]),
             f"{record['cold_s']:.2f}",
             f"{record['cold_s_per_kernel']:.2f}",
@@ -104,8 +109,78 @@ def compilation(results: Results) -> Table:
         ]
         for record in results.get("compile", [])
     ]
-    columns = ["op", "kernel", "dtype", "D", "kernels built", "empty cache", "per kernel", "warm cache"]
+    columns = ["op", "kernel", "dtype", "D", "options", "kernels built", "empty cache", "per kernel", "warm cache"]
     return Table("First call of a process, seconds", columns, rows)
+
+
+def history(results: Results) -> Table:
+    """Time and peak memory of plain attention, FlashAttention-1 and FlashAttention-2, by length."""
+    records = results.get("history", [])
+    kernels = [name for name in HISTORY["forward"] if any(record["kernel"] == name for record in records)]
+    rows = []
+    for cell in _grouped(records):
+        ours = {record["kernel"]: record for record in cell}
+        rows.append(
+            [
+                *_cell_columns(cell[0]),
+                *(_number(ours.get(kernel, {}).get("ms"), 1) for kernel in kernels),
+                *(_bytes(ours.get(kernel, {})) for kernel in kernels),
+            ]
+        )
+    columns = [*CELL_COLUMNS, *(f"{name}, ms" for name in kernels), *(f"{name}, memory" for name in kernels)]
+    return Table("Plain attention (naive), FlashAttention-1 (fa1) and FlashAttention-2 (wmma)", columns, rows)
+
+
+def variants(results: Results) -> Table:
+    """FLOP/s of the variants, forward and backward, and their share of the plain rate."""
+    records = results.get("variants", [])
+    unit, factor = speed_unit(records)
+    rows = []
+    for ops in _variant_cells(records):
+        cell = next(iter(ops.values()))
+        row = [cell["variant"], cell["kernel"], str(cell["head_dim"]), str(cell["seqlen"])]
+        for op in OPS:
+            record = ops.get(op, {})
+            row += [_number(record.get("tflops"), factor), _share(record.get("ratio"))]
+        rows.append([*row, _share(BARS.get(cell["variant"]))])
+    columns = ["variant", "kernel", "D", "S", "forward", "× plain", "backward", "× plain", "bar"]
+    return Table(f"Variants, {unit} of the work really done", columns, rows)
+
+
+def ratios(results: Results) -> Table:
+    """The variants' share of the plain rate, at one head dimension, `SUMMARY_HEAD_DIM`."""
+    records = [record for record in results.get("variants", []) if record["head_dim"] == SUMMARY_HEAD_DIM]
+    rows = []
+    for ops in _variant_cells(records):
+        cell = next(iter(ops.values()))
+        shares = (_share(ops.get(op, {}).get("ratio")) for op in OPS)
+        rows.append([cell["variant"], str(cell["seqlen"]), *shares, _share(BARS.get(cell["variant"]))])
+    columns = ["variant", "S", "forward", "backward", "bar"]
+    return Table(f"Rate of the variants as a share of the plain rate, D {SUMMARY_HEAD_DIM}", columns, rows)
+
+
+def padding(results: Results) -> Table:
+    """How many times as fast packed sequences are as padded ones."""
+    rows = []
+    for record in results.get("variants", []):
+        padded = record.get("peers", {}).get("padded", {})
+        if "ms" in padded:
+            suggested = 1 / (1 - record["padding"])
+            share, speed_up = f"{100 * record['padding']:.0f} %", f"{padded['ms'] / record['ms']:.2f}"
+            names = (record["op"], record["kernel"], record["dtype"], str(record["head_dim"]))
+            rows.append([*names, share, speed_up, _share(PADDING_BAR * suggested)])
+    columns = ["op", "kernel", "dtype", "D", "padding", "× padded", "bar"]
+    return Table("Packed sequences beside the same padded to the longest", columns, rows)
+
+
+def _variant_cells(records: Sequence[Record]) -> list[dict[str, Record]]:
+    """The records of each variant and cell by op, in the order of `VARIANTS`."""
+    cells: dict[tuple[Any, ...], dict[str, Record]] = {}
+    for record in records:
+        place = ORDER.get(record["variant"], len(ORDER))
+        fields = ("variant", "kernel", "dtype", "head_dim", "seqlen", "batch", "heads", "heads_kv")
+        cells.setdefault((place, *(record[field] for field in fields)), {})[record["op"]] = record
+    return [cells[key] for key in sorted(cells)]
 
 
 def device(results: Results) -> str:
@@ -129,8 +204,15 @@ TABLES: dict[str, Callable[[Results], Table]] = {
     "memory": memory,
     "host": host,
     "compile": compilation,
+    "history": history,
+    "variants": variants,
+    "ratios": ratios,
+    "padding": padding,
 }
 NAMES = ("device", *TABLES)
+
+BARS = {variant.name: variant.bar for variant in VARIANTS}
+ORDER = {name: place for place, name in enumerate(BARS)}
 
 
 def block(results: Results, name: str) -> str:
@@ -208,6 +290,10 @@ def _number(value: float | None, factor: float) -> str:
         return ""
     scaled = value * factor
     return f"{scaled:.0f}" if scaled >= 100 else f"{scaled:.3g}"
+
+
+def _share(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
 
 
 def _ratio(ours: float, theirs: float | None) -> str:

@@ -1,0 +1,31 @@
+// Attention with linear biases (Press et al., ICLR 2022): scores fall with the distance from the diagonal.
+#pragma once
+
+#include <cuflash/attention/sequence.cuh>
+
+namespace cuflash {
+
+struct Alibi {
+  const float* slopes;
+  long long batch_stride, head_stride;
+  float slope;   // of the head at hand
+  int diagonal;  // of the sequence at hand
+
+  __device__ __forceinline__ void enter(const Sequence& sequence, int head) {
+    slope = slopes[sequence.batch * batch_stride + head * head_stride];
+    diagonal = sequence.seqlen_k - sequence.seqlen_q;
+  }
+
+  __device__ __forceinline__ float bias(int query, int key) const {
+    return -slope * fabsf(small_int_to_float(query + diagonal - key));
+  }
+
+ private:
+  // Exact below 2^22 in magnitude, where the bits of 1.5 * 2^23 + x hold x: two cheap instructions in place of a slow
+  // conversion. The host refuses longer sequences.
+  static __device__ __forceinline__ float small_int_to_float(int x) {
+    return __int_as_float(0x4B400000 + x) - 12582912.0f;
+  }
+};
+
+}  // namespace cuflash

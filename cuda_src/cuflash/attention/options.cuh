@@ -1,0 +1,97 @@
+// What kernels ask about the options of a call.
+#pragma once
+
+#include <cuflash/attention/dual.cuh>
+#include <cuflash/attention/sequence.cuh>
+
+namespace cuflash {
+
+// Plain attention. For a call with options the JIT writes a class derived from this one, which holds their parameters
+// and replaces what they change (cuflash/_options.py): every kernel family takes it as a template argument.
+struct PlainOptions : BatchedSequences {
+  static constexpr bool kPacked = false;
+  static constexpr bool kChangesScores = false;  // score() is not the identity
+  static constexpr bool kHidesPairs = false;     // visible() may be false
+  static constexpr bool kReadsArrays = false;    // score() and visible() read arrays at the positions they are given
+  static constexpr bool kSkipsBlocks = false;    // hides_all() may be true
+  static constexpr bool kHasSinks = false;
+  static constexpr bool kHasDropout = false;
+
+  // Prepares for one sequence and query head.
+  __device__ __forceinline__ void enter(const Sequence&, int) {}
+
+  // Starts to copy to shared memory what the options know of the tile of pairs that begins at a query and a key.
+  template <int kBlockM, int kBlockN>
+  static constexpr int kTileBytes = 0;
+  template <int kBlockM, int kBlockN, int kNumThreads>
+  __device__ __forceinline__ void load(unsigned char*, int, int) const {}
+
+  // Prepares for that tile; what follows may be asked of its pairs alone. The memory is read when the copies are there.
+  template <int kBlockM, int kBlockN>
+  __device__ __forceinline__ void look_at(const unsigned char*, int, int) {}
+
+  // What becomes of the scaled score of a query and a key. The two lie inside the sequence where arrays are read.
+  __device__ __forceinline__ Dual score(Dual score, int, int) const { return score; }
+
+  // The same with the derivative by the bias of the pair, for calls that have one.
+  using Bias = float;
+  __device__ __forceinline__ Dual score_by_bias(Dual score, int, int) const { return score; }
+
+  // Whether a query sees a key, apart from the band. The two lie inside the sequence where arrays are read.
+  __device__ __forceinline__ bool visible(int, int) const { return true; }
+
+  // Whether all pairs of the tile are visible, or none, apart from the band.
+  __device__ __forceinline__ bool shows_all() const { return true; }
+  __device__ __forceinline__ bool hides_all() const { return false; }
+
+  // One more logit of each row.
+  __device__ __forceinline__ float sink() const { return -infinity(); }
+
+  // Which weights of a 16 x 16 tile survive, as far as this lane draws them (attention/dropout.cuh), and their factor.
+  __device__ __forceinline__ unsigned draw(int, int) const { return 0; }
+  __device__ __forceinline__ float survivor_factor() const { return 1.0f; }
+};
+
+// The pairs of one sequence and head: which see each other, and what becomes of their scores. Positions may lie beyond
+// the ends of the sequence, where options must not look.
+template <class Options>
+struct Pairs {
+  static constexpr bool kHasDropout = Options::kHasDropout;
+
+  const Options& options;
+  const Band& band;
+
+  __device__ __forceinline__ Dual score(float score, int query, int key) const {
+    return options.score(Dual(score, 1.0f), inside(query, band.seqlen_q), inside(key, band.seqlen_k));
+  }
+
+  // Options are asked in any case: a branch around a load of a mask would wait for it.
+  __device__ __forceinline__ bool visible(int query, int key) const {
+    const bool in_band = band.visible(query, key);
+    if constexpr (Options::kHidesPairs) {
+      return in_band & options.visible(inside(query, band.seqlen_q), inside(key, band.seqlen_k));
+    } else {
+      return in_band;
+    }
+  }
+
+  __device__ __forceinline__ bool all_visible(Range queries, Range keys) const {
+    return band.all_visible(queries, keys) && options.shows_all();
+  }
+
+ protected:
+  static __device__ __forceinline__ int inside(int position, int length) {
+    return Options::kReadsArrays ? min(position, length - 1) : position;
+  }
+};
+
+// The same, where gradients are those by the bias.
+template <class Options>
+struct BiasPairs : Pairs<Options> {
+  __device__ __forceinline__ Dual score(float score, int query, int key) const {
+    return this->options.score_by_bias(score, this->inside(query, this->band.seqlen_q),
+                                       this->inside(key, this->band.seqlen_k));
+  }
+};
+
+}  // namespace cuflash

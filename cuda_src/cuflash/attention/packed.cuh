@@ -1,0 +1,70 @@
+// Sequences of any lengths, packed one behind the other along the rows of the arrays.
+#pragma once
+
+#include <cuflash/attention/sequence.cuh>
+
+namespace cuflash {
+
+// Sequence s has the queries from cu_seqlens_q[s] to cu_seqlens_q[s + 1], and keys likewise. Lengths are known on the
+// device alone, so the grid has room for any: tile t of sequence s is job number cu_seqlens[s] / kBlock + s + t, and
+// jobs without a tile do nothing. Rows behind the last sequence count as one more, in which nobody sees anything.
+struct PackedSequences {
+  const int *cu_seqlens_q, *cu_seqlens_k, *seqused_k;  // the last may be null
+
+  template <int kBlockM>
+  __device__ __forceinline__ Job query_job(const Problem& problem) const {
+    const int num_jobs = problem.seqlen_q / kBlockM + problem.batch + 1, job = blockIdx.x % num_jobs;
+    const int head = blockIdx.x / num_jobs, s = owner<kBlockM>(cu_seqlens_q, problem.seqlen_q, problem.batch, job);
+    return {sequence(problem, s), head, job - first_job<kBlockM>(cu_seqlens_q, problem.seqlen_q, s)};
+  }
+
+  template <int kBlockN>
+  __device__ __forceinline__ Job key_job(const Problem& problem) const {
+    const int num_jobs = problem.seqlen_k / kBlockN + problem.batch + 1, job = blockIdx.x % num_jobs;
+    const int head = blockIdx.x / num_jobs, s = owner<kBlockN>(cu_seqlens_k, problem.seqlen_k, problem.batch, job);
+    return {sequence(problem, s), head, job - first_job<kBlockN>(cu_seqlens_k, problem.seqlen_k, s)};
+  }
+
+ private:
+  // Whatever the offsets are, they never lead outside of the arrays.
+  static __device__ __forceinline__ int offset(const int* cu_seqlens, int total, int s) {
+    return clamp(cu_seqlens[s], 0, total);
+  }
+
+  template <int kBlock>
+  static __device__ __forceinline__ int first_job(const int* cu_seqlens, int total, int s) {
+    return offset(cu_seqlens, total, s) / kBlock + s;
+  }
+
+  // The last sequence whose jobs begin at or before this one; each lane looks at another sequence.
+  template <int kBlock>
+  static __device__ __forceinline__ int owner(const int* cu_seqlens, int total, int batch, int job) {
+    int count = 0;
+    for (int first = 0; first <= batch; first += 32) {
+      const int s = first + threadIdx.x % 32;
+      const bool begun = s <= batch && first_job<kBlock>(cu_seqlens, total, s) <= job;
+      count += __popc(__ballot_sync(kFullMask, begun));
+    }
+    return larger(0, count - 1);
+  }
+
+  __device__ __forceinline__ Sequence sequence(const Problem& problem, int s) const {
+    const int first_query = offset(cu_seqlens_q, problem.seqlen_q, s);
+    const int first_key = offset(cu_seqlens_k, problem.seqlen_k, s);
+    if (s == problem.batch) {  // each of the two has its rows to clear, and none of the other to see
+      return {problem.batch - 1,
+              first_query,
+              first_key,
+              problem.seqlen_q - first_query,
+              0,
+              problem.seqlen_k - first_key,
+              true};
+    }
+    const int seqlen_q = larger(0, offset(cu_seqlens_q, problem.seqlen_q, s + 1) - first_query);
+    const int num_keys = larger(0, offset(cu_seqlens_k, problem.seqlen_k, s + 1) - first_key);
+    const int seqlen_k = seqused_k == nullptr ? num_keys : clamp(seqused_k[s], 0, num_keys);
+    return {s, first_query, first_key, seqlen_q, seqlen_k, num_keys, false};
+  }
+};
+
+}  // namespace cuflash

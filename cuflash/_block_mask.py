@@ -1,0 +1,245 @@
+"""Block masks: which blocks of 128 queries and 128 keys hold pairs that see each other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property, reduce
+from typing import Any
+
+import numpy as np
+
+from . import _backends, _check_mods, _check_options
+from ._backends import Backend, backend_of
+from ._problem import ceil_div
+
+Array = Any
+"""``cupy.ndarray`` or ``numpy.ndarray``. NumPy's functions hand CuPy's arrays over to CuPy's."""
+
+Shape = tuple[int, int, int, int]
+
+BLOCK = _check_options.BLOCK
+WORD_BITS = 32
+
+
+@dataclass(frozen=True, eq=False)
+class BlockMask:
+    """Which blocks of 128 x 128 pairs are worth a visit, for the option `block_mask` of :func:`attention`.
+
+    :func:`make_block_mask` makes one out of a mask or a `mask_mod`, :meth:`from_blocks` out of its blocks.
+
+    Attributes
+    ----------
+    visible : array of bool, shape (B or 1, Hq or 1, ceil(M / 128), ceil(N / 128))
+        False where no pair of a block of queries and keys is seen; the block is skipped.
+    full : array of bool, of the same shape
+        True where all its pairs are seen; `mask` and `mask_mod` are not looked at. Causal masks and windows are.
+    shape : (int, int)
+        The numbers of queries and keys, M and N.
+    """
+
+    visible: Array
+    full: Array
+    shape: tuple[int, int]
+
+    @classmethod
+    def from_blocks(cls, visible: Array, full: Array | None = None, *, shape: tuple[int, int]) -> BlockMask:
+        """Describe a mask by blocks that are known already.
+
+        Parameters
+        ----------
+        visible : array of bool, shape (..., ceil(M / 128), ceil(N / 128))
+            False for the blocks to skip; the axes before, none to two of them, are batch and heads.
+        full : array of bool, shape of ``visible``, optional
+            True for the blocks whose pairs are all seen. Default: none.
+        shape : (int, int)
+            M and N.
+
+        Returns
+        -------
+        BlockMask
+            It holds copies.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If an array is not of this kind, dtype or shape.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import cuflash
+        >>> q = np.zeros((4, 256, 64), np.float32)
+        >>> block_mask = cuflash.BlockMask.from_blocks(np.eye(2, dtype=bool), shape=(256, 256))
+        >>> cuflash.attention(q, q, q, block_mask=block_mask).shape
+        (4, 256, 64)
+        """
+        arrays = {"visible": visible} if full is None else {"visible": visible, "full": full}
+        backend_of(*arrays.values(), names=tuple(arrays))
+        seqlen_q, seqlen_k = shape
+        blocks = (ceil_div(seqlen_q, BLOCK), ceil_div(seqlen_k, BLOCK))
+        for name, array in arrays.items():
+            if array.dtype != bool:
+                raise TypeError(f"{name}: dtype {array.dtype} is not supported here; allowed: bool")
+            if not 2 <= array.ndim <= 4 or array.shape[-2:] != blocks or array.shape != visible.shape:
+                raise ValueError(
+                    f"{name}: shape is {array.shape}; it must end in {blocks}, the blocks of {BLOCK} x {BLOCK} in "
+                    f"{tuple(shape)}, after at most two axes for batch and heads, and agree between visible and full"
+                )
+        visible = visible.reshape((1,) * (4 - visible.ndim) + visible.shape).copy()
+        full = np.zeros_like(visible) if full is None else full.reshape(visible.shape) & visible
+        return cls(visible, full, (seqlen_q, seqlen_k))
+
+    @cached_property
+    def words(self) -> tuple[Array, Array]:
+        """``visible`` and ``full`` as kernels read them: a bit per block of keys, in rows of uint32 words."""
+        return _packed(self.visible), _packed(self.full)
+
+
+def make_block_mask(
+    mask: Array | None = None,
+    mask_mod: str | Callable[..., Any] | None = None,
+    mod_args: dict[str, Any] | None = None,
+    shape: Shape | None = None,
+) -> BlockMask:
+    """Find the blocks that a mask hides or shows wholly, once for many calls of :func:`attention`.
+
+    The calls need the same `mask`, `mask_mod` and `mod_args` beside the block mask, for the blocks that are neither.
+
+    Parameters
+    ----------
+    mask : array of bool, optional
+        As for :func:`attention`; True where a query sees a key.
+    mask_mod : str or callable, optional
+        As for :func:`attention`. With both, a pair is seen if both allow it.
+    mod_args : dict, optional
+        What an expression uses beside.
+    shape : (int, int, int, int), optional
+        ``(B, Hq, M, N)``. Default: the shape of ``mask``.
+
+    Returns
+    -------
+    BlockMask
+        Of size 1 along batch and heads where nothing depends on them.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument is of a type, or has a shape, that is not allowed.
+
+    Notes
+    -----
+    A mask is read 128 queries at a time, and a callable is asked for as many. Nothing of size M x N is made.
+
+    References
+    ----------
+    J. Dong et al., "Flex Attention: A Programming Model for Generating Optimized Attention Kernels", arXiv:2412.05496,
+    section 3.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import cuflash
+    >>> document = np.repeat(np.arange(4), 100)
+    >>> def same_document(score, b, h, q_idx, kv_idx):
+    ...     return document[q_idx] == document[kv_idx]
+    >>> block_mask = cuflash.make_block_mask(mask_mod=same_document, shape=(1, 8, 400, 400))
+    >>> block_mask.visible[0, 0].astype(int)
+    array([[1, 1, 0, 0],
+           [1, 1, 1, 0],
+           [0, 1, 1, 1],
+           [0, 0, 1, 1]])
+    >>> q = np.zeros((8, 400, 64), np.float32)
+    >>> cuflash.attention(q, q, q, mask_mod=same_document, block_mask=block_mask).shape
+    (8, 400, 64)
+    """
+    arguments = _check_mods.arguments(mod_args)
+    arrays = {} if mask is None else {"mask": mask}
+    arrays |= {f"mod_args[{name!r}]": x for name, x in arguments.items() if not _check_mods.is_number(x)}
+    backend = backend_of(*arrays.values(), names=tuple(arrays)) if arrays else _backend_without_arrays(mask_mod)
+    mod = _check_mods.mod(backend.mod_kind, None, mask_mod, arguments)
+    shape = _checked_shape(mask, mask_mod, shape)
+    if not isinstance(mask_mod, str):
+        visible, full = _blocks(mask, mask_mod, shape)
+    else:
+        visible, full = backend.make_block_mask(mod, arguments, shape)  # type: ignore[attr-defined]
+        if mask is not None:
+            mask_visible, mask_full = _blocks(mask, None, shape)
+            visible, full = visible & mask_visible, full & mask_full
+    return BlockMask(visible, full, shape[2:])
+
+
+def _checked_shape(mask: Any, mask_mod: Any, shape: Any) -> Shape:
+    """The shape of the pairs, if the mask fits it."""
+    if mask is None and mask_mod is None:
+        raise ValueError("mask, mask_mod: both are None; at least one must be given")
+    if shape is None and mask is None:
+        raise ValueError("shape: got None without a mask; it must be (batch, heads, queries, keys)")
+    if mask is not None:
+        if mask.dtype != bool:
+            raise TypeError(f"mask: dtype {mask.dtype} is not supported here; allowed: bool")
+        if shape is None:
+            shape = (1,) * (4 - mask.ndim) + mask.shape
+    shape = tuple(shape)
+    if len(shape) != 4 or any(size < 0 for size in shape):
+        raise ValueError(f"shape: got {shape}; it must be four sizes >= 0: (batch, heads, queries, keys)")
+    if mask is not None and not _check_options.fits(mask.shape, shape):
+        raise ValueError(f"mask: shape {mask.shape} does not broadcast to {shape}: (batch, heads, queries, keys)")
+    return shape
+
+
+def _backend_without_arrays(mask_mod: Any) -> Backend:
+    """CuPy's on the current device for an expression; else NumPy's."""
+    if not isinstance(mask_mod, str) or _backends.numpy_backend.mod_kind == "expression":
+        return _backends.numpy_backend
+    from . import _cupy
+
+    return _cupy.backend_on(_cupy.current_device_id())
+
+
+def _blocks(mask: Array | None, mask_mod: Callable[..., Any] | None, shape: Shape) -> tuple[Array, Array]:
+    """`visible` and `full` of a mask and a Python callable, from one row of blocks after the other."""
+    batch, heads, seqlen_q, seqlen_k = shape
+    b, h, kv_idx = np.arange(batch)[:, None, None, None], np.arange(heads)[:, None, None], np.arange(seqlen_k)
+    if mask is not None:
+        mask = _stretched(mask, shape)
+    visible, full = [], []
+    for start in range(0, max(seqlen_q, 1), BLOCK):  # a mask without queries has one empty row, which is cut off below
+        parts = []
+        if mask is not None:
+            parts.append(mask[:, :, start : start + BLOCK])
+        if mask_mod is not None:
+            q_idx = np.arange(start, min(start + BLOCK, seqlen_q))[:, None]
+            parts.append(_as_pairs(mask_mod(None, b, h, q_idx, kv_idx), (batch, heads, len(q_idx), seqlen_k)))
+        seen = reduce(np.logical_and, parts)
+        visible.append(_cut(seen.any(axis=2), BLOCK, False).any(axis=-1))
+        full.append(_cut(seen.all(axis=2), BLOCK, True).all(axis=-1))
+    rows = ceil_div(seqlen_q, BLOCK)
+    return np.stack(visible, axis=2)[:, :, :rows], np.stack(full, axis=2)[:, :, :rows]
+
+
+def _as_pairs(shown: Any, shape: Shape) -> Array:
+    """What a mask_mod returned, as bool of axes (batch or 1, heads or 1, queries, keys)."""
+    shown = np.asarray(shown, bool)
+    if not _check_options.fits(shown.shape, shape):
+        raise ValueError(f"mask_mod: returned shape {shown.shape}, which does not broadcast to {shape}")
+    return _stretched(shown, shape)
+
+
+def _stretched(pairs: Array, shape: Shape) -> Array:
+    """What broadcasts to this shape, with all queries and keys; batch and heads may stay 1."""
+    pairs = pairs.reshape((1,) * (4 - pairs.ndim) + pairs.shape)
+    return np.broadcast_to(pairs, (*pairs.shape[:2], *shape[2:]))
+
+
+def _packed(blocks: Array) -> Array:
+    """Flags along the last axis as bits of uint32 words, the first flag as the lowest bit."""
+    bits = _cut(blocks, WORD_BITS, False).astype(np.uint32)
+    return reduce(np.bitwise_or, (bits[..., bit] << bit for bit in range(WORD_BITS))).copy()  # in C order
+
+
+def _cut(x: Array, size: int, filler: bool) -> Array:
+    """The last axis in pieces of this size, as two axes; what is missing is filled up."""
+    pieces = ceil_div(x.shape[-1], size)
+    ends = np.full_like(x, filler, shape=(*x.shape[:-1], pieces * size - x.shape[-1]))
+    return np.concatenate([x, ends], axis=-1).reshape(*x.shape[:-1], pieces, size)

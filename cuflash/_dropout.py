@@ -1,0 +1,105 @@
+"""Dropout: which weights survive, drawn from a counter, the same in every kernel and backend."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import _check_options
+
+Array = NDArray[Any]
+
+TILE = 16  # one draw decides about 8 pairs of a tile of 16 x 16, those that a GPU thread holds
+MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
+WORD = 0xFFFFFFFF
+
+
+def philox(key: tuple[int, int], counter: tuple[Any, Any, Any, Any]) -> tuple[Array, Array, Array, Array]:
+    """Philox4x32-10: four words of random bits for each key and counter (Salmon et al., SC 2011).
+
+    Words are held in uint64; counters broadcast.
+    """
+    key_0, key_1 = key
+    words: list[Array] = [np.asarray(word, np.uint64) for word in counter]
+    counter_0, counter_1, counter_2, counter_3 = words
+    for _ in range(10):
+        product_0, product_1 = counter_0 * MULTIPLIERS[0], counter_2 * MULTIPLIERS[1]
+        counter_0 = product_1 >> 32 ^ counter_1 ^ key_0
+        counter_1 = product_1 & WORD
+        counter_2 = product_0 >> 32 ^ counter_3 ^ key_1
+        counter_3 = product_0 & WORD
+        key_0, key_1 = (key_0 + KEY_STEPS[0]) & WORD, (key_1 + KEY_STEPS[1]) & WORD
+    return counter_0, counter_1, counter_2, counter_3
+
+
+def kept_pairs(dropout_p: float, seed: int, batch: int, heads: slice, queries: slice, keys: slice) -> Array:
+    """True where a pair survives, of shape (heads, queries, keys)."""
+    row = np.arange(queries.start // TILE * 8, -(-queries.stop // TILE) * 8)
+    column = np.arange(keys.start // TILE * 4, -(-keys.stop // TILE) * 4)
+    head = np.arange(heads.start, heads.stop)
+    words = philox((seed & WORD, seed >> 32), (column, row[:, None], head[:, None, None], batch))
+    numbers = np.stack(words).astype("<u4").view("<u2")  # the low half of a word comes first
+    # A pair of a tile is query 8 a + r and key 8 c + 2 t + e: half e of word 2 a + c, drawn at row r and column t.
+    numbers = numbers.reshape(2, 2, len(head), len(row) // 8, 8, len(column) // 4, 4, 2)  # a, c, head, _, r, _, t, e
+    numbers = numbers.transpose(2, 3, 0, 4, 5, 1, 6, 7).reshape(len(head), 2 * len(row), 4 * len(column))
+    i, j = queries.start % TILE, keys.start % TILE
+    inside = numbers[:, i : i + queries.stop - queries.start, j : j + keys.stop - keys.start]
+    return inside >= round(dropout_p * 65536)
+
+
+def dropout_mask(shape: tuple[int, int, int, int], dropout_p: float, seed: Any) -> Array:
+    """Which weights a call of :func:`attention` keeps.
+
+    The pairs of query ``i`` and key ``j`` of a head are cut into tiles of 16 x 16. Philox4x32-10 [1]_ with the key
+    ``(seed mod 2**32, seed // 2**32)`` and the counter ``(j // 16 * 4 + j % 8 // 2, i // 16 * 8 + i % 8, h, b)`` gives
+    four words; in the low half of word ``i // 8 % 2 * 2 + j // 8 % 2`` for an even ``j``, in the high half for an odd
+    one, is a number of 16 bits. The weight is kept iff that is at least ``round(65536 * dropout_p)``.
+
+    Parameters
+    ----------
+    shape : (int, int, int, int)
+        ``(B, Hq, M, N)``. ``b`` of packed sequences is the number of the sequence, and ``i``, ``j`` count within it.
+    dropout_p : float
+        Probability of dropping a weight, in [0, 1).
+    seed : int or array
+        As for :func:`attention`.
+
+    Returns
+    -------
+    numpy.ndarray of bool, shape (B, Hq, M, N)
+        True where a weight is kept, and then divided by ``1 - dropout_p``.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument is of a type, or has a value, that is not allowed.
+
+    References
+    ----------
+    .. [1] J. Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011.
+
+    Examples
+    --------
+    >>> import cuflash
+    >>> kept = cuflash.dropout_mask((1, 1, 100, 100), 0.25, seed=7)
+    >>> kept.shape, round(float(kept.mean()), 2)
+    ((1, 1, 100, 100), 0.75)
+    """
+    if len(shape) != 4 or any(size < 0 for size in shape):
+        raise ValueError(f"shape: got {shape!r}; it must be four sizes >= 0: (batch, heads, queries, keys)")
+    dropout_p = _check_options.dropout_p(dropout_p, has_seed=seed is not None)
+    if dropout_p == 0:
+        return np.ones(shape, bool)
+    if not _check_options.is_seed_number(seed):
+        _check_options.seed_array(seed)
+        seed = seed.item()
+    batch, heads, seqlen_q, seqlen_k = shape
+    kept = np.empty(shape, bool)
+    for b in range(batch):
+        for h in range(heads):
+            head = slice(h, h + 1)
+            kept[b, head] = kept_pairs(dropout_p, int(seed), b, head, slice(0, seqlen_q), slice(0, seqlen_k))
+    return kept

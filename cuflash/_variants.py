@@ -1,0 +1,109 @@
+"""What a call has beyond q, k and v: arrays of one kind, and what a plan depends on of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from . import _check_mods, _check_options
+from ._backends import Backend, backend_of
+from ._block_mask import BlockMask
+from ._problem import Mod
+
+MetaTuple = tuple[tuple[int, ...], tuple[int, ...], Any]
+
+
+class Meta(NamedTuple):
+    """What a plan depends on of an array."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: Any
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+
+def meta_of(array: Any) -> MetaTuple:
+    """The fields of Meta as a plain tuple, which is made and hashed faster."""
+    return array.shape, array.strides, array.dtype
+
+
+class BlockMaskMeta(NamedTuple):
+    """What a plan depends on of a block mask."""
+
+    shape: tuple[int, int]
+    visible: Meta
+
+
+class Variant(NamedTuple):
+    """What a call has beyond q, k and v.
+
+    Parameters
+    ----------
+    extras : dict
+        The arguments that a backend's run takes by keyword.
+    arrays : dict
+        The arrays among them, by the names that errors call them.
+    metas : tuple
+        What a plan depends on of the extras: pairs of a name and a hashable.
+    mod : Mod or None
+        The programmable score and mask.
+    """
+
+    extras: dict[str, Any]
+    arrays: dict[str, Any]
+    metas: tuple[tuple[str, Any], ...]
+    mod: Mod | None
+
+
+PLAIN = Variant({}, {}, (), None)
+
+
+def gather(
+    inputs: dict[str, Any],
+    *,
+    score_mod: Any = None,
+    mask_mod: Any = None,
+    mod_args: Any = None,
+    **options: Any,
+) -> tuple[Backend, Variant]:
+    """The backend of a call with these inputs and options, of which those count that are not None, and its variant."""
+    extras = {name: value for name, value in options.items() if value is not None}
+    if mod_args:
+        extras["mod_args"] = _check_mods.arguments(mod_args)
+    if "seed" in extras and _check_options.is_seed_number(extras["seed"]):
+        extras["seed"] = int(extras["seed"])
+    if "block_mask" in extras and not isinstance(extras["block_mask"], BlockMask):
+        kind = type(extras["block_mask"])
+        raise TypeError(
+            f"block_mask: got a {kind.__module__}.{kind.__qualname__}; allowed are None and a cuflash.BlockMask, "
+            "as cuflash.make_block_mask returns"
+        )
+    arrays = {name: array for option, value in extras.items() for name, array in _arrays_of(option, value)}
+    given = {name: array for name, array in inputs.items() if array is not None} | arrays
+    backend = backend_of(*given.values(), names=tuple(given))
+    if "seed" in arrays:
+        _check_options.seed_array(arrays["seed"])
+    mod = _check_mods.mod(backend.mod_kind, score_mod, mask_mod, extras.get("mod_args", {}))
+    return backend, Variant(extras, arrays, tuple((name, _option_meta(value)) for name, value in extras.items()), mod)
+
+
+def _arrays_of(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """The arrays in the value of an option, with the names that errors call them."""
+    if isinstance(value, dict):
+        yield from ((f"{name}[{key!r}]", item) for key, item in value.items() if not _check_mods.is_number(item))
+    elif isinstance(value, BlockMask):
+        yield from ((f"{name}.visible", value.visible), (f"{name}.full", value.full))
+    elif not isinstance(value, int):
+        yield name, value
+
+
+def _option_meta(value: Any) -> Any:
+    """What a plan depends on of an option: nothing of a seed's value and of mod_args, which Mod describes."""
+    if isinstance(value, (int, dict)):
+        return None
+    if isinstance(value, BlockMask):
+        return BlockMaskMeta(value.shape, Meta(*meta_of(value.visible)))
+    return Meta(*meta_of(value))

@@ -1,0 +1,111 @@
+"""Dropout's random bits: Philox as published, laid out as documented, and as random as they should be."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import cuflash
+from cuflash._dropout import kept_pairs, philox
+
+ONES = 0xFFFFFFFF
+
+
+@pytest.mark.parametrize(
+    ("key", "counter", "expected"),
+    [  # kat_vectors of Random123, philox4x32 with 10 rounds; the last are digits of pi
+        ((0, 0), (0, 0, 0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+        ((ONES, ONES), (ONES, ONES, ONES, ONES), (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+        (
+            (0xA4093822, 0x299F31D0),
+            (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+            (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+        ),
+    ],
+)
+def test_philox_is_the_published_one(key: Any, counter: Any, expected: Any) -> None:
+    assert tuple(int(word) for word in philox(key, counter)) == expected
+
+
+def is_kept(b: int, h: int, i: int, j: int, dropout_p: float, seed: int) -> bool:
+    """The documentation of dropout_mask, pair by pair."""
+    counter = (j // 16 * 4 + j % 8 // 2, i // 16 * 8 + i % 8, h, b)
+    word = int(philox((seed % 2**32, seed // 2**32), counter)[i // 8 % 2 * 2 + j // 8 % 2])
+    return (word >> 16 if j % 2 else word & 0xFFFF) >= round(65536 * dropout_p)
+
+
+@settings(max_examples=20, derandomize=True, deadline=None)
+@given(st.integers(0, 2**64 - 1), st.floats(0.01, 0.99))
+def test_each_pair_has_the_bits_that_are_documented(seed: int, dropout_p: float) -> None:
+    mask = cuflash.dropout_mask((2, 2, 19, 35), dropout_p, seed)
+    for b, h, i, j in np.ndindex(2, 2, 19, 35):
+        if (i + j) % 3 == 0:
+            assert mask[b, h, i, j] == is_kept(b, h, i, j, dropout_p, seed)
+
+
+@settings(max_examples=60, derandomize=True, deadline=None)
+@given(st.data())
+def test_a_block_is_cut_out_of_the_whole(data: st.DataObject) -> None:
+    whole = cuflash.dropout_mask((3, 4, 50, 70), 0.3, seed=2**40 + 7)
+    b = data.draw(st.integers(0, 2))
+    pieces = []
+    for size in (4, 50, 70):
+        start = data.draw(st.integers(0, size))
+        pieces.append(slice(start, data.draw(st.integers(start, size))))
+    np.testing.assert_array_equal(kept_pairs(0.3, 2**40 + 7, b, *pieces), whole[(b, *pieces)])
+
+
+@pytest.mark.parametrize("dropout_p", [0.1, 0.5, 0.83])
+def test_the_share_of_kept_weights(dropout_p: float) -> None:
+    shape = (2, 3, 256, 512)
+    kept = cuflash.dropout_mask(shape, dropout_p, seed=11).astype(float)
+    deviation = np.sqrt(dropout_p * (1 - dropout_p))
+    for axes in ((0, 1, 2, 3), (2, 3), (3,), (2,), (0, 1)):
+        count = np.prod([shape[axis] for axis in axes])
+        z = (kept.mean(axis=axes) - (1 - dropout_p)) / (deviation / np.sqrt(count))
+        assert np.abs(z).max() < 6  # beyond 6 deviations it is no accident
+        if z.size > 500 and count > 100:  # the means scatter as much as those of independent weights
+            assert abs(z.var() - 1) < 6 * np.sqrt(2 / z.size)
+
+
+@pytest.mark.parametrize("shift", [1, 2, 7, 8, 9, 16, 128])
+@pytest.mark.parametrize("axis", [2, 3])
+def test_neighbours_are_independent(shift: int, axis: int) -> None:
+    centred = cuflash.dropout_mask((1, 2, 512, 512), 0.5, seed=5) - 0.5
+    products = np.roll(centred, shift, axis) * centred * 4
+    assert abs(products.mean()) < 6 / np.sqrt(products.size)
+
+
+@pytest.mark.parametrize("other", [4, 5 + 2**32, 5 + 2**63])
+def test_seeds_heads_and_batches_are_independent(other: int) -> None:
+    first = cuflash.dropout_mask((2, 2, 128, 128), 0.5, seed=5) - 0.5
+    second = cuflash.dropout_mask((2, 2, 128, 128), 0.5, seed=other) - 0.5
+    for a, b in ((first, second), (first[0], first[1]), (first[:, 0], first[:, 1])):
+        assert abs((a * b * 4).mean()) < 6 / np.sqrt(a.size)
+
+
+def test_the_seed_may_be_an_array_and_no_dropout_keeps_all() -> None:
+    mask = cuflash.dropout_mask((1, 1, 20, 20), 0.5, np.array([2**63 + 1], np.uint64))
+    np.testing.assert_array_equal(mask, cuflash.dropout_mask((1, 1, 20, 20), 0.5, 2**63 + 1))
+    assert cuflash.dropout_mask((1, 2, 3, 0), 0.5, 1).shape == (1, 2, 3, 0)
+    assert cuflash.dropout_mask((1, 2, 3, 4), 0.0, None).all()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "pattern"),
+    [
+        (((1, 2, 3), 0.5, 1), ValueError, r"shape: got \(1, 2, 3\)"),
+        (((1, 2, 3, -1), 0.5, 1), ValueError, r"shape: got \(1, 2, 3, -1\)"),
+        (((1, 2, 3, 4), 1.0, 1), ValueError, r"dropout_p: got 1.0; allowed are numbers in \[0, 1\)"),
+        (((1, 2, 3, 4), 0.5, None), ValueError, "seed: got None"),
+        (((1, 2, 3, 4), 0.5, 2**64), ValueError, "seed: got 18446744073709551616"),
+        (((1, 2, 3, 4), 0.5, np.array([1])), TypeError, "seed: dtype is int64"),
+    ],
+)
+def test_wrong_arguments_are_named(arguments: Any, error: Any, pattern: str) -> None:
+    with pytest.raises(error, match=pattern):
+        cuflash.dropout_mask(*arguments)

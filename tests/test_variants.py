@@ -1,0 +1,160 @@
+"""The variants of attention: each by itself and in combinations, forward and backward, on every ring."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cuflash.testing import assert_attention_accurate
+from cuflash.testing.mods import MASK_MODS, SCORE_MODS
+from cuflash.testing.strategies import PAIR_STRIDES, VARIANTS, AttentionProblem, PairArray
+from tests.conftest import Ring
+
+# Grouped heads, lengths that are no multiples of a tile, values of another head dimension.
+GROUPED = AttentionProblem((2, 4, 40, 32), (2, 2, 70, 32), (2, 2, 70, 17), "float16", seed=3)
+PAIRS = GROUPED.pairs
+
+
+def check(ring: Ring, **changes: Any) -> None:
+    problem = dataclasses.replace(GROUPED, **changes)
+    ring.check_forward(problem)
+    ring.check_backward(problem)
+
+
+def test_every_combination_is_accurate_or_refused(ring: Ring) -> None:
+    @ring.given(variants=VARIANTS, examples=100 if ring.name != "host" else 8)
+    def check_combination(problem: AttentionProblem) -> None:
+        with ring.may_refuse(problem):
+            ring.check_forward(problem)
+            ring.check_backward(problem)
+
+    check_combination()
+
+
+@pytest.mark.parametrize("softcap", [0.5, 30.0])
+def test_softcap(ring: Ring, softcap: float) -> None:
+    check(ring, softcap=softcap, scale=1.0)
+
+
+@pytest.mark.parametrize("alibi", ["heads", "batch"])
+@pytest.mark.parametrize("causal", [False, True])
+def test_alibi_slopes(ring: Ring, alibi: Any, causal: Any) -> None:
+    check(ring, alibi=alibi, causal=causal)
+
+
+@pytest.mark.parametrize(
+    "shape", [PAIRS, (40, 70), (4, 1, 70), (2, 1, 40, 70), (1, 4, 40, 1), (1, 1, 1, 70), (2, 1, 1, 1), (1, 1)]
+)
+@pytest.mark.parametrize("dtype", ["", "float32"])
+def test_bias_of_every_shape(ring: Ring, shape: tuple[int, ...], dtype: str) -> None:
+    check(ring, bias=PairArray(shape, dtype=dtype))
+
+
+@pytest.mark.parametrize("strides", PAIR_STRIDES)
+def test_bias_and_mask_of_any_strides(ring: Ring, strides: Any) -> None:
+    check(ring, bias=PairArray(PAIRS, strides), mask=PairArray(PAIRS, strides, hidden=0.3))
+
+
+def test_bias_of_minus_infinity_hides(ring: Ring) -> None:
+    problem = dataclasses.replace(GROUPED, bias=PairArray((40, 70), hidden=0.4))
+    assert np.isneginf(problem.options["bias"][0]).all()  # a row that sees nothing
+    ring.check_forward(problem)
+    ring.check_backward(problem)
+
+
+@pytest.mark.parametrize("shape", [PAIRS, (40, 70), (2, 1, 1, 70), (4, 40, 1)])
+@pytest.mark.parametrize("hidden", [0.3, 1.0])
+def test_mask_of_every_shape(ring: Ring, shape: tuple[int, ...], hidden: float) -> None:
+    check(ring, mask=PairArray(shape, hidden=hidden), causal="top-left")
+
+
+def test_what_a_mask_hides_is_inert(ring: Ring) -> None:
+    problem = dataclasses.replace(GROUPED, dtype="float32")
+    q, k, v = problem.arrays()
+    mask = np.ones((40, 70), bool)
+    mask[:, 30:45] = False
+    bias = np.zeros((40, 70), np.float32)
+    options = {"mask": ring.asarray(mask), "bias": ring.asarray(bias)}
+    out, lse = ring.attention(*map(ring.asarray, (q, k, v)), return_lse=True, **options)
+    k[..., 30:45, :] = v[..., 30:45, :] = np.nan
+    bias[:, 30:45] = np.nan
+    options["bias"] = ring.asarray(bias)
+    same, same_lse = ring.attention(*map(ring.asarray, (q, k, v)), return_lse=True, **options)
+    assert_attention_accurate(q, k, v, same, same_lse, mask=mask, bias=bias)
+    assert_attention_accurate(q, k, v, out, lse, mask=mask, bias=bias)
+
+
+def test_a_block_mask_hides_its_blocks(ring: Ring) -> None:
+    problem = AttentionProblem((2, 2, 150, 16), (2, 1, 300, 16), (2, 1, 300, 16), "float16", block_mask=True, seed=1)
+    assert 0 < problem.options["block_mask"].visible.sum() < 24
+    for causal in (False, True):
+        ring.check_forward(dataclasses.replace(problem, causal=causal))
+        ring.check_backward(dataclasses.replace(problem, causal=causal))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_sinks(ring: Ring, dtype: str) -> None:
+    check(ring, sinks=dtype, causal="top-left", window_size=(5, 3))
+
+
+def test_a_row_that_sees_only_its_sink(ring: Ring) -> None:
+    problem = dataclasses.replace(GROUPED, sinks="float32", mask=PairArray((40, 1), hidden=0.5))
+    hidden = ~problem.options["mask"][:, 0]
+    out, lse = ring.attention(*problem.arrays(ring.xp), return_lse=True, **ring.options(problem))
+    assert (ring.numpy(out)[:, :, hidden] == 0).all()
+    expected = problem.options["sinks"][:, None] * np.ones(hidden.sum(), np.float32)
+    np.testing.assert_allclose(ring.numpy(lse)[:, :, hidden], np.broadcast_to(expected, (2, *expected.shape)), 1e-6)
+    ring.check_backward(problem)
+
+
+@pytest.mark.parametrize("dropout_p", [0.17, 0.9])
+def test_dropout(ring: Ring, dropout_p: float) -> None:
+    check(ring, dropout_p=dropout_p)
+
+
+def test_a_seed_may_be_an_array(ring: Ring) -> None:
+    arrays = GROUPED.arrays(ring.xp)
+    seed = 2**63 + 12345
+    out, lse = ring.attention(*arrays, dropout_p=0.3, seed=seed, return_lse=True)
+    ring.assert_same_bits(ring.attention(*arrays, dropout_p=0.3, seed=ring.asarray(np.array([seed], np.uint64))), out)
+    _, other_lse = ring.attention(*arrays, dropout_p=0.3, seed=seed - 1, return_lse=True)
+    ring.assert_same_bits(other_lse, lse)
+    assert (ring.attention(*arrays, dropout_p=0.3, seed=seed - 1) != out).any()
+    assert (ring.attention(*arrays, dropout_p=0.3, seed=seed - 2**32) != out).any()
+
+
+def test_the_gradient_of_lse(ring: Ring) -> None:
+    check(ring, with_dlse=True, causal="top-left")
+    check(ring, with_dlse=True, sinks="float32", mask=PairArray((40, 1), hidden=0.5))
+
+
+@pytest.mark.parametrize("name", sorted(SCORE_MODS))
+def test_score_mods(ring: Ring, name: str) -> None:
+    check(ring, score_mod=name)
+
+
+@pytest.mark.parametrize("name", sorted(MASK_MODS))
+def test_mask_mods(ring: Ring, name: str) -> None:
+    check(ring, mask_mod=name)
+
+
+def test_the_order_of_the_steps(ring: Ring) -> None:
+    """Softcap, then bias and slopes, then score_mod, then what hides: any other order gives other results."""
+    check(
+        ring, softcap=1.0, bias=PairArray(PAIRS), alibi="batch", score_mod="square", mask_mod="document", causal=True,
+        sinks="float32", dropout_p=0.3, with_dlse=True,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", ["bhsd", "bshd"])
+def test_variants_in_every_layout_and_rank(ring: Ring, layout: Any) -> None:
+    variants: dict[str, Any] = {"layout": layout, "dtype": "float16", "alibi": "heads", "sinks": "float32"}
+    variants |= {"dropout_p": 0.2, "with_dlse": True, "score_mod": "relative", "bias": PairArray((17, 33))}
+    for shape in ((17, 8), (17, 1, 8)) if layout == "bshd" else ((17, 8), (1, 17, 8)):
+        kv = tuple(33 if size == 17 else size for size in shape)
+        problem = AttentionProblem(shape, kv, kv, **variants)
+        ring.check_forward(problem)
+        ring.check_backward(problem)

@@ -1,0 +1,86 @@
+"""Packed sequences of different lengths, on every ring."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+from cuflash.testing.strategies import PACKED_VARIANTS, PackedProblem
+from tests.conftest import Ring
+
+# Sequences without queries, without keys, with more queries than keys, and rows and keys of no sequence.
+PACKED = PackedProblem(
+    (65, 0, 1, 40, 17), (70, 33, 64, 0, 129), heads=(4, 2), head_dims=(32, 17), dtype="float16", tails=(3, 5)
+)
+
+
+def test_random_problems_are_accurate(ring: Ring) -> None:
+    @ring.given(packed=True, examples=ring.examples // 2)
+    def check(problem: PackedProblem) -> None:
+        ring.check_varlen(problem)
+
+    check()
+
+
+def test_every_combination_is_accurate_or_refused(ring: Ring) -> None:
+    @ring.given(packed=True, variants=PACKED_VARIANTS, examples=60 if ring.name != "host" else 6)
+    def check(problem: PackedProblem) -> None:
+        with ring.may_refuse(problem):
+            ring.check_varlen(problem)
+
+    check()
+
+
+@pytest.mark.parametrize("causal", [False, True, "top-left"])
+@pytest.mark.parametrize("window_size", [None, (9, 3)])
+def test_sequences_of_any_length_and_tails(ring: Ring, causal: Any, window_size: Any) -> None:
+    ring.check_varlen(dataclasses.replace(PACKED, causal=causal, window_size=window_size))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_only_the_keys_in_use_are_seen(ring: Ring, dtype: str) -> None:
+    ring.check_varlen(dataclasses.replace(PACKED, dtype=dtype, seqused_k=(1, 33, 0, 0, 100), causal=True))
+
+
+def test_rows_of_no_sequence_are_zero(ring: Ring) -> None:
+    problem = dataclasses.replace(PACKED, seqused_k=(1, 33, 64, 0, 100))
+    out, lse = ring.attention_varlen(*problem.arrays(ring.xp), return_lse=True, **ring.options(problem))
+    dq, dk, dv = (ring.numpy(x) for x in ring.gradients(problem))
+    out, lse = ring.numpy(out), ring.numpy(lse)
+    assert (out[-3:] == 0).all() and (dq[-3:] == 0).all()
+    assert (lse[:, -3:] < -3e38).all()
+    for gradient in (dk, dv):
+        assert (gradient[1:70] == 0).all() and (gradient[-34:] == 0).all()
+        assert (gradient[0] != 0).any()
+
+
+def test_no_sequences_at_all(ring: Ring) -> None:
+    ring.check_varlen(PackedProblem((), (), tails=(3, 2)))
+    ring.check_varlen(PackedProblem((0, 0), (0, 0)))
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [
+        {"softcap": 2.0},
+        {"alibi": "heads"},
+        {"alibi": "batch"},
+        {"sinks": "float32"},
+        {"dropout_p": 0.3},
+        {"score_mod": "strength"},  # the first sequence alone
+        {"score_mod": "relative"},
+        {"mask_mod": "padding"},
+        {"with_dlse": True},
+    ],
+    ids=str,
+)
+def test_variants(ring: Ring, variant: dict[str, Any]) -> None:
+    """Batch entries are sequences, positions count within them."""
+    ring.check_varlen(dataclasses.replace(PACKED, causal=True, **variant))
+
+
+@pytest.mark.parametrize("strides", ["transposed", "negative", "sliced", "broadcast"])
+def test_any_strides(ring: Ring, strides: Any) -> None:
+    ring.check_varlen(dataclasses.replace(PACKED, strides=(strides,) * 4))
