@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property, reduce
+from dataclasses import dataclass, field
+from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -41,6 +42,7 @@ class BlockMask:
     visible: Array
     full: Array
     shape: tuple[int, int]
+    words: tuple[Array, Array] = field(init=False, repr=False)  # bits of blocks of keys, in rows of uint32
 
     @classmethod
     def from_blocks(cls, visible: Array, full: Array | None = None, *, shape: tuple[int, int]) -> BlockMask:
@@ -74,26 +76,31 @@ class BlockMask:
         >>> cuflash.attention(q, q, q, block_mask=block_mask).shape
         (4, 256, 64)
         """
-        arrays = {"visible": visible} if full is None else {"visible": visible, "full": full}
+        if full is None:
+            backend_of(visible, names=("visible",))
+            full = np.zeros_like(visible)
+        return cls(visible, full, shape)
+
+    def __post_init__(self) -> None:
+        arrays = {"visible": self.visible, "full": self.full}
         backend_of(*arrays.values(), names=tuple(arrays))
-        seqlen_q, seqlen_k = shape
+        seqlen_q, seqlen_k = self.shape
         blocks = (ceil_div(seqlen_q, BLOCK), ceil_div(seqlen_k, BLOCK))
         for name, array in arrays.items():
             if array.dtype != bool:
                 raise TypeError(f"{name}: dtype {array.dtype} is not supported here; allowed: bool")
-            if not 2 <= array.ndim <= 4 or array.shape[-2:] != blocks or array.shape != visible.shape:
+            if not 2 <= array.ndim <= 4 or array.shape[-2:] != blocks or array.shape != self.visible.shape:
                 raise ValueError(
                     f"{name}: shape is {array.shape}; it must end in {blocks}, the blocks of {BLOCK} x {BLOCK} in "
-                    f"{tuple(shape)}, after at most two axes for batch and heads, and agree between visible and full"
+                    f"{tuple(self.shape)}, after at most two axes for batch and heads, and agree between visible and "
+                    "full"
                 )
-        visible = visible.reshape((1,) * (4 - visible.ndim) + visible.shape).copy()
-        full = np.zeros_like(visible) if full is None else full.reshape(visible.shape) & visible
-        return cls(visible, full, (seqlen_q, seqlen_k))
-
-    @cached_property
-    def words(self) -> tuple[Array, Array]:
-        """``visible`` and ``full`` as kernels read them: a bit per block of keys, in rows of uint32 words."""
-        return _packed(self.visible), _packed(self.full)
+        visible = self.visible.reshape((1,) * (4 - self.visible.ndim) + self.visible.shape).copy()
+        full = self.full.reshape(visible.shape) & visible
+        # Packed at once: a call that is captured in a CUDA graph would only note down the packing.
+        words = _packed(visible), _packed(full)
+        for name, value in (("visible", visible), ("full", full), ("shape", (seqlen_q, seqlen_k)), ("words", words)):
+            object.__setattr__(self, name, value)
 
 
 def make_block_mask(
@@ -162,7 +169,12 @@ def make_block_mask(
     if not isinstance(mask_mod, str):
         visible, full = _blocks(mask, mask_mod, shape)
     else:
-        visible, full = backend.make_block_mask(mod, arguments, shape)  # type: ignore[attr-defined]
+        # One entry stands for all of an axis that the expression does not name.
+        batch, heads = (
+            size if re.search(rf"\b{name}\b", mask_mod) else min(size, 1)
+            for name, size in zip("bh", shape, strict=False)
+        )
+        visible, full = backend.make_block_mask(mod, arguments, (batch, heads, *shape[2:]))  # type: ignore[attr-defined]
         if mask is not None:
             mask_visible, mask_full = _blocks(mask, None, shape)
             visible, full = visible & mask_visible, full & mask_full

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from . import _checks
 from ._problem import Mod
 
 ModKind = Literal["callable", "expression"]
@@ -17,7 +18,14 @@ ARG_DTYPES = (
     *("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
     *("float16", "bfloat16", "float32", "float64"),
 )
-TAKEN = (*NAMES, "enter", "score_mod", "mask_mod", "cuflash")  # the last are names where expressions are compiled
+TAKEN = (
+    *NAMES,
+    "enter",
+    "score_mod",
+    "mask_mod",
+    "cuflash",
+    "NULL",
+)  # the last are names where expressions are compiled
 MAX_ARG_NDIM = 4
 INT_LIMIT = 2**31  # an int of an expression has 32 bits, as q_idx and kv_idx have
 
@@ -88,8 +96,10 @@ def is_number(value: Any) -> bool:
 
 
 def _argument(name: str, value: Any) -> Any:
-    if isinstance(value, np.generic) and is_number(value):
-        value = value.item()
+    if is_number(value):
+        value = _plain_number(value)
+    if isinstance(value, float) and np.isfinite(value) and abs(value) > np.finfo(np.float32).max:
+        raise ValueError(f"mod_args[{name!r}]: got {value}; a float must be within the range of float32")
     if isinstance(value, int) and not -INT_LIMIT <= value < INT_LIMIT:
         raise ValueError(f"mod_args[{name!r}]: got {value}; an int must have at most 32 bits")
     if is_number(value) or not hasattr(value, "dtype"):  # what is no array, backend_of refuses
@@ -100,7 +110,15 @@ def _argument(name: str, value: Any) -> Any:
         )
     if not 1 <= value.ndim <= MAX_ARG_NDIM:
         raise ValueError(f"mod_args[{name!r}]: has {value.ndim} axes; allowed are 1 to {MAX_ARG_NDIM}")
+    _checks.element_strides(f"mod_args[{name!r}]", value)
     return value
+
+
+def _plain_number(value: Any) -> bool | int | float:
+    """A number of NumPy's, or of a subclass, as Python's own."""
+    if isinstance(value, (bool, np.bool_)):
+        return bool(value)
+    return int(value) if isinstance(value, (int, np.integer)) else float(value)
 
 
 def _kind(value: Any) -> str | tuple[str, int]:

@@ -13,6 +13,9 @@ from ._problem import Operand, Problem, ceil_div
 BLOCK = 128
 """The queries, and the keys, of a block of a block mask."""
 
+MIN_SOFTCAP, MAX_SOFTCAP = 1e-30, 1e30
+"""Between these, a score divided by the cap does not vanish where GPUs flush denormals to 0."""
+
 WORD_BITS = 32
 """The blocks in a word of its bits."""
 
@@ -24,6 +27,8 @@ def softcap(value: Any, dtype: str) -> float | None:
         raise TypeError(f"softcap: got {value!r} of type {type(value).__name__}; allowed are None and a real number")
     limits = np.finfo(_checks.lse_dtype(dtype))
     least, most = float(limits.tiny), float(limits.max)
+    if dtype != "float64":
+        least, most = MIN_SOFTCAP, MAX_SOFTCAP
     if not least <= value <= most:
         raise ValueError(f"softcap: got {value!r}; allowed are None and numbers > 0 ({least:.4g} to {most:.4g})")
     return float(value)

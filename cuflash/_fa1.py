@@ -22,7 +22,7 @@ PLAIN = Options()
 def why_not(problem: Problem, number: str, chip: Chip, options: Options = PLAIN) -> str | None:
     """The reason why the family cannot compute the problem on a GPU, or None if it can."""
     if options.names:
-        return f"it has no {', '.join(options.names)}"
+        return f"it has no {', '.join(options.arguments)}"
     return _wmma.why_not(problem, number, chip)
 
 

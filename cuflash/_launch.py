@@ -139,10 +139,11 @@ class LaunchBackend:
         operands = {**operands, "delta": delta_operand}
         delta_step = self._step(family.delta(problem, number), problem, operands)
         dbias_step = dsinks_step = None
-        if "dbias" in operands:
+        rows = problem.batch * problem.seqlen_q  # without any there is nothing to sum, and no sequence to look at
+        if "dbias" in operands and rows * problem.seqlen_k:
             made = family.backward_dbias(problem, options, number, chip, operands["dbias"])
             dbias_step = self._step(made, problem, operands)
-        if "dsinks" in operands:
+        if "dsinks" in operands and rows:
             dsinks_step = self._step(family.dsinks(problem, options, operands["dsinks"].dtype), problem, operands)
         dkdv_step = self._step(family.backward_dkdv(problem, options, number, chip), problem, operands)
         dq_step = self._step(family.backward_dq(problem, options, number, chip), problem, operands)
@@ -169,8 +170,12 @@ class LaunchBackend:
             dq_step(q, k, v, dout, lse, delta, dq, options=struct)
             if dbias_step is not None:
                 dbias_step(q, k, v, dout, lse, delta, dbias, options=struct)
+            elif dbias is not None:
+                dbias[...] = 0
             if dsinks_step is not None:
                 dsinks_step(lse, delta, dsinks, options=struct)
+            elif dsinks is not None:
+                dsinks[...] = 0
 
         return backward
 

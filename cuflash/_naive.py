@@ -28,7 +28,7 @@ PLAIN = Options()
 
 def why_not(problem: Problem, number: str, chip: Chip, options: Options = PLAIN) -> str | None:
     """The reason why the family cannot compute the problem, or None if it can."""
-    missing = [name for name in options.names if name not in CAN]
+    missing = [argument for name, argument in zip(options.names, options.arguments, strict=True) if name not in CAN]
     return f"it has no {', '.join(missing)}" if missing else None
 
 

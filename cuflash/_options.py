@@ -30,6 +30,14 @@ ELEMENTS = {
 }
 """The C++ type of each dtype that an array may have."""
 
+ARGUMENTS = {
+    "alibi": "alibi_slopes",
+    "mod": "score_mod or mask_mod",
+    "dropout": "dropout_p",
+    "packed": "packed sequences",
+}
+"""What a caller calls a feature, where that is not its name."""
+
 BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "bool": 1}
 """The sizes of elements that kernels copy tile by tile."""
 
@@ -82,16 +90,19 @@ def _struct(**fields: Any) -> np.dtype[Any]:
 def _softcap(problem: Problem, operands: Mapping[str, Operand]) -> Feature | None:
     if problem.softcap is None:
         return None
-    precise = "true" if problem.dtype == "float32" else "false"
     return Feature(
         name="softcap",
-        type=f"cuflash::Softcap<{precise}>",
+        type="cuflash::Softcap",
         header="softcap",
         dtype=_struct(cap="f4", inverse="f4"),
         values={"cap": problem.softcap, "inverse": 1 / problem.softcap},
         arrays=lambda extras, pointer: {},
         flags=("kChangesScores",),
-        methods={"score": "score = softcap.score(score);"},
+        methods={
+            "score": "score = softcap.score(score);",
+            "score_if_small": "score = softcap.score_if_small(score);",
+            "is_small": "return softcap.is_small(score);",
+        },
     )
 
 
@@ -205,17 +216,18 @@ def _mod(problem: Problem, operands: Mapping[str, Operand]) -> Feature | None:
 
 def _mod_class(mod: Mod, members: list[str]) -> str:
     """The class that holds the expressions of a call. The compiler counts lines from where each expression begins."""
-    lines = ["struct Mod {", *members, "  int b, h;", ""]
+    lines = ["#ifndef INFINITY", "#define INFINITY __int_as_float(0x7f800000)", "#endif"]
+    lines += ["struct Mod {", *members, "  int b, h;", ""]
     lines += ["  __device__ __forceinline__ void enter(const cuflash::Sequence& sequence, int head) {"]
     lines += ["    b = sequence.batch;", "    h = head;", "  }"]
     if mod.score_mod is not None:
         lines += [
             "  __device__ __forceinline__ cuflash::Dual score_mod(cuflash::Dual score, int q_idx, int kv_idx) const {"
         ]
-        lines += ["    return (", '#line 1 "score_mod"', str(mod.score_mod), '#line 1 "options"', "    );", "  }"]
+        lines += ["    return (", '#line 1 "score_mod"', str(mod.score_mod), "    );", '#line 1 "options"', "  }"]
     if mod.mask_mod is not None:
         lines += ["  __device__ __forceinline__ bool mask_mod(int q_idx, int kv_idx) const {"]
-        lines += ["    return (", '#line 1 "mask_mod"', str(mod.mask_mod), '#line 1 "options"', "    );", "  }"]
+        lines += ["    return (", '#line 1 "mask_mod"', str(mod.mask_mod), "    );", '#line 1 "options"', "  }"]
     return "\n".join([*lines, "};"])
 
 
@@ -311,6 +323,11 @@ class Options:
         return tuple(feature.name for feature in self.features)
 
     @property
+    def arguments(self) -> tuple[str, ...]:
+        """The arguments of the public functions that ask for the features."""
+        return tuple(ARGUMENTS.get(name, name) for name in self.names)
+
+    @property
     def type(self) -> str:
         """The C++ class."""
         return "Options" if self.features else "cuflash::PlainOptions"
@@ -355,6 +372,14 @@ class Options:
         if scores:
             lines += _method(
                 "cuflash::Dual score(cuflash::Dual score, int query, int key) const", [*scores, "return score;"]
+            )
+        if "softcap" in names:
+            small = [f.methods.get("score_if_small", f.methods.get("score", "")) for f in self.features]
+            lines += ["  static constexpr bool kHasSmallScores = true;"]
+            lines += _method("bool is_small(float score) const", self._statements("is_small"))
+            lines += _method(
+                "cuflash::Dual score_if_small(cuflash::Dual score, int query, int key) const",
+                [*filter(None, small), "return score;"],
             )
         if "bias" in names:
             lines += _method(
@@ -426,6 +451,8 @@ class Options:
 def explain(mod: Mod | None, message: str) -> str | None:
     """What a compiler's message says about an expression of the caller; None if it is about something else."""
     found = re.search(r"\b(score_mod|mask_mod)[(:]\d.*error.*(\n.+){0,2}", message)
+    # Or it is about what an expression uses, such as an array with a wrong number of indices.
+    found = found or re.search(r".*error.*(?s:.*?)(?:at line \d+ of |^)(score_mod|mask_mod)\b.*", message, re.MULTILINE)
     if mod is None or found is None:
         return None
     return f"{found[1]}: {getattr(mod, found[1])!r} does not compile:\n{found[0]}"

@@ -71,8 +71,9 @@ def gather(
 ) -> tuple[Backend, Variant]:
     """The backend of a call with these inputs and options, of which those count that are not None, and its variant."""
     extras = {name: value for name, value in options.items() if value is not None}
-    if mod_args:
-        extras["mod_args"] = _check_mods.arguments(mod_args)
+    arguments = _check_mods.arguments(mod_args)
+    if arguments:
+        extras["mod_args"] = arguments
     if "seed" in extras and _check_options.is_seed_number(extras["seed"]):
         extras["seed"] = int(extras["seed"])
     if "block_mask" in extras and not isinstance(extras["block_mask"], BlockMask):
@@ -86,17 +87,17 @@ def gather(
     backend = backend_of(*given.values(), names=tuple(given))
     if "seed" in arrays:
         _check_options.seed_array(arrays["seed"])
-    mod = _check_mods.mod(backend.mod_kind, score_mod, mask_mod, extras.get("mod_args", {}))
+    mod = _check_mods.mod(backend.mod_kind, score_mod, mask_mod, arguments)
     return backend, Variant(extras, arrays, tuple((name, _option_meta(value)) for name, value in extras.items()), mod)
 
 
 def _arrays_of(name: str, value: Any) -> Iterator[tuple[str, Any]]:
     """The arrays in the value of an option, with the names that errors call them."""
-    if isinstance(value, dict):
+    if name == "mod_args":
         yield from ((f"{name}[{key!r}]", item) for key, item in value.items() if not _check_mods.is_number(item))
     elif isinstance(value, BlockMask):
         yield from ((f"{name}.visible", value.visible), (f"{name}.full", value.full))
-    elif not isinstance(value, int):
+    elif name != "seed" or not isinstance(value, int):
         yield name, value
 
 

@@ -18,20 +18,21 @@ MIN_CAPABILITY = {"float16": (7, 0), "bfloat16": (8, 0), "float32": (8, 0), "tfl
 PLAIN = Options()
 
 # Tiles by (bytes of an element, head_dim), the fastest first; the first that fits the chip's shared memory is taken.
-# sm_75 has 64 KB and must find one for 2-byte elements, sm_86, 89 and 120 have 99 KB and must for all elements.
-# Measured on an H200, and chosen so that no chip spills registers (docs/notes/wmma.md): a third number of a key is the
-# major compute capability of the chips that try these tiles before the others.
+# sm_75 has 64 KB and must find one for 2-byte elements, with the tiles of a bias and a mask beside; sm_86, 89 and 120
+# have 99 KB and must for all elements. Measured on an H200, and chosen so that no chip spills registers
+# (docs/notes/wmma.md): a third number of a key is the major compute capability of the chips that try these tiles
+# first.
 Tiles = dict[tuple[int, ...], list[Tile]]
 
 # Forward: (block_m, block_n, warps).
 FORWARD_TILES: Tiles = {
-    (2, 32): [(128, 64, 4)],
-    (2, 64): [(128, 64, 4)],
-    (2, 96): [(128, 64, 4), (64, 64, 4)],
-    (2, 128): [(128, 48, 4), (128, 32, 4), (64, 64, 4)],
+    (2, 32): [(128, 64, 4), (64, 32, 4)],
+    (2, 64): [(128, 64, 4), (64, 32, 4)],
+    (2, 96): [(128, 64, 4), (64, 64, 4), (64, 32, 4)],
+    (2, 128): [(128, 48, 4), (128, 32, 4), (64, 64, 4), (64, 32, 4)],
     (2, 128, 7): [(64, 64, 4)],
     (2, 128, 9): [(128, 64, 4)],
-    (2, 192): [(64, 64, 4), (64, 32, 4)],
+    (2, 192): [(64, 64, 4), (64, 32, 4), (64, 16, 4)],
     (2, 256): [(64, 64, 4), (64, 32, 4), (64, 16, 4)],
     (4, 32): [(64, 32, 4)],
     (4, 64): [(64, 32, 4)],
@@ -42,8 +43,8 @@ FORWARD_TILES: Tiles = {
 }
 # Gradients of K and V: (block_m, block_n, warps over keys, warps over columns, stages).
 DKDV_TILES: Tiles = {
-    (2, 32): [(64, 64, 4, 1, 2)],
-    (2, 64): [(64, 64, 2, 2, 2), (64, 64, 2, 2, 1)],
+    (2, 32): [(64, 64, 4, 1, 2), (32, 64, 4, 1, 1)],
+    (2, 64): [(64, 64, 2, 2, 2), (64, 64, 2, 2, 1), (32, 64, 2, 2, 1)],
     (2, 96): [(64, 64, 2, 2, 2), (32, 64, 2, 2, 1)],
     (2, 128): [(64, 128, 4, 2, 2), (64, 64, 2, 2, 2), (32, 64, 2, 2, 1), (32, 32, 2, 2, 1)],
     (2, 192): [(64, 64, 2, 4, 1), (32, 32, 2, 2, 1), (16, 32, 2, 2, 1)],
@@ -57,8 +58,8 @@ DKDV_TILES: Tiles = {
 }
 # Gradient of Q: (block_m, block_n, warps over queries, warps over columns, stages).
 DQ_TILES: Tiles = {
-    (2, 32): [(64, 64, 4, 1, 2)],
-    (2, 64): [(128, 32, 4, 1, 2), (64, 64, 4, 1, 1)],
+    (2, 32): [(64, 64, 4, 1, 2), (64, 32, 4, 1, 1)],
+    (2, 64): [(128, 32, 4, 1, 2), (64, 64, 4, 1, 1), (64, 32, 4, 1, 1)],
     (2, 96): [(128, 32, 4, 1, 1), (64, 32, 4, 1, 1)],
     (2, 128): [(128, 32, 4, 1, 2), (64, 32, 4, 1, 1), (32, 32, 2, 1, 1)],
     (2, 192): [(64, 32, 4, 1, 2), (64, 32, 4, 1, 1), (32, 32, 2, 1, 1)],
@@ -74,6 +75,8 @@ DQ_TILES: Tiles = {
 DBIAS_TILES: Tiles = {
     (2, 32): [(128, 64, 4, 1), (64, 64, 4, 1)],
     (2, 64): [(128, 64, 4, 1), (64, 64, 4, 1)],
+    (2, 64, 10): [(64, 64, 4, 1)],
+    (2, 64, 12): [(64, 64, 4, 1)],
     (2, 96): [(64, 64, 4, 1), (32, 32, 2, 1)],
     (2, 128): [(128, 128, 8, 1), (64, 64, 4, 1), (32, 32, 2, 1)],
     (2, 192): [(64, 64, 4, 1), (32, 32, 2, 1)],

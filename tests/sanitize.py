@@ -9,8 +9,13 @@ from __future__ import annotations
 import cupy
 
 import cuflash
-from cuflash.testing import assert_attention_accurate, assert_gradients_accurate
-from cuflash.testing.strategies import AttentionProblem
+from cuflash.testing import (
+    assert_attention_accurate,
+    assert_attention_varlen_accurate,
+    assert_gradients_accurate,
+    assert_gradients_varlen_accurate,
+)
+from cuflash.testing.strategies import AttentionProblem, PackedProblem, PairArray
 
 PROBLEMS = [
     AttentionProblem((2, 65, 64), (1, 130, 64), (1, 130, 64), dtype, causal=causal, window_size=window)
@@ -24,18 +29,44 @@ PROBLEMS = [
     AttentionProblem((1, 5, 8), (1, 0, 8), (1, 0, 8), "float16"),
 ]
 
+SHAPES = ((2, 2, 130, 64), (2, 1, 200, 64), (2, 1, 200, 64))
+VARIANTS = [
+    AttentionProblem(*SHAPES, "bfloat16", causal=True, softcap=5.0, alibi="batch", sinks="float32", with_dlse=True),
+    AttentionProblem(*SHAPES, "float16", bias=PairArray((2, 130, 200)), mask=PairArray((2, 1, 130, 200), hidden=0.3)),
+    AttentionProblem(*SHAPES, "float32", bias=PairArray((1, 200)), dropout_p=0.2),
+    AttentionProblem(*SHAPES, "float16", score_mod="table", mask_mod="document", block_mask=True),
+    AttentionProblem(
+        (1, 130, 128), (1, 200, 128), (1, 200, 128), "bfloat16", bias=PairArray((130, 200)), dropout_p=0.1
+    ),
+]
+PACKED = [
+    PackedProblem(
+        (3, 0, 130), (4, 65, 70), heads=(2, 1), head_dims=(64, 64), tails=(9, 3), dtype="float16", causal=True
+    ),
+    PackedProblem((70, 33), (70, 40), (5, 40), head_dims=(64, 32), dtype="bfloat16", sinks="float32", dropout_p=0.2),
+]
+
 
 def main() -> None:
     """Run and check everything once."""
     cupy.cuda.set_allocator(None)
-    for problem in PROBLEMS:
-        q, k, v = problem.arrays(cupy)
-        dout = problem.dout(cupy)
-        out, lse = cuflash.attention(q, k, v, return_lse=True, **problem.options)
-        gradients = cuflash.attention_backward(dout, q, k, v, out, lse, **problem.options)
-        assert_attention_accurate(q, k, v, out, lse, **problem.options)
-        assert_gradients_accurate(dout, q, k, v, *gradients, **problem.options)
-    print(f"{len(PROBLEMS)} problems, forward and backward: right")
+    for problem in (*PROBLEMS, *VARIANTS):
+        options = problem.options_for(cupy, "expression")
+        inputs, dout, dlse = problem.arrays(cupy), problem.dout(cupy), problem.dlse(cupy)
+        wanted = {"return_dbias": "bias" in options, "return_dsinks": "sinks" in options}
+        (out, lse), vjp = cuflash.attention_vjp(*inputs, **options, **wanted, return_lse=True)
+        dq, dk, dv, *others = vjp(dout, dlse)
+        asked = [name for name in ("bias", "sinks") if name in options]
+        gradients = {f"d{name}": gradient for name, gradient in zip(asked, others, strict=True)}
+        assert_attention_accurate(*inputs, out, lse, **problem.options)
+        dlse = {} if dlse is None else {"dlse": dlse}
+        assert_gradients_accurate(dout, *inputs, dq, dk, dv, **problem.options, **gradients, **dlse)
+    for packed in PACKED:
+        options, inputs, dout = packed.options_for(cupy, "expression"), packed.arrays(cupy), packed.dout(cupy)
+        (out, lse), vjp = cuflash.attention_varlen_vjp(*inputs, **options, return_lse=True)
+        assert_attention_varlen_accurate(*inputs, out, lse, **packed.options)
+        assert_gradients_varlen_accurate(dout, *inputs, *vjp(dout), **packed.options)
+    print(f"{len(PROBLEMS) + len(VARIANTS) + len(PACKED)} problems, forward and backward: right")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import sys
 import weakref
 from typing import Any
 
+import ml_dtypes  # noqa: F401  (gives NumPy the name "bfloat16")
 import numpy as np
 import pytest
 
@@ -382,7 +383,13 @@ def test_out_that_overlaps_itself_or_has_no_elements(ring: Ring) -> None:
         ring.attention(q, k, v, out=overlapping)
 
 
-@pytest.mark.parametrize("softcap", [0, 0.0, -1, np.nan, np.inf, 1e-40, 10**400])
+@pytest.mark.parametrize("name", ["bias", "mask", "alibi_slopes", "sinks"])
+@pytest.mark.parametrize("value", [0, 1, True, {}, 1.5])
+def test_what_should_be_an_array_is_named(ring: Ring, name: str, value: Any) -> None:
+    fails(ring, TypeError, rf"{name}\b.*allowed are cupy.ndarray and numpy.ndarray", *arrays(ring), **{name: value})
+
+
+@pytest.mark.parametrize("softcap", [0, 0.0, -1, np.nan, np.inf, 1e-40, 1e35, 10**400])
 def test_softcap_must_be_positive(ring: Ring, softcap: float) -> None:
     fails(ring, ValueError, r"softcap\b.*None.*> 0", *arrays(ring), softcap=softcap)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import importlib
+import inspect
 import re
 import sys
 from pathlib import Path
@@ -14,11 +15,18 @@ import numpy as np
 import pytest
 
 import cuflash
+from cuflash import _backends
+from cuflash._launch import FAMILIES, LaunchBackend
+from cuflash._options import Options
+from cuflash._problem import Operand, Problem
+from tests.conftest import Ring
+from tests.hostcuda import HostDevice
 
 ROOT = Path(__file__).resolve().parents[1]
 ALGORITHM = (ROOT / "docs" / "algorithm.md").read_text()
 README = (ROOT / "README.md").read_text()
 VARIANTS = (ROOT / "docs" / "variants.md").read_text()
+FOR_CUPY = "# CuPy\n"
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 
 
@@ -158,9 +166,13 @@ def test_the_examples_in_docstrings_run(module: str) -> None:
     assert result.failed == 0
 
 
+def python_blocks(text: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+
+
 def python_block(text: str, part: str) -> str:
     """The Python block of the document that contains this."""
-    (block,) = [block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if part in block]
+    (block,) = [block for block in python_blocks(text) if part in block]
     return block
 
 
@@ -184,6 +196,137 @@ def test_a_wrong_quickstart_is_found(capsys: pytest.CaptureFixture[str]) -> None
     assert "# (2, 8, 1000, 64)" in README
     with pytest.raises(AssertionError):
         check_quickstart(README.replace("# (2, 8, 1000, 64)", "# (2, 8, 1000, 65)"), capsys)
+
+
+def sections(text: str) -> list[str]:
+    """The sections of a document that have Python blocks, each from its heading on; not what comes before them."""
+    return [section for section in re.split(r"^##+ ", text, flags=re.MULTILINE)[1:] if python_blocks(section)]
+
+
+def run_callables(section: str, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+    """Run the blocks of a section that are for NumPy arrays, on the CPU, and return the names that they define."""
+    names: dict[str, Any] = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_backends, "numpy_backend", _backends.NumpyBackend())
+        for block in [python_blocks(VARIANTS)[0], *python_blocks(section)]:
+            if not block.startswith(FOR_CUPY):
+                run_block(block, names, capsys)
+    return names
+
+
+def check_expressions(section: str, ring: Ring, capsys: pytest.CaptureFixture[str]) -> None:
+    """What the expressions of a section compute is what its callables compute."""
+    names = run_callables(section, capsys)
+    expected = names.pop("out")
+    names = {name: ring.asarray(x) if isinstance(x, np.ndarray) else x for name, x in names.items()}
+    (block,) = [block for block in python_blocks(section) if block.startswith(FOR_CUPY)]
+    run_block(block, names, capsys)
+    np.testing.assert_allclose(ring.numpy(names["out"]), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("section", sections(VARIANTS), ids=lambda section: section.partition("\n")[0])
+def test_the_examples_of_the_variants_run(section: str, capsys: pytest.CaptureFixture[str]) -> None:
+    run_callables(section, capsys)
+
+
+PROGRAMMED = [section for section in sections(VARIANTS) if FOR_CUPY in section]
+
+
+@pytest.mark.parametrize("section", PROGRAMMED, ids=lambda section: section.partition("\n")[0])
+def test_expressions_compute_what_callables_do(section: str, ring: Ring, capsys: pytest.CaptureFixture[str]) -> None:
+    if ring.name != "numpy":  # callables are for NumPy, and run above
+        check_expressions(section, ring, capsys)
+
+
+def test_a_wrong_expression_is_found(ring: Ring, capsys: pytest.CaptureFixture[str]) -> None:
+    if ring.name != "numpy":
+        (section,) = [section for section in PROGRAMMED if "kv_idx < prefix(b)" in section]
+        with pytest.raises(AssertionError):
+            check_expressions(section.replace("kv_idx < prefix(b)", "kv_idx <= prefix(b)"), ring, capsys)
+
+
+# How the table of the variants spells the keywords of a row, and an argument for each.
+ARGUMENTS: dict[str, dict[str, Any]] = {
+    "`causal`, `window_size`": {"causal": True, "window_size": (3, 3)},
+    "`softcap`": {"softcap": 1.0},
+    "`bias`": {"bias": np.zeros((2, 2), np.float32)},
+    "`alibi_slopes`": {"alibi_slopes": np.zeros(1, np.float32)},
+    "`score_mod`": {"score_mod": "score"},
+    "`mask`": {"mask": np.ones((2, 2), bool)},
+    "`mask_mod`": {"mask_mod": "true"},
+    "`block_mask`": {"block_mask": cuflash.BlockMask.from_blocks(np.ones((1, 1), bool), shape=(2, 2))},
+    "`sinks`": {"sinks": np.zeros(1, np.float32)},
+    "`dropout_p`": {"dropout_p": 0.5, "seed": 0},
+    "`seqused_k`": {"seqused_k": np.ones(1, np.int32)},
+}
+
+
+class Planner(LaunchBackend):
+    """Chooses a kernel and computes nothing."""
+
+    def __init__(self) -> None:
+        super().__init__(HostDevice())
+
+    def plan_forward(self, problem: Problem, kernel_name: str, operands: dict[str, Operand]) -> Any:
+        self.family_name(problem, Options.of(problem, operands), kernel_name)
+        return lambda *arrays, **extras: None
+
+
+def works(function: Any, kernel: str, options: dict[str, Any]) -> bool:
+    """Whether a function takes the options and the kernel computes them."""
+    arrays = [np.zeros((2, 1, 8), np.float32)] * 3
+    layout: dict[str, Any] = {"layout": "bshd"}
+    if function is cuflash.attention_varlen:
+        arrays += [np.array([0, 2], np.int32)] * 2
+        layout = {}
+    if not options.keys() <= inspect.signature(function).parameters.keys():
+        return False
+    try:
+        function(*arrays, kernel=kernel, **layout, **options)
+    except NotImplementedError:
+        return False
+    return True
+
+
+def check_what_works(text: str) -> None:
+    rows = table(text, "option", "`attention`", "`attention_varlen`", "NumPy", *FAMILIES)
+    assert [row["option"] for row in rows] == list(ARGUMENTS)
+    for row in rows:
+        options = ARGUMENTS[row["option"]]
+        both = cuflash.attention, cuflash.attention_varlen
+        functions = [function for function in both if works(function, "wmma", options)]
+        assert row == {
+            "option": row["option"],
+            "`attention`": "yes" if cuflash.attention in functions else "",
+            "`attention_varlen`": "yes" if cuflash.attention_varlen in functions else "",
+            "NumPy": "yes",
+            **{name: "yes" if works(functions[0], name, options) else "" for name in FAMILIES},
+        }
+
+
+@pytest.fixture
+def planner(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_backends, "numpy_backend", Planner())
+
+
+@pytest.mark.usefixtures("planner")
+def test_the_table_of_what_works_is_right_and_complete() -> None:
+    parameters = {
+        **inspect.signature(cuflash.attention).parameters,
+        **inspect.signature(cuflash.attention_varlen).parameters,
+    }
+    general = {"scale", "layout", "out", "return_lse", "kernel", "seed", "mod_args"}
+    keywords = {name for name, parameter in parameters.items() if parameter.kind is parameter.KEYWORD_ONLY}
+    assert {name for row in ARGUMENTS for name in re.findall(r"\w+", row)} == keywords - general
+    check_what_works(VARIANTS)
+
+
+@pytest.mark.usefixtures("planner")
+@pytest.mark.parametrize("row", ["`bias` | yes | ", "`mask_mod` | yes | yes | yes | yes | "])
+def test_a_wrong_row_of_what_works_is_found(row: str) -> None:
+    assert row in VARIANTS
+    with pytest.raises(AssertionError):
+        check_what_works(VARIANTS.replace(row, f"{row}yes"))
 
 
 def right(q: Any, k: Any, v: Any, **options: Any) -> Any:

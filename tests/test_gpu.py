@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 import ml_dtypes  # noqa: F401  (gives NumPy the name "bfloat16")
@@ -255,6 +256,103 @@ def test_calls_can_be_captured_in_a_cuda_graph(gpu: Any) -> None:
         stream.synchronize()
     for result, expected in zip(replayed, (out, lse, *gradients), strict=True):
         assert_same_bits(result, expected)
+
+
+def test_a_graph_is_replayed_with_other_lengths_and_another_seed(gpu: Any) -> None:
+    """Lengths and seeds are read on the device, so that one capture serves batches of any lengths."""
+    total, heads = 300, 4
+    q, k, v, dout = (normal(gpu, (total, heads, 64), "float16", seed) for seed in range(4))
+    cu_seqlens = gpu.zeros(5, "int32")
+    seed = gpu.zeros(1, "uint64")
+    batches = [((0, 100, 100, 250, 290), 3), ((0, 1, 2, 299, 300), 4), ((0, 0, 0, 0, 170), 5)]
+    options = {"causal": True, "dropout_p": 0.2, "seed": seed}
+
+    def step() -> Any:
+        out, lse = cuflash.attention_varlen(q, k, v, cu_seqlens, cu_seqlens, return_lse=True, **options)
+        gradients = cuflash.attention_varlen_backward(dout, q, k, v, out, lse, cu_seqlens, cu_seqlens, **options)
+        return out, lse, *gradients
+
+    stream = gpu.cuda.Stream(non_blocking=True)
+    gpu.cuda.Device().synchronize()
+    with stream:
+        warm = step()
+        stream.synchronize()
+        del warm
+        stream.begin_capture()
+        captured = step()
+        graph = stream.end_capture()
+        for offsets, number in batches:
+            cu_seqlens[...] = gpu.asarray(offsets, "int32")
+            seed[...] = number
+            graph.launch(stream)
+            stream.synchronize()
+            for result, expected in zip(captured, step(), strict=True):
+                stream.synchronize()
+                assert_same_bits(result, expected)
+
+
+def test_lengths_are_clamped_on_the_device(gpu: Any) -> None:
+    """Offsets that lead outside of the arrays give nonsense, but touch nothing beyond them."""
+    parent = gpu.full((4, 3 * 128, 2, 64), np.nan, "float16")
+    parent[:, 128:256] = 1.0
+    q, k, v, out = (x[128:256] for x in parent)
+    for offsets in ((0, 1000, 2000), (-5, 64, 128), (128, 64, 0), (0, 2**31 - 1, -(2**31))):
+        cu_seqlens = gpu.asarray(offsets, "int64").astype("int32")
+        cuflash.attention_varlen(q, k, v, cu_seqlens, cu_seqlens, out=out)
+        assert np.isnan(gpu.asnumpy(parent[:, :128])).all()
+        assert np.isnan(gpu.asnumpy(parent[:, 256:])).all()
+        assert not np.isnan(gpu.asnumpy(parent[:3, 128:256])).any()
+
+
+def test_variants_give_the_same_bits_again(gpu: Any) -> None:
+    """Races of the tiles of bias and mask, and of the gradients that are summed over shared axes."""
+    q, k, v, dout = (normal(gpu, (2, 4, 517, 64), "float16", seed) for seed in range(4))
+    options = {
+        "causal": True,
+        "bias": normal(gpu, (4, 517, 517), "float16", 5),
+        "mask": gpu.random.default_rng(6).random((517, 517)) < 0.7,
+        "sinks": gpu.zeros(4, "float32"),
+        "softcap": 5.0,
+        "dropout_p": 0.2,
+        "seed": 7,
+    }
+    first = None
+    differing = gpu.zeros((), "int64")
+    for _ in range(100):
+        out, vjp = cuflash.attention_vjp(q, k, v, **options, return_dbias=True, return_dsinks=True)
+        bits = [x.view("uint16" if x.itemsize == 2 else "uint32") for x in (out, *vjp(dout))]
+        first = first or bits
+        for x, y in zip(bits, first, strict=True):
+            differing += (x != y).sum()
+    assert int(differing) == 0
+
+
+def test_variants_take_no_memory_of_the_size_of_the_scores(gpu: Any) -> None:
+    pool = gpu.get_default_memory_pool()
+    seqlen = 8192
+    q, k, v, dout = (normal(gpu, (8, seqlen, 64), "float16", seed) for seed in range(4))
+    bias = normal(gpu, (1, 1, seqlen), "float16", 4)
+    options = {"bias": bias, "dropout_p": 0.1, "seed": 1, "softcap": 20.0, "sinks": gpu.zeros(8, "float32")}
+    pool.free_all_blocks()
+    before = pool.total_bytes()
+    out, vjp = cuflash.attention_vjp(q, k, v, **options, return_dbias=True, return_dsinks=True)
+    results = vjp(dout)
+    assert pool.total_bytes() - before <= sum(x.nbytes for x in (out, *results)) + 2 * 4 * 8 * seqlen + 8192
+
+
+@pytest.mark.parametrize(
+    ("name", "expression", "about"),
+    [
+        ("score_mod", "score + unknown", "unknown"),
+        ("mask_mod", "kv_idx <= ", "expression"),
+        ("score_mod", "score + table(h)", "one index for each"),
+    ],
+)
+def test_an_expression_that_does_not_compile_is_pointed_at(gpu: Any, name: str, expression: str, about: str) -> None:
+    q = gpu.ones((2, 17, 64), "float16")
+    args = {"table": gpu.ones((2, 17), "float32")} if "table" in expression else None
+    with pytest.raises(ValueError, match=f"(?s){name}: {re.escape(repr(expression))} does not compile.*{about}"):
+        cuflash.attention(q, q, q, mod_args=args, **{name: expression})
 
 
 def test_the_second_device(gpu: Any) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +20,8 @@ import cuflash
 from cuflash import _backends, _wmma
 from cuflash._launch import LaunchBackend
 from cuflash.testing import assert_attention_accurate, assert_gradients_accurate
+from cuflash.testing.strategies import AttentionProblem, PackedProblem, PairArray
+from tests.conftest import host_ring
 from tests.hostcuda import CompileError, HostCudaError, HostDevice
 from tests.hostcuda.build import can_instrument
 from tests.hostcuda.sources import CUDA_SRC
@@ -43,8 +45,13 @@ WAYS: dict[str, dict[str, Any]] = {
 
 # Of the kernels for 16-bit numbers and 64 columns. Fixed here: the fastest ones may change, and with them
 # what a problem brings to light. The last number of the gradients' tiles is that of the stages.
-TILES = {"FORWARD_TILES": (64, 64, 4), "DKDV_TILES": (64, 64, 4, 1, 2), "DQ_TILES": (64, 64, 4, 2)}
-TILES_OF_ONE_STAGE = TILES | {"DKDV_TILES": (64, 64, 2, 2, 1), "DQ_TILES": (64, 64, 4, 1)}
+TILES = {
+    "FORWARD_TILES": (64, 64, 4),
+    "DKDV_TILES": (64, 64, 4, 1, 2),
+    "DQ_TILES": (64, 64, 4, 1, 2),
+    "DBIAS_TILES": (64, 64, 4, 1),
+}
+TILES_OF_ONE_STAGE = TILES | {"DKDV_TILES": (64, 64, 2, 2, 1), "DQ_TILES": (64, 64, 2, 2, 1)}
 
 
 @dataclass(frozen=True)
@@ -60,10 +67,12 @@ class Problem:
     one_stage: bool = False
     growth: float = 1.0  # of the keys from the first to the last, so that the largest score comes late
     poisoned: tuple[str, int] | None = None  # the array, and the row, that hold one NaN
+    masked: bool = False  # by an array
 
     @property
     def options(self) -> dict[str, Any]:
-        return {"causal": self.causal, "window_size": self.window_size}
+        mask = np.random.default_rng(1).random((self.seqlen_q, self.seqlen_k)) < 0.5 if self.masked else None
+        return {"causal": self.causal, "window_size": self.window_size, "mask": mask}
 
     def arrays(self) -> tuple[np.ndarray[Any, Any], ...]:
         """Return dout, q, k and v."""
@@ -77,6 +86,16 @@ class Problem:
             name, row = self.poisoned
             {"dout": dout, "q": q, "k": k, "v": v}[name][0, row, 3] = np.nan
         return tuple(x.astype(np.float16) for x in (dout, q, k, v))
+
+
+@dataclass(frozen=True, repr=False)
+class Overlong(PackedProblem):
+    """Packed sequences of which the last ends, by its offset, behind the arrays."""
+
+    def arrays(self, xp: Any = np) -> tuple[Any, Any, Any, Any, Any]:
+        q, k, v, cu_seqlens_q, cu_seqlens_k = super().arrays(xp)
+        cu_seqlens_q[-1] += 3
+        return q, k, v, cu_seqlens_q, cu_seqlens_k
 
 
 PLAIN = Problem(70, 200)
@@ -93,6 +112,23 @@ NAN_IN_V = Problem(70, 200, causal=True, poisoned=("v", 181))
 NAN_IN_K = Problem(70, 200, causal=True, poisoned=("k", 181))
 NAN_IN_Q = Problem(100, 150, causal=True, poisoned=("q", 10))
 NAN_IN_DOUT = Problem(100, 150, causal=True, poisoned=("dout", 10))
+# Under a random mask, half of the queries see key 181, which lies in the tile before the last.
+MASKED_NAN_IN_V = Problem(70, 200, poisoned=("v", 181), masked=True)
+
+VARIANT = AttentionProblem(q=(2, 70, 64), k=(1, 200, 64), v=(1, 200, 64), dtype="float16")
+SOFTCAP = replace(VARIANT, softcap=0.5)
+ALIBI = replace(VARIANT, alibi="heads")
+BIAS = replace(VARIANT, bias=PairArray((70, 200)))
+SHARED_BIAS = replace(BIAS, q=(2, 2, 70, 64), bias=PairArray((70, 200)))  # by 2 batch entries and 2 heads
+ROW_BIAS = replace(VARIANT, bias=PairArray((1, 200)))
+SINKS = replace(VARIANT, sinks="float32")
+DROPOUT = replace(VARIANT, dropout_p=0.3)
+BLOCKS = replace(VARIANT, q=(2, 300, 64), k=(1, 300, 64), v=(1, 300, 64), block_mask=True)
+SQUARED = replace(VARIANT, score_mod="square")
+DLSE = replace(VARIANT, with_dlse=True)
+PACKED = PackedProblem((30, 70, 1), (90, 5, 140), heads=(2, 1), head_dims=(64, 64), tails=(7, 9), dtype="float16")
+UNUSED = replace(PACKED, seqused_k=(65, 0, 139))
+OVERLONG = Overlong((30, 70, 1), (90, 5, 140), heads=(2, 1), head_dims=(64, 64), dtype="float16")
 
 
 @dataclass(frozen=True)
@@ -102,7 +138,7 @@ class Mutant:
     file: str
     old: str
     new: str
-    problem: Problem
+    problem: Problem | AttentionProblem | PackedProblem
     ways: tuple[str, ...]  # each of them alone shows the mistake
 
     def __str__(self) -> str:
@@ -119,6 +155,7 @@ class Mutant:
 FORWARD = "kernels/fwd_wmma.cuh"
 DKDV = "kernels/bwd_wmma_dkdv.cuh"
 DQ = "kernels/bwd_wmma_dq.cuh"
+DBIAS = "kernels/bwd_wmma_dbias.cuh"
 
 MUTANTS = [
     # Missing barriers and weak waits
@@ -138,7 +175,7 @@ MUTANTS = [
         "__syncthreads();  // V has arrived",
         "//",
         PLAIN,
-        ("greedy", "tsan"),
+        ("tsan",),  # what is not there yet is NaN: the second, careful round has more barriers
     ),
     Mutant(
         "no wait for K",
@@ -207,10 +244,19 @@ MUTANTS = [
         "no warp barrier before dS is read",
         "backward",
         DQ,
-        "__syncwarp();  // dS is visible to its warp",
+        "__syncwarp();  // dS is visible to the warp that wrote it",
         "//",
         PLAIN,
         ("tsan",),  # the emulation reads fragments when all lanes of a warp are there
+    ),
+    Mutant(
+        "no barrier before another warp's dS is read",
+        "backward",
+        DQ,
+        "} else {\n          __syncthreads();\n        }",
+        "}",
+        ONE_STAGE,
+        ("tsan",),  # what is not there yet is NaN: the second, careful round has more barriers
     ),
     # Out of bounds
     Mutant(
@@ -355,8 +401,8 @@ MUTANTS = [
         "the stage that is being loaded is used",
         "backward",
         DKDV,
-        "++step) {\n        const Stage stage(stages + step % kNumStages",
-        "++step) {\n        const Stage stage(stages + (step + 1) % kNumStages",
+        "following = skip_hidden(step + 1);\n        const Stage stage(stages + turn % kNumStages",
+        "following = skip_hidden(step + 1);\n        const Stage stage(stages + (turn + 1) % kNumStages",
         PLAIN,
         ("forward", "lazy"),
     ),
@@ -364,8 +410,8 @@ MUTANTS = [
         "delta is left out",
         "backward",
         "attention/recompute.cuh",
-        "return weight * (dweight - delta);",
-        "return weight * dweight;",
+        "return {weight, weight * (dweight - delta) * score.slope};",
+        "return {weight, weight * dweight * score.slope};",
         PLAIN,
         ("forward",),
     ),
@@ -452,12 +498,229 @@ MUTANTS = [
         ("forward",),
     ),
     Mutant(
-        "hidden gradients of weights are NaN",
+        "gradients of hidden scores are kept",
         "backward",
         DQ,
-        "if (masked) acc_dp.for_each(hide);",
+        "if (!visible(warp_row + 16 * m + map.row(i), warp_key + 16 * n + map.col(i))) x = 0.0f;",
         "",
         NAN_IN_V,
+        ("forward",),
+    ),
+    # Options
+    Mutant(
+        "weights are dropped by the draws of other keys",
+        "forward",
+        "attention/dropout.cuh",
+        "key / 4 + lane % 4",
+        "key / 8 + lane % 4",
+        DROPOUT,
+        ("forward", "pairs"),
+    ),
+    Mutant(
+        "half of the seed is ignored",
+        "forward",
+        "attention/dropout.cuh",
+        "static_cast<unsigned>(seed >> 32)",
+        "0u",
+        DROPOUT,
+        ("forward",),
+    ),
+    Mutant(
+        "heads drop the same weights",
+        "forward",
+        "attention/dropout.cuh",
+        "make_uint4(column, row, head, batch)",
+        "make_uint4(column, row, 0, batch)",
+        DROPOUT,
+        ("forward",),
+    ),
+    Mutant(
+        "the weights that survive dropout are not enlarged",
+        "forward",
+        FORWARD,
+        "float factor = options.survivor_factor();",
+        "float factor = 1.0f;",
+        DROPOUT,
+        ("forward",),
+    ),
+    Mutant(
+        "dropout's bits are not transposed with the scores",
+        "backward",
+        DKDV,
+        "Options::kHasDropout, true> survives",
+        "Options::kHasDropout> survives",
+        DROPOUT,
+        ("forward", "pairs"),
+    ),
+    Mutant(
+        "dropped weights keep their gradients",
+        "backward",
+        "attention/recompute.cuh",
+        "(factor * dweight - delta)",
+        "(dweight - delta)",
+        DROPOUT,
+        ("forward",),
+    ),
+    Mutant(
+        "the slope of the softcap is left out",
+        "backward",
+        "attention/softcap.cuh",
+        "score.slope * fmaf(-tanh, tanh, 1.0f)",
+        "score.slope",
+        SOFTCAP,
+        ("forward",),
+    ),
+    Mutant(
+        "the diagonal of ALiBi ends at the first key",
+        "forward",
+        "attention/alibi.cuh",
+        "diagonal = sequence.seqlen_k - sequence.seqlen_q;",
+        "diagonal = 0;",
+        ALIBI,
+        ("forward",),
+    ),
+    Mutant(
+        "every tile of a bias is the first one",
+        "forward",
+        "attention/pairs.cuh",
+        "data + first_key * strides.col",
+        "data",
+        BIAS,
+        ("forward",),
+    ),
+    Mutant(
+        "nobody waits for the next keys and their bias",
+        "forward",
+        FORWARD,
+        "load_keys(following);\n        ptx::cp_async_commit();",
+        "ptx::cp_async_commit();\n        load_keys(following);",
+        BIAS,
+        ("lazy",),
+    ),
+    Mutant(
+        "the next keys' mask comes while this one is read",
+        "forward",
+        FORWARD,
+        "if (careful) {",
+        "load_keys(following);\n        if (careful) {",
+        MASKED_NAN_IN_V,
+        ("forward",),
+    ),
+    Mutant(
+        "the bias of a batch entry is taken for all of it",
+        "backward",
+        DBIAS,
+        "end_batch = params.batch == 1 ? problem.batch : batch + 1;",
+        "end_batch = batch + 1;",
+        SHARED_BIAS,
+        ("forward",),
+    ),
+    Mutant(
+        "the gradient of a shared row is that of the first tile",
+        "backward",
+        DBIAS,
+        "end_m_block = params.rows == 1 ? ceil_div(problem.seqlen_q, kBlockM) : m_block + 1;",
+        "end_m_block = m_block + 1;",
+        ROW_BIAS,
+        ("forward",),
+    ),
+    Mutant(
+        "no barrier before the pairs of a tile are overwritten",
+        "backward",
+        DBIAS,
+        "__syncthreads();  // the only stage is no longer read",
+        "//",
+        SHARED_BIAS,
+        ("greedy",),
+    ),
+    Mutant(
+        "sinks take no weight",
+        "forward",
+        FORWARD,
+        "if constexpr (Options::kHasSinks) factor *= softmax[m].join(options.sink(), sum);",
+        "",
+        SINKS,
+        ("forward",),
+    ),
+    Mutant(
+        "the gradient of sinks has the wrong sign",
+        "backward",
+        "kernels/bwd_sinks.cuh",
+        "sum -= weight * rows.delta_of(row);",
+        "sum += weight * rows.delta_of(row);",
+        SINKS,
+        ("forward",),
+    ),
+    Mutant(
+        "bits of a block mask are counted by rows",
+        "forward",
+        "attention/block_mask.cuh",
+        "some[word] >> col % 32 & 1",
+        "some[word] >> row % 32 & 1",
+        BLOCKS,
+        ("forward",),
+    ),
+    Mutant(
+        "the derivative of a product forgets a factor",
+        "backward",
+        "attention/dual.cuh",
+        "x.slope * y.value + x.value * y.slope",
+        "x.slope * y.value",
+        SQUARED,
+        ("forward", "pairs"),
+    ),
+    Mutant(
+        "the gradient of lse has the wrong sign",
+        "backward",
+        "kernels/bwd_delta.cuh",
+        "delta -= *Matrix<const float>",
+        "delta += *Matrix<const float>",
+        DLSE,
+        ("forward",),
+    ),
+    Mutant(
+        "packed keys begin where the queries do",
+        "forward",
+        "attention/packed.cuh",
+        "return {s, first_query, first_key, seqlen_q,",
+        "return {s, first_query, first_query, seqlen_q,",
+        PACKED,
+        ("forward",),
+    ),
+    Mutant(
+        "packed rows of no sequence are not cleared",
+        "forward",
+        "attention/packed.cuh",
+        "problem.seqlen_q - first_query,\n              0,",
+        "0,\n              0,",
+        PACKED,
+        ("forward",),
+    ),
+    Mutant(
+        "the first job of a packed sequence goes to the one before",
+        "forward",
+        "attention/packed.cuh",
+        "(cu_seqlens, total, s) <= job;",
+        "(cu_seqlens, total, s) < job;",
+        PACKED,
+        ("forward", "random"),
+    ),
+    Mutant(
+        "packed keys that are not used are seen",
+        "backward",
+        "attention/packed.cuh",
+        "clamp(seqused_k[s], 0, num_keys)",
+        "num_keys",
+        UNUSED,
+        ("forward",),
+    ),
+    Mutant(
+        "packed offsets lead out of the arrays",
+        "forward",
+        "attention/packed.cuh",
+        "return clamp(cu_seqlens[s], 0, total);",
+        "return cu_seqlens[s];",
+        OVERLONG,
         ("forward",),
     ),
 ]
@@ -475,9 +738,17 @@ def numpy_arrays_on(device: HostDevice, tiles: dict[str, tuple[int, ...]]) -> It
         yield
 
 
-def run(direction: str, problem: Problem, way: str, cuda_src: Path) -> None:
+def run(direction: str, problem: Problem | AttentionProblem | PackedProblem, way: str, cuda_src: Path) -> None:
     """Compute the problem and check the result against the reference."""
-    device = HostDevice(**WAYS[way], isolated=True, timeout=60, cuda_src=cuda_src)
+    if isinstance(problem, Problem):
+        run_plain(direction, problem, way, cuda_src)
+    else:
+        run_with_options(direction, problem, way, cuda_src)
+
+
+def run_plain(direction: str, problem: Problem, way: str, cuda_src: Path) -> None:
+    # Arrays behind the pointers of options do not travel to a process of its own.
+    device = HostDevice(**WAYS[way], isolated=not problem.masked, timeout=60, cuda_src=cuda_src)
     if not can_instrument(device.flavour):
         pytest.skip(f"the compiler cannot link {device.flavour}")
     tiles = TILES_OF_ONE_STAGE if problem.one_stage else TILES
@@ -491,6 +762,17 @@ def run(direction: str, problem: Problem, way: str, cuda_src: Path) -> None:
         with numpy_arrays_on(device, tiles):
             gradients = cuflash.attention_backward(dout, q, k, v, out, lse, **problem.options)
         assert_gradients_accurate(dout, q, k, v, *gradients, **problem.options)
+
+
+def run_with_options(direction: str, problem: AttentionProblem | PackedProblem, way: str, cuda_src: Path) -> None:
+    ring = host_ring("wmma")
+    with numpy_arrays_on(HostDevice(**WAYS[way], cuda_src=cuda_src), TILES):
+        if isinstance(problem, PackedProblem):
+            ring.check_varlen(problem)
+        elif direction == "forward":
+            ring.check_forward(problem)
+        else:
+            ring.check_backward(problem)
 
 
 @pytest.mark.parametrize(("mutant", "way"), CASES, ids=lambda value: str(value).replace(" ", "_"))

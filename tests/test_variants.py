@@ -25,7 +25,7 @@ def check(ring: Ring, **changes: Any) -> None:
 
 
 def test_every_combination_is_accurate_or_refused(ring: Ring) -> None:
-    @ring.given(variants=VARIANTS, examples=100 if ring.name != "host" else 8)
+    @ring.given(variants=VARIANTS, examples={"host": 8, "gpu": 40}.get(ring.name, 100))
     def check_combination(problem: AttentionProblem) -> None:
         with ring.may_refuse(problem):
             ring.check_forward(problem)
@@ -51,6 +51,30 @@ def test_alibi_slopes(ring: Ring, alibi: Any, causal: Any) -> None:
 @pytest.mark.parametrize("dtype", ["", "float32"])
 def test_bias_of_every_shape(ring: Ring, shape: tuple[int, ...], dtype: str) -> None:
     check(ring, bias=PairArray(shape, dtype=dtype))
+
+
+@pytest.mark.parametrize(
+    "shapes", [((0, 2, 20, 32),) * 3, ((1, 2, 0, 32), *((1, 2, 20, 32),) * 2), ((2, 20, 32), *((2, 0, 32),) * 2)]
+)
+def test_gradients_of_options_of_empty_problems_are_zero(ring: Ring, shapes: Any) -> None:
+    q, k, v = (ring.asarray(np.zeros(shape, np.float16)) for shape in shapes)
+    bias = ring.asarray(np.zeros((2, 1, k.shape[-2]), np.float16))
+    options = {"bias": bias, "sinks": ring.asarray(np.zeros(2, np.float32))}
+    out, vjp = ring.attention_vjp(q, k, v, **options, return_dbias=True, return_dsinks=True)
+    *_, dbias, dsinks = vjp(ring.xp.zeros_like(out))
+    assert (ring.numpy(dbias) == 0).all()
+    assert (ring.numpy(dsinks) == 0).all()
+
+
+def test_queries_beyond_the_end_do_not_reach_the_gradient_of_a_bias(ring: Ring) -> None:
+    """What a score_mod makes of rows that are only padding of a tile may be infinite."""
+    q, k, v = (ring.asarray(x) for x in dataclasses.replace(GROUPED, dtype="float32").arrays())
+    bias = ring.asarray(np.zeros((4, 1, 70), np.float32))
+    mod: Any = "score + 1.0f / (40 - q_idx)"
+    if ring.name == "numpy":
+        mod = lambda score, b, h, q_idx, kv_idx: score + 1.0 / (40 - q_idx)  # noqa: E731
+    out, vjp = ring.attention_vjp(q, k, v, bias=bias, score_mod=mod, return_dbias=True)
+    assert np.isfinite(ring.numpy(vjp(ring.xp.ones_like(out))[3])).all()
 
 
 @pytest.mark.parametrize("strides", PAIR_STRIDES)

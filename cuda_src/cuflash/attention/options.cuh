@@ -33,6 +33,11 @@ struct PlainOptions : BatchedSequences {
   // What becomes of the scaled score of a query and a key. The two lie inside the sequence where arrays are read.
   __device__ __forceinline__ Dual score(Dual score, int, int) const { return score; }
 
+  // The same by a shorter way, for scores whose magnitudes are all small.
+  static constexpr bool kHasSmallScores = false;
+  __device__ __forceinline__ bool is_small(float) const { return false; }
+  __device__ __forceinline__ Dual score_if_small(Dual score, int, int) const { return score; }
+
   // The same with the derivative by the bias of the pair, for calls that have one.
   using Bias = float;
   __device__ __forceinline__ Dual score_by_bias(Dual score, int, int) const { return score; }
@@ -75,8 +80,16 @@ struct Pairs {
     }
   }
 
-  __device__ __forceinline__ bool all_visible(Range queries, Range keys) const {
-    return band.all_visible(queries, keys) && options.shows_all();
+  // Calls hide(visible) for each mask that may hide pairs of a tile.
+  template <class Hide>
+  __device__ __forceinline__ void each_mask(Range queries, Range keys, Hide hide) const {
+    if (!band.all_visible(queries, keys)) hide([&](int query, int key) { return band.visible(query, key); });
+    if constexpr (Options::kHidesPairs) {
+      if (options.shows_all()) return;
+      hide([&](int query, int key) {
+        return options.visible(inside(query, band.seqlen_q), inside(key, band.seqlen_k));
+      });
+    }
   }
 
  protected:
@@ -93,5 +106,28 @@ struct BiasPairs : Pairs<Options> {
                                        this->inside(key, this->band.seqlen_k));
   }
 };
+
+// The same, where the scores are all small.
+template <class Options>
+struct SmallPairs : Pairs<Options> {
+  __device__ __forceinline__ Dual score(float score, int query, int key) const {
+    return this->options.score_if_small(Dual(score, 1.0f), this->inside(query, this->band.seqlen_q),
+                                        this->inside(key, this->band.seqlen_k));
+  }
+};
+
+// Calls use(pairs) with the kind of pairs that suits these scores of a warp, which are yet to be scaled.
+template <class Options, class Tile, class Use>
+__device__ __forceinline__ void use_pairs(const Pairs<Options>& pairs, Tile& scores, float scale, Use use) {
+  if constexpr (Options::kHasSmallScores) {
+    if (__all_sync(kFullMask, pairs.options.is_small(scores.largest() * fabsf(scale)))) {
+      use(SmallPairs<Options>{pairs});
+    } else {
+      use(pairs);
+    }
+  } else {
+    use(pairs);
+  }
+}
 
 }  // namespace cuflash

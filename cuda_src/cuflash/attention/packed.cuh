@@ -11,18 +11,21 @@ namespace cuflash {
 struct PackedSequences {
   const int *cu_seqlens_q, *cu_seqlens_k, *seqused_k;  // the last may be null
 
+  // Under a causal mask the last queries see the most keys: they start first.
   template <int kBlockM>
   __device__ __forceinline__ Job query_job(const Problem& problem) const {
-    const int num_jobs = problem.seqlen_q / kBlockM + problem.batch + 1, job = blockIdx.x % num_jobs;
-    const int head = blockIdx.x / num_jobs, s = owner<kBlockM>(cu_seqlens_q, problem.seqlen_q, problem.batch, job);
-    return {sequence(problem, s), head, job - first_job<kBlockM>(cu_seqlens_q, problem.seqlen_q, s)};
+    const int num_jobs = problem.seqlen_q / kBlockM + problem.batch + 1;
+    const HeadTile numbered(problem.num_heads, num_jobs);
+    const int job = num_jobs - 1 - numbered.tile;
+    const int s = owner<kBlockM>(cu_seqlens_q, problem.seqlen_q, problem.batch, job);
+    return {sequence(problem, s), numbered.head, job - first_job<kBlockM>(cu_seqlens_q, problem.seqlen_q, s)};
   }
 
   template <int kBlockN>
   __device__ __forceinline__ Job key_job(const Problem& problem) const {
-    const int num_jobs = problem.seqlen_k / kBlockN + problem.batch + 1, job = blockIdx.x % num_jobs;
-    const int head = blockIdx.x / num_jobs, s = owner<kBlockN>(cu_seqlens_k, problem.seqlen_k, problem.batch, job);
-    return {sequence(problem, s), head, job - first_job<kBlockN>(cu_seqlens_k, problem.seqlen_k, s)};
+    const HeadTile job(problem.num_heads_kv, problem.seqlen_k / kBlockN + problem.batch + 1);
+    const int s = owner<kBlockN>(cu_seqlens_k, problem.seqlen_k, problem.batch, job.tile);
+    return {sequence(problem, s), job.head, job.tile - first_job<kBlockN>(cu_seqlens_k, problem.seqlen_k, s)};
   }
 
  private:

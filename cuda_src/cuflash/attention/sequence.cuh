@@ -19,36 +19,41 @@ struct Job {
   int head, tile;
 };
 
+// A tile of one of several heads, by the number of the block of threads that works on it. Groups of heads run one after
+// another, so that L2 holds what they read; in a group all heads go through the tiles in step, so that long jobs that
+// come first in each head come first in all.
+struct HeadTile {
+  static constexpr int kHeadsInGroup = 8;
+
+  int head, tile;
+
+  __device__ __forceinline__ HeadTile(int num_heads, int num_tiles) {
+    const int first = blockIdx.x / (kHeadsInGroup * num_tiles) * kHeadsInGroup;
+    const int in_group = min(kHeadsInGroup, num_heads - first), number = blockIdx.x - first * num_tiles;
+    head = first + number % in_group;
+    tile = number / in_group;
+  }
+};
+
 // Sequences of one length, in a batch axis of the arrays.
 struct BatchedSequences {
   // Under a causal mask the last queries see the most keys: they start first.
   template <int kBlockM>
   static __device__ __forceinline__ Job query_job(const Problem& problem) {
     const int num_tiles = ceil_div(problem.seqlen_q, kBlockM);
-    const Job job = numbered_job(problem, problem.num_heads, num_tiles);
-    return {job.sequence, job.head, num_tiles - 1 - job.tile};
+    const HeadTile job(problem.num_heads * problem.batch, num_tiles);
+    return {sequence(problem, job.head / problem.num_heads), job.head % problem.num_heads, num_tiles - 1 - job.tile};
   }
 
   // Under a causal mask the first keys are seen by the most queries: they start first.
   template <int kBlockN>
   static __device__ __forceinline__ Job key_job(const Problem& problem) {
-    return numbered_job(problem, problem.num_heads_kv, ceil_div(problem.seqlen_k, kBlockN));
+    const HeadTile job(problem.num_heads_kv * problem.batch, ceil_div(problem.seqlen_k, kBlockN));
+    return {sequence(problem, job.head / problem.num_heads_kv), job.head % problem.num_heads_kv, job.tile};
   }
 
   static __device__ __forceinline__ Sequence sequence(const Problem& problem, int batch) {
     return {batch, 0, 0, problem.seqlen_q, problem.seqlen_k, problem.seqlen_k, false};
-  }
-
- private:
-  // Groups of heads run one after another, so that L2 holds their keys; in a group all heads go through the tiles in
-  // step, so that the longest jobs of all start first.
-  static constexpr int kHeadsInGroup = 8;
-
-  static __device__ __forceinline__ Job numbered_job(const Problem& problem, int num_heads, int num_tiles) {
-    const int total = num_heads * problem.batch, first = blockIdx.x / (kHeadsInGroup * num_tiles) * kHeadsInGroup;
-    const int in_group = min(kHeadsInGroup, total - first), job = blockIdx.x - first * num_tiles;
-    const int number = first + job % in_group;
-    return {sequence(problem, number / num_heads), number % num_heads, job / in_group};
   }
 };
 

@@ -106,7 +106,12 @@ struct BwdWmmaDbias {
     const auto skip_hidden = [&](Walk walk) {
       for (; !walk.done(); walk.advance()) {
         const Range keys = band.keys_of({walk.first_query(), walk.first_query() + kBlockM});
-        if (keys.begin < walk.first_key() + kBlockN && walk.first_key() < keys.end) break;
+        if (keys.begin >= walk.first_key() + kBlockN || walk.first_key() >= keys.end) continue;
+        if constexpr (!Options::kSkipsBlocks) break;
+        Options there = options;
+        there.enter(BatchedSequences::sequence(problem, walk.batch), walk.head);
+        there.template look_at<kBlockM, kBlockN>(shared, walk.first_query(), walk.first_key());
+        if (!there.hides_all()) break;
       }
       return walk;
     };
@@ -168,7 +173,7 @@ struct BwdWmmaDbias {
         const PairGradient pair =
             pair_gradient(pairs, acc_s.tile[m][n].x[i] * problem.softmax_scale, acc_dp.tile[m][n].x[i],
                           stage.lse[warp_row + row], stage.delta[warp_row + row], query, key, survives(m, n, i));
-        if (pairs.visible(query, key)) sum += pair.dscore;
+        if (query < band.seqlen_q && pairs.visible(query, key)) sum += pair.dscore;
       });
       if (kNumStages == 1) {
         __syncthreads();  // the only stage is no longer read

@@ -160,9 +160,6 @@ struct BwdWmmaDkDv {
         here.enter(sequence, head_of(step));
         here.template look_at<kBlockM, kBlockN>(stage.pairs, first_query, first_key);
         const Pairs<Options> pairs = {here, band};
-        const auto visible = [&](int key, int query) {
-          return first_query + query < band.seqlen_q && pairs.visible(first_query + query, warp_key + key);
-        };
         if (warp_d < kScoreWarps) {
           const int row = warp_n * kWarpN, col = warp_d * kScoreM;
           WarpTile<Number, kTilesN, kTilesM> acc_s, acc_dp;
@@ -174,21 +171,25 @@ struct BwdWmmaDkDv {
                                                                       stage.dout + col * kPitchV, kPitchV);
           const BitTile<Number, kTilesN, kTilesM, Options::kHasDropout, true> survives(
               map, [&](int n, int m) { return here.draw(first_query + col + 16 * m, warp_key + 16 * n); });
-          acc_s.for_each([&](float& x, int n, int m, int i) {
-            float& dp = acc_dp.tile[n][m].x[i];
-            const int key = warp_key + 16 * n + map.row(i), query = col + 16 * m + map.col(i);
-            const PairGradient pair = pair_gradient(pairs, x * problem.softmax_scale, dp, stage.lse[query],
-                                                    stage.delta[query], first_query + query, key, survives(n, m, i));
-            x = pair.weight;
-            dp = pair.dscore;
-          });
-          if (first_query + kBlockM > band.seqlen_q || !pairs.all_visible(queries_of(step), warp_keys)) {
+          use_pairs(pairs, acc_s, problem.softmax_scale, [&](const auto& pairs) {
             acc_s.for_each([&](float& x, int n, int m, int i) {
-              if (visible(16 * n + map.row(i), col + 16 * m + map.col(i))) return;
+              float& dp = acc_dp.tile[n][m].x[i];
+              const int key = warp_key + 16 * n + map.row(i), query = col + 16 * m + map.col(i);
+              const PairGradient pair = pair_gradient(pairs, x * problem.softmax_scale, dp, stage.lse[query],
+                                                      stage.delta[query], first_query + query, key, survives(n, m, i));
+              x = pair.weight;
+              dp = pair.dscore;
+            });
+          });
+          const auto hide = [&](const auto& visible) {
+            acc_s.for_each([&](float& x, int n, int m, int i) {
+              if (visible(first_query + col + 16 * m + map.col(i), warp_key + 16 * n + map.row(i))) return;
               x = 0.0f;
               acc_dp.tile[n][m].x[i] = 0.0f;
             });
-          }
+          };
+          if (first_query + kBlockM > band.seqlen_q) hide([&](int query, int) { return query < band.seqlen_q; });
+          pairs.each_mask(queries_of(step), warp_keys, hide);
           map.store(smem_p + row * kPitchP + col, kPitchP, acc_s);
           map.store(smem_ds + row * kPitchP + col, kPitchP, acc_dp);
         }
@@ -202,6 +203,9 @@ struct BwdWmmaDkDv {
         const Element* const cols_dout = stage.dout + warp_d * kWarpColsV;
         const Element* const cols_q = stage.q + warp_d * kWarpCols;
         if (careful) {
+          const auto visible = [&](int key, int query) {
+            return first_query + query < band.seqlen_q && pairs.visible(first_query + query, warp_key + key);
+          };
           add_non_finite<kBlockM>(acc_dv, map, warp_p, kPitchP, cols_dout, kPitchV, visible);
           add_non_finite<kBlockM>(acc_dk, map, warp_ds, kPitchP, cols_q, kPitch, visible);
           clear_non_finite<kBlockM, kHeadDimV, kNumThreads>(stage.dout);

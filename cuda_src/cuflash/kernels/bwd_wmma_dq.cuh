@@ -148,17 +148,19 @@ struct BwdWmmaDq {
                                                                       kPitchV);
           const BitTile<Number, kTilesM, kTilesN, Options::kHasDropout> survives(
               map, [&](int m, int n) { return options.draw(warp_row + 16 * m, warp_key + 16 * n); });
-          acc_dp.for_each([&](float& x, int m, int n, int i) {
-            const int row = 16 * m + map.row(i), key = warp_key + 16 * n + map.col(i);
-            x = pair_gradient(pairs, acc_s.tile[m][n].x[i] * problem.softmax_scale, x, warp_lse[row], warp_delta[row],
-                              warp_row + row, key, survives(m, n, i))
-                    .dscore;
-          });
-          if (!pairs.all_visible(warp_queries, {warp_key, warp_key + kScoreN})) {
+          use_pairs(pairs, acc_s, problem.softmax_scale, [&](const auto& pairs) {
             acc_dp.for_each([&](float& x, int m, int n, int i) {
-              if (!pairs.visible(warp_row + 16 * m + map.row(i), warp_key + 16 * n + map.col(i))) x = 0.0f;
+              const int row = 16 * m + map.row(i), key = warp_key + 16 * n + map.col(i);
+              x = pair_gradient(pairs, acc_s.tile[m][n].x[i] * problem.softmax_scale, x, warp_lse[row], warp_delta[row],
+                                warp_row + row, key, survives(m, n, i))
+                      .dscore;
             });
-          }
+          });
+          pairs.each_mask(warp_queries, {warp_key, warp_key + kScoreN}, [&](const auto& visible) {
+            acc_dp.for_each([&](float& x, int m, int n, int i) {
+              if (!visible(warp_row + 16 * m + map.row(i), warp_key + 16 * n + map.col(i))) x = 0.0f;
+            });
+          });
           map.store(warp_ds + col, kPitchS, acc_dp);
         }
         if constexpr (kWarpsD == 1) {

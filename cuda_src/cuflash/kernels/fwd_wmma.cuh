@@ -122,17 +122,17 @@ struct FwdWmma {
         acc_s.clear();
         acc_s.template add_product<kHeadDim, Stored::kTransposed>(warp_q, kPitchK, smem_k, kPitchK);
 
-        acc_s.for_each([&](float& score, int m, int n, int i) {
-          score *= problem.softmax_scale;
-          if constexpr (Options::kChangesScores) {
-            score = pairs.score(score, warp_row + 16 * m + map.row(i), first_key + 16 * n + map.col(i)).value;
-          }
-        });
-        if (!pairs.all_visible(warp_queries, keys_of(n_block))) {
+        use_pairs(pairs, acc_s, problem.softmax_scale, [&](const auto& pairs) {
           acc_s.for_each([&](float& score, int m, int n, int i) {
-            if (!pairs.visible(warp_row + 16 * m + map.row(i), first_key + 16 * n + map.col(i))) score = -infinity();
+            const int query = warp_row + 16 * m + map.row(i), key = first_key + 16 * n + map.col(i);
+            score = pairs.score(score * problem.softmax_scale, query, key).value;
           });
-        }
+        });
+        pairs.each_mask(warp_queries, keys_of(n_block), [&](const auto& visible) {
+          acc_s.for_each([&](float& score, int m, int n, int i) {
+            if (!visible(warp_row + 16 * m + map.row(i), first_key + 16 * n + map.col(i))) score = -infinity();
+          });
+        });
 
 #pragma unroll
         for (int m = 0; m < kTilesM; ++m) {

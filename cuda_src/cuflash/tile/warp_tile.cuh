@@ -62,6 +62,16 @@ struct WarpTile {
     return zero != 0.0f;
   }
 
+  // The largest magnitude that this lane holds. Several maxima at once: one would wait for itself at every element.
+  __device__ __forceinline__ float largest() {
+    constexpr int kNumElements = Accumulator<Number>::num_elements;
+    float maxima[kNumElements] = {};
+    for_each([&](float& x, int, int, int i) { maxima[i] = fmaxf(maxima[i], fabsf(x)); });
+#pragma unroll
+    for (int i = 1; i < kNumElements; ++i) maxima[0] = fmaxf(maxima[0], maxima[i]);
+    return maxima[0];
+  }
+
   // Calls function(x, m, n, i) for every element x that this lane holds: number i of tile (m, n).
   template <class Function>
   __device__ __forceinline__ void for_each(Function function) {

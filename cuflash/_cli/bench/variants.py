@@ -119,8 +119,9 @@ def _window_left(cell: Cell) -> int:
 
 
 def _window_pairs(cell: Cell) -> float:
+    """Each query sees itself and the keys of the window to its left; the first ones have fewer of them."""
     left = _window_left(cell)
-    return cell.batch * cell.heads * (left * cell.seqlen - left**2 / 2)
+    return cell.batch * cell.heads * ((left + 1) * cell.seqlen - left * (left + 1) / 2)
 
 
 def _slopes(machine: Machine, cell: Cell) -> dict[str, Any]:
