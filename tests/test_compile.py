@@ -73,10 +73,8 @@ def kernels_with_options(arch: int) -> Iterator[Kernel]:
         for feature in FEATURES:
             yield from passes(options(feature), "bfloat16", (128, 128), arch)
     if arch == 90:
-        for feature in FEATURES:
-            yield from passes(options(feature), "bfloat16", (64, 64), arch)
         yield find_blocks(options("mask_mod"))
-    if arch in (80, 86, 90, 100, 120):
+    if arch in (80, 90, 100, 120):
         yield _wmma.dsinks(problem(1, 1), options("sinks"), "float32")[0]
         for number, head_dims in product(("float16", "bfloat16", "float32"), HEAD_DIMS):
             yield _wmma.backward_dbias(problem(*head_dims), options("bias"), number, CHIPS[arch], PAIRS)[0]
@@ -96,10 +94,8 @@ def cases() -> list[object]:
 # in memory, by kernel and chip. Plain kernels park nothing anywhere.
 MAY_PARK = {
     "bwd_wmma_dkdv_bf16_d128x128_mod": {80: 96, 90: 64, 100: 32},
-    "bwd_wmma_dkdv_bf16_d64x64_mod": {90: 64},
     "bwd_wmma_dq_bf16_d128x128_mask": {80: 64},
     "bwd_wmma_dq_bf16_d128x128_mod": {100: 64},
-    "bwd_wmma_dq_bf16_d64x64_mod": {90: 32},
     "fwd_wmma_bf16_d128x128_alibi": {90: 160},
     "fwd_wmma_bf16_d128x128_bias": {80: 224, 90: 192},
     "fwd_wmma_bf16_d128x128_dropout": {90: 64},
@@ -107,8 +103,6 @@ MAY_PARK = {
     "fwd_wmma_bf16_d128x128_mod": {80: 96, 90: 352, 100: 32},
     "fwd_wmma_bf16_d128x128_mod_block_mask": {90: 32},
     "fwd_wmma_bf16_d128x128_packed": {90: 96},
-    "fwd_wmma_bf16_d64x64_mask": {90: 64},
-    "fwd_wmma_bf16_d64x64_mod": {90: 128},
 }
 
 
