@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import functools
 import shutil
@@ -119,16 +118,6 @@ class Ring:
         of_vjp = self.attention_varlen_vjp if isinstance(problem, PackedProblem) else self.attention_vjp
         _, vjp = of_vjp(*problem.arrays(self.xp), **options, **asked)
         return vjp(problem.dout(self.xp), *([problem.dlse(self.xp)] if problem.with_dlse else []))
-
-    @contextlib.contextmanager
-    def may_refuse(self, problem: AttentionProblem | PackedProblem) -> Iterator[None]:
-        """Let kernels refuse a problem by an error that names two things which do not go together."""
-        try:
-            yield
-        except NotImplementedError as error:
-            asked = [name for name, value in problem.options.items() if value is not None and value is not False]
-            if self.name == "numpy" or sum(name in str(error) for name in (*asked, problem.dtype, "packed")) < 2:
-                raise
 
     def check_forward(self, problem: AttentionProblem) -> None:
         """Hold the output and the log-sum-exp of a problem against the reference."""

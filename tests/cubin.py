@@ -31,7 +31,7 @@ def compile_for(kernel: KernelSource, arch: str) -> tuple[bytes, str]:
     """The cubin, and the log with the registers and spills of ptxas."""
     from cupy_backends.cuda.libs import nvrtc
 
-    # The options that CuPy adds (DESIGN 5.10), so that the compiler sees what it sees on a GPU.
+    # The options that CuPy adds (docs/design.md, section 5), so that the compiler sees what it sees on a GPU.
     added = ("--device-as-default-execution-space", "-ftz=true", f"-arch={arch}")
     program = nvrtc.createProgram(kernel.code, f"{kernel.symbol}.cu", [], [])
     try:

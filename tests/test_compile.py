@@ -1,4 +1,4 @@
-"""Every kernel that a call can reach compiles for every GPU we support, fits it, and uses its tensor cores."""
+"""Every plain kernel compiles for every GPU we support, fits it, and uses its tensor cores; each option for some."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def test_a_kernel_compiles_within_its_registers_and_uses_tensor_cores(kernel: Ke
     assert max(map(int, spills)) <= allowed, log
     if arch == 70:
         return  # the disassembler knows no sm_70 any more
-    # A module of two kernels once came out corrupt; the disassembler refuses such a cubin (DESIGN 5.1).
+    # A module of two kernels once came out corrupt; the disassembler refuses such a cubin (docs/design.md, section 5).
     found = cubin.opcodes(code)
     assert found["EXIT"] > 0
     assert allowed or not {"LDL", "STL"} & set(found)
