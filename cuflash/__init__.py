@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from ._attention import attention, attention_backward, attention_vjp
 from ._block_mask import BlockMask, make_block_mask
 from ._dropout import dropout_mask
@@ -26,3 +29,16 @@ __all__ = [
     "pad_input",
     "unpad_input",
 ]
+
+if TYPE_CHECKING:
+    from . import flash_attn as flash_attn
+else:
+
+    def __getattr__(name: str) -> Any:
+        """The subpackage `flash_attn`, which is imported when it is first asked for."""
+        if name == "flash_attn":
+            return import_module(".flash_attn", __name__)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), "flash_attn"})

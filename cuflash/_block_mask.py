@@ -10,17 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from . import _backends, _check_mods, _check_options
+from . import _backends, _check_mods, _check_options, _checks
 from ._backends import Backend, backend_of
-from ._problem import ceil_div
+from ._problem import BLOCK_SIZE, WORD_BITS, ceil_div
 
 Array = Any
 """``cupy.ndarray`` or ``numpy.ndarray``. NumPy's functions hand CuPy's arrays over to CuPy's."""
 
 Shape = tuple[int, int, int, int]
-
-BLOCK = _check_options.BLOCK
-WORD_BITS = 32
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,16 +81,16 @@ class BlockMask:
     def __post_init__(self) -> None:
         arrays = {"visible": self.visible, "full": self.full}
         backend_of(*arrays.values(), names=tuple(arrays))
-        seqlen_q, seqlen_k = self.shape
-        blocks = (ceil_div(seqlen_q, BLOCK), ceil_div(seqlen_k, BLOCK))
+        seqlen_q, seqlen_k = _checks.shape(self.shape, 2)
+        blocks = (ceil_div(seqlen_q, BLOCK_SIZE), ceil_div(seqlen_k, BLOCK_SIZE))
         for name, array in arrays.items():
             if array.dtype != bool:
                 raise TypeError(f"{name}: dtype {array.dtype} is not supported here; allowed: bool")
             if not 2 <= array.ndim <= 4 or array.shape[-2:] != blocks or array.shape != self.visible.shape:
                 raise ValueError(
-                    f"{name}: shape is {array.shape}; it must end in {blocks}, the blocks of {BLOCK} x {BLOCK} in "
-                    f"{tuple(self.shape)}, after at most two axes for batch and heads, and agree between visible and "
-                    "full"
+                    f"{name}: shape is {array.shape}; it must end in {blocks}, the blocks of {BLOCK_SIZE} x "
+                    f"{BLOCK_SIZE} in {(seqlen_q, seqlen_k)}, after at most two axes for batch and heads, and agree "
+                    "between visible and full"
                 )
         visible = self.visible.reshape((1,) * (4 - self.visible.ndim) + self.visible.shape).copy()
         full = self.full.reshape(visible.shape) & visible
@@ -191,13 +188,11 @@ def _checked_shape(mask: Any, mask_mod: Any, shape: Any) -> Shape:
         if mask.dtype != bool:
             raise TypeError(f"mask: dtype {mask.dtype} is not supported here; allowed: bool")
         if shape is None:
-            shape = (1,) * (4 - mask.ndim) + mask.shape
-    shape = tuple(shape)
-    if len(shape) != 4 or any(size < 0 for size in shape):
-        raise ValueError(f"shape: got {shape}; it must be four sizes >= 0: (batch, heads, queries, keys)")
-    if mask is not None and not _check_options.fits(mask.shape, shape):
-        raise ValueError(f"mask: shape {mask.shape} does not broadcast to {shape}: (batch, heads, queries, keys)")
-    return shape
+            shape = (1,) * (4 - mask.ndim) + mask.shape[-4:]
+    checked: Shape = _checks.shape(shape, 4)
+    if mask is not None and not _check_options.fits(mask.shape, checked):
+        raise ValueError(f"mask: shape {mask.shape} does not broadcast to {checked}: (batch, heads, queries, keys)")
+    return checked
 
 
 def _backend_without_arrays(mask_mod: Any) -> Backend:
@@ -216,17 +211,19 @@ def _blocks(mask: Array | None, mask_mod: Callable[..., Any] | None, shape: Shap
     if mask is not None:
         mask = _stretched(mask, shape)
     visible, full = [], []
-    for start in range(0, max(seqlen_q, 1), BLOCK):  # a mask without queries has one empty row, which is cut off below
+    for start in range(
+        0, max(seqlen_q, 1), BLOCK_SIZE
+    ):  # a mask without queries has one empty row, which is cut off below
         parts = []
         if mask is not None:
-            parts.append(mask[:, :, start : start + BLOCK])
+            parts.append(mask[:, :, start : start + BLOCK_SIZE])
         if mask_mod is not None:
-            q_idx = np.arange(start, min(start + BLOCK, seqlen_q))[:, None]
+            q_idx = np.arange(start, min(start + BLOCK_SIZE, seqlen_q))[:, None]
             parts.append(_as_pairs(mask_mod(None, b, h, q_idx, kv_idx), (batch, heads, len(q_idx), seqlen_k)))
         seen = reduce(np.logical_and, parts)
-        visible.append(_cut(seen.any(axis=2), BLOCK, False).any(axis=-1))
-        full.append(_cut(seen.all(axis=2), BLOCK, True).all(axis=-1))
-    rows = ceil_div(seqlen_q, BLOCK)
+        visible.append(_cut(seen.any(axis=2), BLOCK_SIZE, False).any(axis=-1))
+        full.append(_cut(seen.all(axis=2), BLOCK_SIZE, True).all(axis=-1))
+    rows = ceil_div(seqlen_q, BLOCK_SIZE)
     return np.stack(visible, axis=2)[:, :, :rows], np.stack(full, axis=2)[:, :, :rows]
 
 

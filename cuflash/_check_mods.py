@@ -18,14 +18,7 @@ ARG_DTYPES = (
     *("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
     *("float16", "bfloat16", "float32", "float64"),
 )
-TAKEN = (
-    *NAMES,
-    "enter",
-    "score_mod",
-    "mask_mod",
-    "cuflash",
-    "NULL",
-)  # the last are names where expressions are compiled
+TAKEN = (*NAMES, "enter", "score_mod", "mask_mod", "cuflash", "NULL", "INFINITY")  # where expressions are compiled
 MAX_ARG_NDIM = 4
 INT_LIMIT = 2**31  # an int of an expression has 32 bits, as q_idx and kv_idx have
 

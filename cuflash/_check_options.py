@@ -8,16 +8,10 @@ from typing import Any
 import numpy as np
 
 from . import _checks
-from ._problem import Operand, Problem, ceil_div
-
-BLOCK = 128
-"""The queries, and the keys, of a block of a block mask."""
+from ._problem import BLOCK_SIZE, WORD_BITS, Operand, Problem, ceil_div
 
 MIN_SOFTCAP, MAX_SOFTCAP = 1e-30, 1e30
 """Between these, a score divided by the cap does not vanish where GPUs flush denormals to 0."""
-
-WORD_BITS = 32
-"""The blocks in a word of its bits."""
 
 
 def softcap(value: Any, dtype: str) -> float | None:
@@ -145,7 +139,7 @@ def _block_mask(name: str, meta: Any, problem: Problem) -> Operand:
     seqlens = problem.seqlen_q, problem.seqlen_k
     if meta.shape != seqlens:
         raise ValueError(f"{name}: is for {meta.shape} queries and keys, but the call has {seqlens}")
-    rows, columns = (ceil_div(seqlen, BLOCK) for seqlen in seqlens)
+    rows, columns = (ceil_div(seqlen, BLOCK_SIZE) for seqlen in seqlens)
     full = (problem.batch, problem.num_heads, rows, columns)
     batch, heads, *blocks = unbroadcast(name, meta.visible).shape
     if blocks != [rows, columns] or not fits((batch, heads), full[:2]):

@@ -11,7 +11,7 @@ from ._problem import MAX_HEAD_DIM, MAX_SEQLEN, Causal, Layout, Operand, Problem
 
 LAYOUTS = ("bhsd", "bshd")
 CAUSAL: tuple[Any, ...] = (False, True, "bottom-right", "top-left")
-KERNELS = ("auto", "wmma", "naive", "fa1")
+KERNELS = ("auto", "sm90", "wmma", "fa1", "naive")
 OVERLAP_WORK = 100_000  # steps that NumPy may take to find an overlap: microseconds to a few milliseconds
 
 AXES = {"bhsd": "(..., heads, sequence, head_dim)", "bshd": "(..., sequence, heads, head_dim)"}
@@ -49,16 +49,25 @@ def window_size(value: Any) -> WindowSize:
     if value is None:
         return None
     valid = isinstance(value, (tuple, list)) and len(value) == 2
-    if not valid or not all(
-        side is None or (isinstance(side, (int, np.integer)) and not isinstance(side, bool) and side >= 0)
-        for side in value
-    ):
+    if not valid or not all(side is None or is_size(side) for side in value):
         raise ValueError(
             f"window_size: got {value!r}; allowed are None and (left, right), each a number of keys >= 0 "
             "or None for no limit"
         )
     left, right = value
     return None if left is None else int(left), None if right is None else int(right)
+
+
+def is_size(value: Any) -> bool:
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool) and bool(value >= 0)
+
+
+def shape(value: Any, length: int) -> Any:  # a tuple of so many ints
+    """The sizes of the last axes of the pairs of queries and keys, `length` of them."""
+    if not isinstance(value, (tuple, list)) or len(value) != length or not all(map(is_size, value)):
+        axes = ", ".join(("batch", "heads", "queries", "keys")[-length:])
+        raise ValueError(f"shape: got {value!r}; it must be {length} sizes >= 0: ({axes})")
+    return tuple(map(int, value))
 
 
 def is_real(value: Any) -> bool:
@@ -98,7 +107,7 @@ def operand(name: str, array: Any, layout: Layout) -> Operand:
         raise ValueError(
             f"{name}: shape {shape} has {len(shape)} axes; allowed are 2 (sequence, head_dim), 3 and 4: {AXES[layout]}"
         )
-    return Operand.of(shape, element_strides(name, array), layout, str(array.dtype))
+    return Operand.of(shape, element_strides(name, array), layout, str(array.dtype), array.aligned)
 
 
 def packed(arrays: dict[str, Any]) -> None:

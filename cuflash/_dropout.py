@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from . import _check_options
+from . import _check_options, _checks
 
 Array = NDArray[Any]
 
@@ -88,15 +88,13 @@ def dropout_mask(shape: tuple[int, int, int, int], dropout_p: float, seed: Any) 
     >>> kept.shape, round(float(kept.mean()), 2)
     ((1, 1, 100, 100), 0.75)
     """
-    if len(shape) != 4 or any(size < 0 for size in shape):
-        raise ValueError(f"shape: got {shape!r}; it must be four sizes >= 0: (batch, heads, queries, keys)")
+    batch, heads, seqlen_q, seqlen_k = shape = _checks.shape(shape, 4)
     dropout_p = _check_options.dropout_p(dropout_p, has_seed=seed is not None)
     if dropout_p == 0:
         return np.ones(shape, bool)
     if not _check_options.is_seed_number(seed):
         _check_options.seed_array(seed)
         seed = seed.item()
-    batch, heads, seqlen_q, seqlen_k = shape
     kept = np.empty(shape, bool)
     for b in range(batch):
         for h in range(heads):

@@ -12,13 +12,11 @@ from numpy.typing import NDArray
 
 from ._dropout import kept_pairs
 from ._dual import Dual
-from ._problem import Band, Problem, ceil_div
+from ._problem import BLOCK_SIZE, Band, Problem, ceil_div
 
 Array = NDArray[Any]
 Scores = TypeVar("Scores", Array, Dual)
 """Scores alone, or with their derivatives."""
-
-BLOCK = 128  # rows and columns of a block of a BlockMask
 
 
 class Block(NamedTuple):
@@ -58,12 +56,12 @@ class Pairs:
         return self.problem.band
 
     def capped(self, score: Scores) -> Scores:
-        """Step 2, softcap."""
+        """Step 1, softcap."""
         cap = self.problem.softcap
         return score if cap is None else cap * np.tanh(score / cap)
 
     def modified(self, score: Scores, block: Block) -> Scores:
-        """Steps 3 to 5: bias, ALiBi, score_mod. The scores given are used up."""
+        """Steps 2 to 4: bias, ALiBi, score_mod. The scores given are used up."""
         mod = self.problem.mod
         score_mod = None if mod is None else mod.score_mod
         if self.bias is self.alibi_slopes is score_mod is None:
@@ -79,7 +77,7 @@ class Pairs:
         return score.reshape(stacked)
 
     def hidden(self, block: Block) -> Array | None:
-        """Step 6: True where a pair is hidden, as (rows, keys) or (heads_kv, rows, keys); None if all are seen."""
+        """Step 5: True where a pair is hidden, as (rows, keys) or (heads_kv, rows, keys); None if all are seen."""
         parts = list(self._visible(block))
         if not parts:
             return None
@@ -89,7 +87,7 @@ class Pairs:
         return self._stacked(~np.broadcast_to(visible, block.shape), block)
 
     def survivors(self, block: Block) -> Array | None:
-        """Step 8: the factors of the weights, 0 or ``1 / (1 - dropout_p)``; None without dropout."""
+        """Step 7: the factors of the weights, 0 or ``1 / (1 - dropout_p)``; None without dropout."""
         dropout_p = self.problem.dropout_p
         if dropout_p == 0:
             return None
@@ -103,10 +101,10 @@ class Pairs:
         if self.block_mask is None:
             yield first, last
             return
-        blocks = slice(queries.start // BLOCK, ceil_div(queries.stop, BLOCK))
+        blocks = slice(queries.start // BLOCK_SIZE, ceil_div(queries.stop, BLOCK_SIZE))
         visible = self._piece(self.block_mask.visible, heads, blocks, slice(None)).any(axis=(0, 1, 2))
         edges = np.flatnonzero(np.diff(visible, prepend=False, append=False))
-        for start, stop in (edges.reshape(-1, 2) * BLOCK).tolist():
+        for start, stop in (edges.reshape(-1, 2) * BLOCK_SIZE).tolist():
             yield max(first, start), min(last, stop)
 
     def add_to(self, total: Array, gradient: Array, block: Block) -> None:
@@ -126,7 +124,7 @@ class Pairs:
         if self.block_mask is not None:
             _, _, i, j = self._indices(block)
             some, full = (
-                self._piece(x, block.heads, slice(None), slice(None))[:, :, i // BLOCK, j // BLOCK]
+                self._piece(x, block.heads, slice(None), slice(None))[:, :, i // BLOCK_SIZE, j // BLOCK_SIZE]
                 for x in (self.block_mask.visible, self.block_mask.full)
             )
             if not some.all():

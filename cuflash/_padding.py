@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from . import _checks
 from ._backends import backend_of
 
 Array = Any
@@ -86,7 +87,8 @@ def pad_input(x_unpad: Array, indices: Array, batch: int, seqlen: int) -> Array:
     x_unpad : array, shape (total, ...)
         Packed tokens, of any dtype.
     indices : array of int, shape (total,)
-        Their places in the flattened (batch, seqlen).
+        Their places in the flattened (batch, seqlen), from 0 to ``batch * seqlen - 1``. On CuPy arrays this is not
+        checked: the call would have to wait for the GPU.
     batch, seqlen : int
         The shape of the padded batch.
 
@@ -120,8 +122,10 @@ def pad_input(x_unpad: Array, indices: Array, batch: int, seqlen: int) -> Array:
             f"{x_unpad.shape}"
         )
     for name, size in (("batch", batch), ("seqlen", seqlen)):
-        if not isinstance(size, (int, np.integer)) or size < 0:
+        if not _checks.is_size(size):
             raise ValueError(f"{name}: got {size!r}; it must be an int >= 0")
+    if isinstance(indices, np.ndarray) and ((indices < 0) | (indices >= batch * seqlen)).any():
+        raise ValueError(f"indices: got {indices}; each must be >= 0 and below batch * seqlen = {batch * seqlen}")
     padded = np.zeros_like(x_unpad, shape=(batch * seqlen, *x_unpad.shape[1:]))
     padded[indices] = x_unpad
     return padded.reshape(batch, seqlen, *x_unpad.shape[1:])

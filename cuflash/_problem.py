@@ -13,6 +13,12 @@ WindowSize = tuple[int | None, int | None] | None
 MAX_HEAD_DIM = 256
 MAX_SEQLEN = 2**30 - 256  # 32-bit sums of an index, a limit and a tile stay below 2**31
 
+BLOCK_SIZE = 128
+"""The queries, and the keys, of a block of a block mask, as in attention/block_mask.cuh."""
+
+WORD_BITS = 32
+"""The blocks in a word of its bits."""
+
 
 def ceil_div(a: int, b: int) -> int:
     """The number of pieces of size b that cover a."""
@@ -20,20 +26,31 @@ def ceil_div(a: int, b: int) -> int:
 
 
 class Operand(NamedTuple):
-    """An array seen as (batch, heads, rows, columns), whatever its rank and layout; strides in elements."""
+    """An array seen as (batch, heads, rows, columns), whatever its rank and layout; strides in elements.
+
+    It is `aligned` if it begins at a multiple of 16 bytes.
+    """
 
     shape: tuple[int, int, int, int]
     strides: tuple[int, int, int, int]
     dtype: str = ""
+    aligned: bool = True
 
     @classmethod
-    def of(cls, shape: tuple[int, ...], strides: tuple[int, ...], layout: Layout = "bhsd", dtype: str = "") -> Operand:
+    def of(
+        cls,
+        shape: tuple[int, ...],
+        strides: tuple[int, ...],
+        layout: Layout = "bhsd",
+        dtype: str = "",
+        aligned: bool = True,
+    ) -> Operand:
         """View the 2-D to 4-D array of this shape and these strides (in elements) as an operand."""
         if layout == "bshd" and len(shape) > 2:
             shape = (*shape[:-3], shape[-2], shape[-3], shape[-1])
             strides = (*strides[:-3], strides[-2], strides[-3], strides[-1])
         missing = 4 - len(shape)
-        return cls((1,) * missing + shape, (0,) * missing + strides, dtype)  # type: ignore[arg-type]
+        return cls((1,) * missing + shape, (0,) * missing + strides, dtype, aligned)  # type: ignore[arg-type]
 
     def broadcast_batch(self, batch: int) -> Operand:
         """The same operand repeated along a batch axis of length 1, by a stride of 0."""
@@ -44,7 +61,7 @@ class Operand(NamedTuple):
         strides = tuple(
             stride if size == new else 0 for size, new, stride in zip(self.shape, shape, self.strides, strict=True)
         )
-        return Operand(shape, strides, self.dtype)  # type: ignore[arg-type]
+        return self._replace(shape=shape, strides=strides)  # type: ignore[arg-type]
 
 
 class Band(NamedTuple):

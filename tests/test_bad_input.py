@@ -188,7 +188,7 @@ def test_unknown_layouts(ring: Ring, layout: Any) -> None:
 
 @pytest.mark.parametrize("kernel", ["fast", "", None, 90, ["auto"]])
 def test_unknown_kernels(ring: Ring, kernel: Any) -> None:
-    fails(ring, ValueError, r"kernel\b.*'auto', 'wmma'", *arrays(ring), kernel=kernel)
+    fails(ring, ValueError, r"kernel\b.*'auto', 'sm90', 'wmma'", *arrays(ring), kernel=kernel)
 
 
 def test_a_kernel_that_does_not_compute_numpy_arrays() -> None:
@@ -529,6 +529,7 @@ def test_expressions_are_for_kernels_and_callables_for_numpy(ring: Ring) -> None
         ({"score_mod": "score + aa", "mod_args": {"a": 1}}, ValueError, r"mod_args\b.*'a'"),
         ({"score_mod": "score + a", "mod_args": [1]}, TypeError, r"mod_args\b.*dict"),
         ({"score_mod": "score", "mod_args": {"score": 1}}, ValueError, r"mod_args\b.*'score'.*taken"),
+        ({"score_mod": "score", "mod_args": {"INFINITY": 1}}, ValueError, r"mod_args\b.*'INFINITY'.*taken"),
         ({"score_mod": "score", "mod_args": {"float": 1}}, ValueError, r"mod_args\b.*'float'.*taken"),
         ({"score_mod": "score", "mod_args": {"a b": 1}}, ValueError, r"mod_args\b.*'a b'.*letters"),
         ({"score_mod": "score", "mod_args": {"_a": 1}}, ValueError, r"mod_args\b.*'_a'.*letters"),

@@ -143,6 +143,7 @@ def test_no_array_of_all_pairs_is_made() -> None:
 
 MASK: Any = np.ones((2, 3), bool)
 make_block_mask: Any = cuflash.make_block_mask
+from_blocks: Any = cuflash.BlockMask.from_blocks
 
 
 @pytest.mark.parametrize(
@@ -151,6 +152,10 @@ make_block_mask: Any = cuflash.make_block_mask
         (lambda: make_block_mask(), ValueError, "mask, mask_mod: both are None"),
         (lambda: make_block_mask(mask_mod=lambda *_: True), ValueError, "shape: got None"),
         (lambda: make_block_mask(MASK, shape=(2, 3)), ValueError, r"shape: got \(2, 3\)"),
+        (lambda: make_block_mask(MASK, shape=5), ValueError, "shape: got 5; it must be 4 sizes"),
+        (lambda: make_block_mask(MASK, shape=(1, 1, 2.5, 3)), ValueError, r"shape: got \(1, 1, 2.5, 3\)"),
+        (lambda: make_block_mask(MASK, shape=(True, 1, 2, 3)), ValueError, "shape: got"),
+        (lambda: make_block_mask(MASK[None, None, None]), ValueError, "mask: shape"),
         (
             lambda: make_block_mask(MASK, shape=(1, 1, 2, 4)),
             ValueError,
@@ -167,6 +172,8 @@ make_block_mask: Any = cuflash.make_block_mask
             ValueError,
             r"visible: shape is \(2, 3\).*\(2, 2\)",
         ),
+        (lambda: from_blocks(MASK, shape=(2, 2, 3)), ValueError, r"shape: got \(2, 2, 3\).*2 sizes.*queries, keys"),
+        (lambda: from_blocks(MASK, shape=256), ValueError, "shape: got 256"),
         (lambda: cuflash.BlockMask.from_blocks(MASK.astype(int), shape=(256, 300)), TypeError, "visible: dtype int64"),
         (lambda: cuflash.BlockMask.from_blocks(MASK, MASK[None], shape=(256, 300)), ValueError, "full: shape is"),
     ],

@@ -100,6 +100,8 @@ def test_the_seed_may_be_an_array_and_no_dropout_keeps_all() -> None:
     [
         (((1, 2, 3), 0.5, 1), ValueError, r"shape: got \(1, 2, 3\)"),
         (((1, 2, 3, -1), 0.5, 1), ValueError, r"shape: got \(1, 2, 3, -1\)"),
+        ((5, 0.5, 1), ValueError, "shape: got 5; it must be 4 sizes >= 0"),
+        (((1, 1, 2.5, 3), 0.5, 1), ValueError, r"shape: got \(1, 1, 2.5, 3\)"),
         (((1, 2, 3, 4), 1.0, 1), ValueError, r"dropout_p: got 1.0; allowed are numbers in \[0, 1\)"),
         (((1, 2, 3, 4), 0.5, None), ValueError, "seed: got None"),
         (((1, 2, 3, 4), 0.5, 2**64), ValueError, "seed: got 18446744073709551616"),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import math
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
@@ -277,6 +279,37 @@ def test_arrays_of_other_shapes_are_refused() -> None:
         flash_attn_func(q, q, q, window_size=(-2, 3))
     with pytest.raises(NotImplementedError, match=r"^block_table: "):
         flash_attn_varlen_func(packed, packed, packed, cu_seqlens, cu_seqlens, 5, 5, block_table=cu_seqlens)
+
+
+@pytest.mark.parametrize("softcap", [0, np.float32(0), np.float32(-1), np.int64(0)])
+def test_a_softcap_of_no_more_than_0_is_none(softcap: Any) -> None:
+    q = normal(2, 5, 2, 8)
+    same_bits(flash_attn_func(q, q, q, softcap=softcap), flash_attn_func(q, q, q))
+
+
+@pytest.mark.parametrize("softcap", [math.nan, math.inf, True, "1", np.zeros(2)])
+def test_what_is_no_softcap_is_refused(softcap: Any) -> None:
+    q = normal(2, 5, 2, 8)
+    with pytest.raises((TypeError, ValueError), match=r"^softcap: got"):
+        flash_attn_func(q, q, q, softcap=softcap)
+
+
+@pytest.mark.parametrize("dropout_p", [np.zeros(2), np.array([0.5, 0.5]), None, "0.5", 1.0, -0.5, math.nan])
+def test_what_is_no_dropout_p_is_refused(dropout_p: Any) -> None:
+    q = normal(2, 5, 2, 8)
+    for call in (flash_attn_func, scaled_dot_product_attention):
+        with pytest.raises((TypeError, ValueError), match=r"^dropout_p: got"):
+            call(q, q, q, dropout_p=dropout_p)
+
+
+def test_it_is_there_when_it_is_asked_for() -> None:
+    code = """
+import sys, cuflash
+assert "cuflash.flash_attn" not in sys.modules and "flash_attn" in dir(cuflash)
+assert not hasattr(cuflash, "flash_atn")
+assert cuflash.flash_attn is sys.modules["cuflash.flash_attn"]
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_unpad_and_pad_are_inverse() -> None:

@@ -445,7 +445,7 @@ def test_hypothesis_is_needed_for_the_strategies_alone() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-@pytest.mark.parametrize("module", ["_accuracy", "_reference", "mods", "strategies"])
+@pytest.mark.parametrize("module", ["_accuracy", "_problems", "_reference", "mods", "strategies"])
 def test_the_examples_in_the_documentation(module: str) -> None:
     results = doctest.testmod(importlib.import_module(f"cuflash.testing.{module}"))
     assert results.attempted > 0

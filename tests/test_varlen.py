@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import numpy as np
 import pytest
 
 from cuflash.testing.strategies import PACKED_VARIANTS, PackedProblem
@@ -57,7 +58,15 @@ def test_rows_of_no_sequence_are_zero(ring: Ring) -> None:
 
 def test_no_sequences_at_all(ring: Ring) -> None:
     ring.check_varlen(PackedProblem((), (), tails=(3, 2)))
+    ring.check_varlen(PackedProblem((), (), tails=(3, 2), alibi="batch"))
     ring.check_varlen(PackedProblem((0, 0), (0, 0)))
+
+
+def test_slopes_of_no_sequence_are_not_read(ring: Ring) -> None:
+    """A read of those of sequence -1 would crash here."""
+    slopes = ring.xp.lib.stride_tricks.as_strided(ring.xp.zeros(1, np.float32), (0, 1), (2**40, 4))
+    out = ring.attention_varlen(*PackedProblem((), (), tails=(3, 2)).arrays(ring.xp), alibi_slopes=slopes)
+    assert (ring.numpy(out) == 0).all()
 
 
 @pytest.mark.parametrize(

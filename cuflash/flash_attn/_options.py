@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from .. import _checks
+from .. import _check_options, _checks
 from .._backends import backend_of
 
 Array = Any
@@ -54,6 +54,7 @@ def manual_seed(seed: int) -> None:
 
 def dropout(dropout_p: float) -> dict[str, Any]:
     """The options of dropout, with a new seed where there is any."""
+    dropout_p = _check_options.dropout_p(dropout_p, has_seed=True)
     seed = int(_generator.integers(2**64, dtype=np.uint64)) if dropout_p else None
     return {"dropout_p": dropout_p, "seed": seed}
 
@@ -68,7 +69,7 @@ def flash_attn_options(
     deterministic: bool,
     return_attn_probs: bool,
 ) -> dict[str, Any]:
-    """The options of flash-attn's functions by cuflash's names; -1 in a window and a softcap of 0 become None."""
+    """The options of flash-attn's functions by cuflash's names; -1 in a window and a softcap <= 0 become None."""
     _checks.flag("deterministic", deterministic)
     _checks.flag("return_attn_probs", return_attn_probs)
     window: Any = window_size
@@ -78,7 +79,7 @@ def flash_attn_options(
         "scale": softmax_scale,
         "causal": causal,
         "window_size": window,
-        "softcap": None if isinstance(softcap, (int, float)) and softcap <= 0 else softcap,
+        "softcap": None if _checks.is_real(softcap) and softcap <= 0 else softcap,
         "alibi_slopes": alibi_slopes,
         **dropout(dropout_p),
     }

@@ -132,7 +132,7 @@ def assert_attention_varlen_accurate(
     Examples
     --------
     >>> import numpy as np
-    >>> import cuflash, numpy as np
+    >>> import cuflash
     >>> q, k, v = np.random.default_rng(0).standard_normal((3, 17, 2, 8), np.float32)
     >>> cu_seqlens = np.array([0, 5, 17], np.int32)
     >>> out = cuflash.attention_varlen(q, k, v, cu_seqlens, cu_seqlens)

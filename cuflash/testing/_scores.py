@@ -12,7 +12,7 @@ from .._dual import Dual
 from .._problem import Layout
 from ._options import Array, Options, as_numpy
 
-BLOCK = 128  # rows and columns of a block of a block mask
+BLOCK = 128  # rows and columns of a block of a block mask, as documented: a reference has its own numbers
 
 
 class Stacks(NamedTuple):

@@ -12,7 +12,7 @@ struct Alibi {
   int diagonal;  // of the sequence at hand
 
   __device__ __forceinline__ void enter(const Sequence& sequence, int head) {
-    slope = slopes[sequence.batch * batch_stride + head * head_stride];
+    slope = sequence.padding ? 0.0f : slopes[sequence.batch * batch_stride + head * head_stride];
     diagonal = sequence.seqlen_k - sequence.seqlen_q;
   }
 

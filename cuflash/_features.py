@@ -1,0 +1,305 @@
+"""The features that a call may have beyond plain attention: what each adds to the class of options.
+
+Each feature lives once, in cuda_src/cuflash/attention/; here is what the host knows of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from ._params import STRIDES
+from ._problem import Mod, Operand, Problem
+
+Pointer = Callable[[Any], int]
+
+ELEMENTS = {
+    "float16": "__half",
+    "bfloat16": "__nv_bfloat16",
+    "float32": "float",
+    "float64": "double",
+    "bool": "bool",
+    **{f"int{bits}": kind for bits, kind in ((8, "signed char"), (16, "short"), (32, "int"), (64, "long long"))},
+    **{
+        f"uint{bits}": f"unsigned {kind}" for bits, kind in ((8, "char"), (16, "short"), (32, "int"), (64, "long long"))
+    },
+}
+"""The C++ type of each dtype that an array may have."""
+
+ARGUMENTS = {
+    "alibi": "alibi_slopes",
+    "mod": "score_mod or mask_mod",
+    "dropout": "dropout_p",
+    "packed": "packed sequences",
+}
+"""What a caller calls a feature, where that is not its name."""
+
+BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "bool": 1}
+"""The sizes of elements that kernels copy tile by tile."""
+
+MAX_ALIBI_SEQLEN = 2**21  # attention/alibi.cuh
+SCALARS = {"int": ("int", "i4"), "float": ("float", "f4"), "bool": ("bool", "?")}
+
+
+@dataclass(frozen=True)
+class Feature:
+    """One member of the class of options.
+
+    Parameters
+    ----------
+    name : str
+        Of the member, and of the feature in the kernel's symbol.
+    type, header : str
+        Its C++ class and where that is defined; without a header, `definition` defines it.
+    dtype : numpy.dtype
+        The class as NumPy sees it.
+    values : mapping
+        What is known before arrays are: sizes, strides, numbers.
+    arrays : callable
+        From the arrays of a call and the function that gives an array's address to the values that are then known.
+    element, element_bytes
+        Of an array that kernels copy to shared memory tile by tile: the C++ type and its size.
+    flags : tuple of str
+        The constants of PlainOptions that it sets.
+    methods : mapping
+        By the name of a method of PlainOptions, the statement that it adds there.
+    """
+
+    name: str
+    type: str
+    header: str
+    dtype: np.dtype[Any]
+    values: Mapping[str, Any]
+    arrays: Callable[[Mapping[str, Any], Pointer], dict[str, Any]]
+    element: str = ""
+    element_bytes: int = 0
+    flags: tuple[str, ...] = ()
+    methods: Mapping[str, str] = field(default_factory=dict)
+    definition: str = ""
+
+
+def _struct(**fields: Any) -> np.dtype[Any]:
+    return np.dtype(list(fields.items()), align=True)
+
+
+def _softcap(problem: Problem, operands: Mapping[str, Operand]) -> Feature | None:
+    if problem.softcap is None:
+        return None
+    return Feature(
+        name="softcap",
+        type="cuflash::Softcap",
+        header="softcap",
+        dtype=_struct(cap="f4", inverse="f4"),
+        values={"cap": problem.softcap, "inverse": 1 / problem.softcap},
+        arrays=lambda extras, pointer: {},
+        flags=("kChangesScores",),
+        methods={
+            "score": "score = softcap.score(score);",
+            "score_if_small": "score = softcap.score_if_small(score);",
+            "is_small": "return softcap.is_small(score);",
+        },
+    )
+
+
+def _pair_array(name: str, operand: Operand, flag: str, methods: dict[str, str]) -> Feature:
+    return Feature(
+        name=name,
+        type=f"cuflash::PairArray<{ELEMENTS[operand.dtype]}>",
+        header="pairs",
+        dtype=_struct(
+            data="u8",
+            strides=STRIDES,
+            seqlens=("i4", (2,)),
+            tile="u8",
+            place=("i4", (3,)),
+        ),
+        values={"strides": operand.strides},
+        arrays=lambda extras, pointer: {"data": pointer(extras[name])},
+        element=ELEMENTS[operand.dtype],
+        flags=(flag,),
+        methods={"enter": f"{name}.enter(sequence, head);", **methods},
+        element_bytes=BYTES[operand.dtype],
+    )
+
+
+def _bias(problem: Problem, operands: Mapping[str, Operand]) -> Feature | None:
+    if "bias" not in operands:
+        return None
+    return _pair_array(
+        "bias",
+        operands["bias"],
+        "kChangesScores",
+        {"score": "score = score + cuflash::to_float(bias.at(query, key));", "score_by_bias": "score.slope = 1.0f;"},
+    )
+
+
+def _alibi(problem: Problem, operands: Mapping[str, Operand]) -> Feature | None:
+    if "alibi_slopes" not in operands:
+        return None
+    if max(problem.seqlen_q, problem.seqlen_k) >= MAX_ALIBI_SEQLEN:
+        raise NotImplementedError(
+            f"alibi_slopes: kernels compute distances below {MAX_ALIBI_SEQLEN}; "
+            f"the sequences have lengths {problem.seqlen_q} and {problem.seqlen_k}"
+        )
+    batch_stride, head_stride, _, _ = operands["alibi_slopes"].strides
+    return Feature(
+        name="alibi",
+        type="cuflash::Alibi",
+        header="alibi",
+        dtype=_struct(slopes="u8", batch_stride="i8", head_stride="i8", slope="f4", diagonal="i4"),
+        values={"batch_stride": batch_stride, "head_stride": head_stride},
+        arrays=lambda extras, pointer: {"slopes": pointer(extras["alibi_slopes"])},
+        flags=("kChangesScores",),
+        methods={
+            "enter": "alibi.enter(sequence, head);",
+            "score": "score = score + alibi.bias(query, key);",
+        },
+    )
+
+
+def _mask(problem: Problem, operands: Mapping[str, Operand]) -> Feature | None:
+    if "mask" not in operands:
+        return None
+    return _pair_array("mask", operands["mask"], "kHidesPairs", {"visible": "mask.at(query, key)"})
+
+
+def _mod(problem: Problem, operands: Mapping[str, Operand]) -> Feature | None:
+    mod = problem.mod
+    if mod is None:
+        return None
+    flags, methods = ["kReadsArrays"] if mod.args else [], {"enter": "mod.enter(sequence, head);"}
+    if mod.score_mod is not None:
+        flags.append("kChangesScores")
+        methods["score"] = "score = mod.score_mod(score, query, key);"
+    if mod.mask_mod is not None:
+        flags.append("kHidesPairs")
+        methods["visible"] = "mod.mask_mod(query, key)"
+    fields: dict[str, Any] = {}
+    members = []
+    for name, kind in mod.args:
+        if isinstance(kind, str):
+            cpp, fields[name] = SCALARS[kind]
+            members.append(f"  {cpp} {name};")
+        else:
+            dtype, rank = kind
+            fields[name] = _struct(data="u8", strides=("i8", (rank,)))
+            members.append(f"  cuflash::ArrayView<{ELEMENTS[dtype]}, {rank}> {name};")
+
+    def arrays(extras: Mapping[str, Any], pointer: Pointer) -> dict[str, Any]:
+        given = extras.get("mod_args", {})
+        values: dict[str, Any] = {}
+        for name, kind in mod.args:
+            x = given[name]
+            if isinstance(kind, str):
+                values[name] = x
+            else:
+                values[name] = (pointer(x), tuple(stride // x.dtype.itemsize for stride in x.strides))
+        return values
+
+    return Feature(
+        name="mod",
+        type="Mod",
+        header="array_view",
+        dtype=_struct(**fields, b="i4", h="i4"),
+        values={},
+        arrays=arrays,
+        flags=tuple(flags),
+        methods=methods,
+        definition=_mod_class(mod, members),
+    )
+
+
+def _mod_class(mod: Mod, members: list[str]) -> str:
+    """The class that holds the expressions of a call. The compiler counts lines from where each expression begins."""
+    lines = ["#ifndef INFINITY", "#define INFINITY __int_as_float(0x7f800000)", "#endif"]
+    lines += ["struct Mod {", *members, "  int b, h;", ""]
+    lines += ["  __device__ __forceinline__ void enter(const cuflash::Sequence& sequence, int head) {"]
+    lines += ["    b = sequence.batch;", "    h = head;", "  }"]
+    if mod.score_mod is not None:
+        lines += [
+            "  __device__ __forceinline__ cuflash::Dual score_mod(cuflash::Dual score, int q_idx, int kv_idx) const {"
+        ]
+        lines += ["    return (", '#line 1 "score_mod"', str(mod.score_mod), "    );", '#line 1 "options"', "  }"]
+    if mod.mask_mod is not None:
+        lines += ["  __device__ __forceinline__ bool mask_mod(int q_idx, int kv_idx) const {"]
+        lines += ["    return (", '#line 1 "mask_mod"', str(mod.mask_mod), "    );", '#line 1 "options"', "  }"]
+    return "\n".join([*lines, "};"])
+
+
+def _block_mask(problem: Problem, operands: Mapping[str, Operand]) -> Feature | None:
+    if "block_mask" not in operands:
+        return None
+    batch_stride, head_stride, num_words, _ = operands["block_mask"].strides
+
+    def arrays(extras: Mapping[str, Any], pointer: Pointer) -> dict[str, Any]:
+        some, every = extras["block_mask"].words
+        return {"some": pointer(some), "every": pointer(every)}
+
+    return Feature(
+        name="block_mask",
+        type="cuflash::BlockMask",
+        header="block_mask",
+        dtype=_struct(some="u8", every="u8", batch_stride="i8", head_stride="i8", num_words="i8", bits=("?", (2,))),
+        values={"batch_stride": batch_stride, "head_stride": head_stride, "num_words": num_words},
+        arrays=arrays,
+        flags=("kHidesPairs", "kSkipsBlocks"),
+        methods={"enter": "block_mask.enter(sequence, head);"},
+    )
+
+
+def _sinks(problem: Problem, operands: Mapping[str, Operand]) -> Feature | None:
+    if "sinks" not in operands:
+        return None
+    operand = operands["sinks"]
+    return Feature(
+        name="sinks",
+        type=f"cuflash::Sinks<{ELEMENTS[operand.dtype]}>",
+        header="sinks",
+        dtype=_struct(data="u8", head_stride="i8", logit="f4"),
+        values={"head_stride": operand.strides[1]},
+        arrays=lambda extras, pointer: {"data": pointer(extras["sinks"])},
+        flags=("kHasSinks",),
+        methods={"enter": "sinks.enter(sequence, head);"},
+    )
+
+
+def _dropout(problem: Problem, operands: Mapping[str, Operand]) -> Feature | None:
+    if not problem.dropout_p:
+        return None
+
+    def arrays(extras: Mapping[str, Any], pointer: Pointer) -> dict[str, Any]:
+        seed = extras["seed"]
+        return {"seed": seed} if isinstance(seed, int) else {"seed_array": pointer(seed)}
+
+    return Feature(
+        name="dropout",
+        type="cuflash::Dropout",
+        header="dropout",
+        dtype=_struct(seed="u8", seed_array="u8", threshold="u4", survivor_factor="f4", batch="i4", head="i4"),
+        values={"threshold": round(problem.dropout_p * 65536), "survivor_factor": 1 / (1 - problem.dropout_p)},
+        arrays=arrays,
+        flags=("kHasDropout",),
+        methods={"enter": "dropout.enter(sequence, head);"},
+    )
+
+
+def _packed(problem: Problem, operands: Mapping[str, Operand]) -> Feature | None:
+    if not problem.packed:
+        return None
+    names = ("cu_seqlens_q", "cu_seqlens_k", "seqused_k")
+    return Feature(
+        name="packed",
+        type="cuflash::PackedSequences",
+        header="packed",
+        dtype=_struct(**dict.fromkeys(names, "u8")),
+        values={},
+        arrays=lambda extras, pointer: {name: pointer(extras[name]) for name in names if extras.get(name) is not None},
+        flags=("kPacked",),
+    )
+
+
+# In the order in which they act on a score.
+FEATURES = (_softcap, _bias, _alibi, _mod, _mask, _block_mask, _sinks, _dropout, _packed)
