@@ -3,15 +3,52 @@
 from __future__ import annotations
 
 import os
+import threading
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
 import cupy
 import numpy as np
 
-from ._device import Array, Chip, KernelSource, Launch
+from ._device import Array, Chip, KernelSource, Launch, TensorBox
 from ._jit.compiler import compile_kernel
 from ._launch import LaunchBackend
+from ._tensor_map import BYTES as MAP_BYTES
+from ._tensor_map import tensor_map
+
+
+class Counters:
+    """Zeros in the memory of a GPU, for kernels that count there and leave a zero behind.
+
+    Kernels that share one never run at the same time: each stream has its own, and so has each captured launch, which
+    may be replayed on any stream.
+    """
+
+    def __init__(self) -> None:
+        self._of_stream: dict[tuple[int, int], Any] = {}
+        self._unused: list[Any] = []
+        self._memory: list[cupy.ndarray] = []
+
+    def next(self) -> Any:
+        """The address of the counter for a launch on the current stream."""
+        stream = cupy.cuda.get_current_stream().ptr
+        if cupy.cuda.runtime.streamIsCapturing(stream):
+            return self._take()
+        of_stream = stream, threading.get_ident()  # of several threads, each may have a default stream of its own
+        counter = self._of_stream.get(of_stream)
+        if counter is None:
+            counter = self._of_stream[of_stream] = self._take()
+        return counter
+
+    def _take(self) -> Any:
+        if not self._unused:
+            with cupy.cuda.Stream(non_blocking=True) as stream:  # whatever the stream of the caller is about
+                zeros = cupy.zeros(1024, cupy.uint32)
+                stream.synchronize()
+            self._memory.append(zeros)
+            self._unused += [np.uint64(zeros.data.ptr + 4 * i) for i in range(zeros.size)]
+        return self._unused.pop()
 
 
 class CupyDevice:
@@ -23,9 +60,11 @@ class CupyDevice:
             name=properties["name"].decode(),
             capability=(properties["major"], properties["minor"]),
             shared_memory=properties["sharedMemPerBlockOptin"],
+            multiprocessors=properties["multiProcessorCount"],
         )
         self.null = np.uint64(0)
         self._loaded: dict[str, Launch] = {}
+        self._counters = Counters()
 
     def empty(self, shape: tuple[int, ...], dtype: Any) -> Array:
         return cupy.empty(shape, dtype)
@@ -35,6 +74,13 @@ class CupyDevice:
 
     def struct(self, params: np.ndarray[Any, Any]) -> Any:
         return params[0]  # CuPy passes a scalar faster than an array of size 1
+
+    def tensor_maps(self, arrays: Sequence[TensorBox], dtype: str) -> Any:
+        maps = [tensor_map(address, dtype, shape, strides, box) for address, shape, strides, box in arrays]
+        return np.concatenate(maps).view(np.dtype((np.void, len(maps) * MAP_BYTES)))[0]
+
+    def counter(self) -> Any:
+        return self._counters.next()
 
     def load(self, kernel: KernelSource) -> Launch:
         launch = self._loaded.get(kernel.code)

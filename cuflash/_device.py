@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -14,6 +14,9 @@ Array = Any
 Launch = Callable[[int, tuple[Any, ...]], None]
 """``launch(num_blocks, arguments)``: arrays are passed as pointers, structs by value."""
 
+TensorBox = tuple[int, tuple[int, int, int, int], tuple[int, int, int], tuple[int, int]]
+"""Address, shape, strides and box of an array, as `cuflash._tensor_map.tensor_map` takes them."""
+
 
 @dataclass(frozen=True)
 class Chip:
@@ -22,6 +25,7 @@ class Chip:
     name: str
     capability: tuple[int, int]
     shared_memory: int  # bytes one block may use
+    multiprocessors: int = 1
 
     @property
     def arch(self) -> str:
@@ -36,6 +40,7 @@ class KernelSource:
     code: str
     num_threads: int
     shared_bytes: int
+    arch: str = ""  # what to compile it for; if empty, the chip at hand
 
 
 class Device(Protocol):
@@ -56,6 +61,12 @@ class Device(Protocol):
 
     def struct(self, params: np.ndarray[Any, Any]) -> Any:
         """What to pass for a struct, given as a structured array of size 1."""
+
+    def tensor_maps(self, arrays: Sequence[TensorBox], dtype: str) -> Any:
+        """What to pass for a struct of tensor maps."""
+
+    def counter(self) -> Any:
+        """What to pass for the address of a 0 that the kernel changes back, and that no other uses at the same time."""
 
     def load(self, kernel: KernelSource) -> Launch:
         """Compile a kernel, or find it compiled."""

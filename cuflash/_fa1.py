@@ -6,27 +6,31 @@ block of threads for each head.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from . import _wmma
-from ._device import Chip
+from ._call import Call, Run
+from ._device import Array, Chip
 from ._kernel import NUMBERS, Kernel, padded_head_dims
-from ._options import Options
-from ._problem import Problem, ceil_div
+from ._options import PLAIN, Options
+from ._problem import Operand, Problem, ceil_div
 
 # (keys of a tile, warps): each warp has 16 queries. The first that fits the chip's shared memory is taken: each tile of
 # keys makes O travel to the chip and back, so many keys come before many queries.
 TILES = ((128, 8), (64, 8), (64, 4), (32, 4), (16, 4), (16, 2))
 
-PLAIN = Options()
 
-
-def why_not(problem: Problem, number: str, chip: Chip, options: Options = PLAIN) -> str | None:
+def why_not(
+    problem: Problem, number: str, chip: Chip, options: Options = PLAIN, operands: Mapping[str, Operand] | None = None
+) -> str | None:
     """The reason why the family cannot compute the problem on a GPU, or None if it can."""
     if options.names:
         return f"it has no {', '.join(options.arguments)}"
     return _wmma.why_not(problem, number, chip)
 
 
-def why_no_backward() -> str:
+def why_no_backward() -> str | None:
     """The reason why the family cannot compute gradients."""
     return "it is a forward pass only; kernel='wmma' has a backward pass, and takes its lse"
 
@@ -57,6 +61,23 @@ def workspaces(problem: Problem, kernel: Kernel) -> tuple[tuple[int, ...], ...]:
     block_m = kernel.num_threads // 2
     heads, rows = problem.batch * problem.num_heads, ceil_div(problem.seqlen_q, block_m) * block_m
     return (heads, rows, padded_head_dims(problem)[1]), (heads, rows), (heads, rows)
+
+
+def plan_forward(call: Call) -> Run:
+    """A function of (q, k, v, out, lse or None) that computes out and lse."""
+    device = call.device
+    kernel, num_blocks = forward(call.problem, call.number, call.chip)
+    step, shapes = call.step((kernel, num_blocks)), workspaces(call.problem, kernel)
+
+    def run(q: Array, k: Array, v: Array, out: Array, lse: Array | None, **extras: Any) -> None:
+        scratch = (device.empty(shape, "float32") for shape in shapes)
+        step(q, k, v, out, device.null if lse is None else lse, *scratch)
+
+    return run
+
+
+def plan_backward(call: Call) -> Run:
+    raise NotImplementedError(why_no_backward())
 
 
 def _shared_bytes(size: int, dim: int, dim_v: int, block_n: int, warps: int) -> int:

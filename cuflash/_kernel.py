@@ -40,6 +40,8 @@ class Kernel:
     num_threads: int
     shared_bytes: int
     options: Options | None = None  # None for a kernel that knows no options
+    definitions: str = ""  # C++ that the header declares and this kernel needs
+    arch: str = ""  # what the kernel must be compiled for; if empty, the chip at hand
 
     @property
     def source(self) -> KernelSource:
@@ -57,7 +59,7 @@ class Kernel:
         code = f"""\
 // cuda_src {cuda_digest()}
 #include <cuflash/kernels/{self.header}.cuh>
-{options}using Kernel = cuflash::{self.template}<{arguments}>;
+{self.definitions}{options}using Kernel = cuflash::{self.template}<{arguments}>;
 using Element = Kernel::Element;
 static_assert(sizeof(cuflash::{self.params}) == {PARAMS[self.params].itemsize});
 static_assert(Kernel::kNumThreads == {self.num_threads} && Kernel::kSharedBytes == {self.shared_bytes});
@@ -66,7 +68,7 @@ extern "C" __global__ void __launch_bounds__({self.num_threads}, 1)
   Kernel::run({{{names}}}, {call});
 }}
 """
-        return KernelSource(self.symbol, code, self.num_threads, self.shared_bytes)
+        return KernelSource(self.symbol, code, self.num_threads, self.shared_bytes, self.arch)
 
 
 FIND_BLOCKS_WARPS = 8

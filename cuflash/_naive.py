@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
+from ._call import Call, Run
 from ._device import Chip
-from ._options import Options
+from ._options import PLAIN, Options
 from ._problem import Operand, Problem
 
 Array = Any
@@ -23,30 +24,35 @@ Array = Any
 
 CAN = ("softcap", "bias", "alibi", "mask", "sinks")
 
-PLAIN = Options()
 
-
-def why_not(problem: Problem, number: str, chip: Chip, options: Options = PLAIN) -> str | None:
+def why_not(
+    problem: Problem, number: str, chip: Chip, options: Options = PLAIN, operands: Mapping[str, Operand] | None = None
+) -> str | None:
     """The reason why the family cannot compute the problem, or None if it can."""
     missing = [argument for name, argument in zip(options.names, options.arguments, strict=True) if name not in CAN]
     return f"it has no {', '.join(missing)}" if missing else None
 
 
-def plan_forward(problem: Problem, operands: Mapping[str, Operand]) -> Callable[..., None]:
+def why_no_backward() -> str | None:
+    """None: it can compute gradients."""
+    return None
+
+
+def plan_forward(call: Call) -> Run:
     """A function of (q, k, v, out, lse or None) and the arrays of the options that computes out and lse."""
 
     def run(q: Array, k: Array, v: Array, out: Array, lse: Array | None, **extras: Array) -> None:
-        forward(problem, **_views(operands, {"q": q, "k": k, "v": v, "out": out, "lse": lse, **extras}))
+        forward(call.problem, **_views(call.operands, {"q": q, "k": k, "v": v, "out": out, "lse": lse, **extras}))
 
     return run
 
 
-def plan_backward(problem: Problem, operands: Mapping[str, Operand]) -> Callable[..., None]:
+def plan_backward(call: Call) -> Run:
     """A function of (dout, q, k, v, out, lse, dq, dk, dv) and the arrays of the options that computes gradients."""
     names = ("dout", "q", "k", "v", "out", "lse", "dq", "dk", "dv")
 
     def run(*arrays: Array, **extras: Array) -> None:
-        backward(problem, **_views(operands, {**dict(zip(names, arrays, strict=True)), **extras}))
+        backward(call.problem, **_views(call.operands, {**dict(zip(names, arrays, strict=True)), **extras}))
 
     return run
 

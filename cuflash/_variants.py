@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from . import _check_mods, _check_options
 from ._backends import Backend, backend_of
 from ._block_mask import BlockMask
 from ._problem import Mod
 
-MetaTuple = tuple[tuple[int, ...], tuple[int, ...], Any]
+MetaTuple = tuple[tuple[int, ...], tuple[int, ...], Any, bool]
 
 
 class Meta(NamedTuple):
@@ -19,6 +21,7 @@ class Meta(NamedTuple):
     shape: tuple[int, ...]
     strides: tuple[int, ...]
     dtype: Any
+    aligned: bool = True  # it begins at a multiple of 16 bytes; kernels alone ask, so NumPy's need not be
 
     @property
     def ndim(self) -> int:
@@ -27,7 +30,7 @@ class Meta(NamedTuple):
 
 def meta_of(array: Any) -> MetaTuple:
     """The fields of Meta as a plain tuple, which is made and hashed faster."""
-    return array.shape, array.strides, array.dtype
+    return array.shape, array.strides, array.dtype, type(array) is np.ndarray or array.data.ptr % 16 == 0
 
 
 class BlockMaskMeta(NamedTuple):

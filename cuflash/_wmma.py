@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
-from ._device import Chip
+from ._call import Call, Run
+from ._device import Array, Chip
+from ._features import ELEMENTS
 from ._kernel import NUMBERS, Kernel, padded_head_dims
-from ._options import ELEMENTS, Options
+from ._options import PLAIN, Options
 from ._problem import Operand, Problem, ceil_div
 
 Tile = tuple[int, ...]
 
 # The oldest GPU whose tensor cores multiply numbers of each type.
 MIN_CAPABILITY = {"float16": (7, 0), "bfloat16": (8, 0), "float32": (8, 0), "tfloat32": (8, 0)}
-
-PLAIN = Options()
 
 # Tiles by (bytes of an element, head_dim), the fastest first; the first that fits the chip's shared memory is taken.
 # sm_75 has 64 KB and must find one for 2-byte elements, with the tiles of a bias and a mask beside; sm_86, 89 and 120
@@ -95,7 +96,9 @@ SINKS_WARPS = 16
 MAP_SCRATCH_BYTES = 16 * 24 * 4
 
 
-def why_not(problem: Problem, number: str, chip: Chip, options: Options = PLAIN) -> str | None:
+def why_not(
+    problem: Problem, number: str, chip: Chip, options: Options = PLAIN, operands: Mapping[str, Operand] | None = None
+) -> str | None:
     """The reason why the family cannot compute the problem on a GPU, or None if it can."""
     needed = MIN_CAPABILITY[number]
     if chip.capability < needed:
@@ -304,3 +307,68 @@ def dsinks(problem: Problem, options: Options, target: str) -> tuple[Kernel, int
         options=options,
     )
     return kernel, problem.num_heads
+
+
+def why_no_backward() -> str | None:
+    """None: it can compute gradients."""
+    return None
+
+
+def plan_forward(call: Call) -> Run:
+    """A function of (q, k, v, out, lse or None) and the arrays of the options that computes out and lse."""
+    step = call.step(forward(call.problem, call.options, call.number, call.chip))
+    null = call.device.null
+
+    def run(q: Array, k: Array, v: Array, out: Array, lse: Array | None, **extras: Any) -> None:
+        step(q, k, v, out, null if lse is None else lse, options=call.options_argument(extras))
+
+    return run
+
+
+def plan_backward(call: Call) -> Run:
+    """A function of (dout, q, k, v, out, lse, dq, dk, dv) and the arrays of the options that computes gradients."""
+    device, problem, operands = call.device, call.problem, call.operands
+    of_call = problem, call.options, call.number, call.chip
+    delta_shape = (1 if problem.packed else problem.batch, problem.num_heads, problem.seqlen_q)
+    batch_stride = 0 if problem.packed else problem.num_heads * problem.seqlen_q
+    delta_operand = Operand((*delta_shape, 1), (batch_stride, problem.seqlen_q, 1, 0))
+    delta_step = call.step(delta(problem, call.number), delta=delta_operand)
+    dkdv_step = call.step(backward_dkdv(*of_call), delta=delta_operand)
+    dq_step = call.step(backward_dq(*of_call), delta=delta_operand)
+    dbias_step = dsinks_step = None
+    rows = problem.batch * problem.seqlen_q  # without any there is nothing to sum, and no sequence to look at
+    if "dbias" in operands and rows * problem.seqlen_k:
+        dbias_step = call.step(backward_dbias(*of_call, operands["dbias"]), delta=delta_operand)
+    if "dsinks" in operands and rows:
+        dsinks_step = call.step(dsinks(problem, call.options, operands["dsinks"].dtype), delta=delta_operand)
+
+    def run(
+        dout: Array,
+        q: Array,
+        k: Array,
+        v: Array,
+        out: Array,
+        lse: Array,
+        dq: Array,
+        dk: Array,
+        dv: Array,
+        dlse: Array | None = None,
+        dbias: Array | None = None,
+        dsinks: Array | None = None,
+        **extras: Any,
+    ) -> None:
+        delta = device.empty(delta_shape, "float32")
+        options = call.options_argument(extras)
+        delta_step(out, dout, device.null if dlse is None else dlse, delta)
+        dkdv_step(q, k, v, dout, lse, delta, dk, dv, options=options)
+        dq_step(q, k, v, dout, lse, delta, dq, options=options)
+        if dbias_step is not None:
+            dbias_step(q, k, v, dout, lse, delta, dbias, options=options)
+        elif dbias is not None:
+            dbias[...] = 0
+        if dsinks_step is not None:
+            dsinks_step(lse, delta, dsinks, options=options)
+        elif dsinks is not None:
+            dsinks[...] = 0
+
+    return run

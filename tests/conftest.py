@@ -188,6 +188,18 @@ def host_ring(kernel: str) -> Ring:
 def gpu_ring(kernel: str) -> Ring:
     import cupy
 
+    if kernel == "auto":  # problems for which a chip may have tuned kernels
+        return Ring(
+            name="gpu",
+            kernel=kernel,
+            xp=cupy,
+            dtypes=HALF,
+            head_dims=(8, 32, 64, 72, 96, 128),
+            head_dim_pairs=tuple(pair for pair in ALL_HEAD_DIM_PAIRS if not any(dim % 8 for dim in pair)),
+            max_seqlen=400,
+            examples=60,
+            long_seqlen=1000,
+        )
     return Ring(
         name="gpu",
         kernel=kernel,
@@ -237,6 +249,7 @@ RINGS = [
     pytest.param(("numpy", "auto"), marks=pytest.mark.numpy, id="numpy"),
     pytest.param(("host", "wmma"), marks=pytest.mark.host, id="host-wmma"),
     pytest.param(("gpu", "wmma"), marks=pytest.mark.gpu, id="gpu-wmma"),
+    pytest.param(("gpu", "auto"), marks=pytest.mark.gpu, id="gpu-auto"),
 ]
 
 

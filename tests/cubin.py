@@ -32,7 +32,7 @@ def compile_for(kernel: KernelSource, arch: str) -> tuple[bytes, str]:
     from cupy_backends.cuda.libs import nvrtc
 
     # The options that CuPy adds (docs/design.md, section 5), so that the compiler sees what it sees on a GPU.
-    added = ("--device-as-default-execution-space", "-ftz=true", f"-arch={arch}")
+    added = ("--device-as-default-execution-space", "-ftz=true", f"-arch={kernel.arch or arch}")
     program = nvrtc.createProgram(kernel.code, f"{kernel.symbol}.cu", [], [])
     try:
         nvrtc.compileProgram(program, [*compile_options(), *added, "--ptxas-options=-v"])

@@ -32,10 +32,11 @@ def nvrtc_version() -> tuple[int, int]:
     return major, minor
 
 
-def compile_options() -> tuple[str, ...]:
-    """The NVRTC options of every kernel; CuPy adds the architecture of the device."""
+def compile_options(arch: str = "") -> tuple[str, ...]:
+    """The NVRTC options of a kernel; CuPy adds the architecture of the device, which gives way to `arch`."""
     major, _ = nvrtc_version()
     return (
+        *([f"-arch={arch}"] if arch else []),
         "-std=c++17",
         f"-I{cuda_src()}",
         *(f"-I{directory}" for directory in cuda_include_directories(major)),
@@ -53,7 +54,7 @@ def compile_kernel(kernel: KernelSource) -> Any:
     import cupy
 
     try:
-        module = cupy.RawModule(code=kernel.code, options=compile_options())
+        module = cupy.RawModule(code=kernel.code, options=compile_options(kernel.arch))
         raw_kernel = module.get_function(kernel.symbol)
     except OSError as error:
         raise RuntimeError(

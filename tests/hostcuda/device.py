@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from cuflash._device import Chip, KernelSource, Launch
+from cuflash._device import Chip, KernelSource, Launch, TensorBox
 from tests.hostcuda import build, child, fences, in_process
 from tests.hostcuda.build import Flavour
 from tests.hostcuda.errors import HostCudaError
 from tests.hostcuda.launch import SCHEDULES, LaunchOptions, Schedule, check_argument
 from tests.hostcuda.sources import CUDA_SRC
 
-HOST_CHIP = Chip("hostcuda", (9, 0), 227 * 1024)
+HOST_CHIP = Chip("hostcuda", (8, 0), 227 * 1024)  # Hopper has instructions that are not emulated
 MAX_THREADS = 1024
 
 
@@ -77,6 +78,12 @@ class HostDevice:
     def struct(self, params: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         """What to pass for a struct, given as a structured array of size 1."""
         return params
+
+    def tensor_maps(self, arrays: Sequence[TensorBox], dtype: str) -> Any:
+        raise HostCudaError("TMA is not emulated")
+
+    def counter(self) -> Any:
+        raise HostCudaError("persistent kernels are not emulated")
 
     def load(self, kernel: KernelSource) -> Launch:
         """Compile a kernel, or find it compiled."""

@@ -74,10 +74,15 @@ struct Pairs {
   __device__ __forceinline__ bool visible(int query, int key) const {
     const bool in_band = band.visible(query, key);
     if constexpr (Options::kHidesPairs) {
-      return in_band & options.visible(inside(query, band.seqlen_q), inside(key, band.seqlen_k));
+      return in_band & visible_by_options(query, key);
     } else {
       return in_band;
     }
+  }
+
+  // The same apart from the band.
+  __device__ __forceinline__ bool visible_by_options(int query, int key) const {
+    return options.visible(inside(query, band.seqlen_q), inside(key, band.seqlen_k));
   }
 
   // Calls hide(visible) for each mask that may hide pairs of a tile.
@@ -86,9 +91,7 @@ struct Pairs {
     if (!band.all_visible(queries, keys)) hide([&](int query, int key) { return band.visible(query, key); });
     if constexpr (Options::kHidesPairs) {
       if (options.shows_all()) return;
-      hide([&](int query, int key) {
-        return options.visible(inside(query, band.seqlen_q), inside(key, band.seqlen_k));
-      });
+      hide([&](int query, int key) { return visible_by_options(query, key); });
     }
   }
 

@@ -11,11 +11,16 @@ namespace cuflash {
 struct PackedSequences {
   const int *cu_seqlens_q, *cu_seqlens_k, *seqused_k;  // the last may be null
 
+  template <int kBlockM>
+  static __device__ __forceinline__ int num_query_jobs(const Problem& problem) {
+    return (problem.seqlen_q / kBlockM + problem.batch + 1) * problem.num_heads;
+  }
+
   // Under a causal mask the last queries see the most keys: they start first.
   template <int kBlockM>
-  __device__ __forceinline__ Job query_job(const Problem& problem) const {
+  __device__ __forceinline__ Job query_job(const Problem& problem, int index) const {
     const int num_jobs = problem.seqlen_q / kBlockM + problem.batch + 1;
-    const HeadTile numbered(problem.num_heads, num_jobs);
+    const HeadTile numbered(index, problem.num_heads, num_jobs);
     const int job = num_jobs - 1 - numbered.tile;
     const int s = owner<kBlockM>(cu_seqlens_q, problem.seqlen_q, problem.batch, job);
     return {sequence(problem, s), numbered.head, job - first_job<kBlockM>(cu_seqlens_q, problem.seqlen_q, s)};
@@ -23,7 +28,7 @@ struct PackedSequences {
 
   template <int kBlockN>
   __device__ __forceinline__ Job key_job(const Problem& problem) const {
-    const HeadTile job(problem.num_heads_kv, problem.seqlen_k / kBlockN + problem.batch + 1);
+    const HeadTile job(blockIdx.x, problem.num_heads_kv, problem.seqlen_k / kBlockN + problem.batch + 1);
     const int s = owner<kBlockN>(cu_seqlens_k, problem.seqlen_k, problem.batch, job.tile);
     return {sequence(problem, s), job.head, job.tile - first_job<kBlockN>(cu_seqlens_k, problem.seqlen_k, s)};
   }

@@ -19,17 +19,18 @@ struct Job {
   int head, tile;
 };
 
-// A tile of one of several heads, by the number of the block of threads that works on it. Groups of heads run one after
-// another, so that L2 holds what they read; in a group all heads go through the tiles in step, so that long jobs that
-// come first in each head come first in all.
+// A tile of one of several heads, by the number of the job. Groups of heads run one after another, so that L2 holds
+// what they read; in a group all heads go through the tiles in step, so that long jobs that come first in each head
+// come first in all. A group fills the multiprocessors; heads whose jobs are all alike are a group each.
 struct HeadTile {
-  static constexpr int kHeadsInGroup = 8;
+  static constexpr int kHeadsInGroup = 8, kJobsInGroup = 128;
 
   int head, tile;
 
-  __device__ __forceinline__ HeadTile(int num_heads, int num_tiles) {
-    const int first = blockIdx.x / (kHeadsInGroup * num_tiles) * kHeadsInGroup;
-    const int in_group = min(kHeadsInGroup, num_heads - first), number = blockIdx.x - first * num_tiles;
+  __device__ __forceinline__ HeadTile(int index, int num_heads, int num_tiles, bool alike = false) {
+    const int heads_in_group = alike ? 1 : larger(kHeadsInGroup, kJobsInGroup / num_tiles);
+    const int first = index / (heads_in_group * num_tiles) * heads_in_group;
+    const int in_group = min(heads_in_group, num_heads - first), number = index - first * num_tiles;
     head = first + number % in_group;
     tile = number / in_group;
   }
@@ -37,18 +38,24 @@ struct HeadTile {
 
 // Sequences of one length, in a batch axis of the arrays.
 struct BatchedSequences {
+  template <int kBlockM>
+  static __device__ __forceinline__ int num_query_jobs(const Problem& problem) {
+    return ceil_div(problem.seqlen_q, kBlockM) * problem.num_heads * problem.batch;
+  }
+
   // Under a causal mask the last queries see the most keys: they start first.
   template <int kBlockM>
-  static __device__ __forceinline__ Job query_job(const Problem& problem) {
+  static __device__ __forceinline__ Job query_job(const Problem& problem, int index) {
     const int num_tiles = ceil_div(problem.seqlen_q, kBlockM);
-    const HeadTile job(problem.num_heads * problem.batch, num_tiles);
+    const bool alike = problem.window_begin <= -problem.seqlen_q && problem.window_end >= problem.seqlen_k;
+    const HeadTile job(index, problem.num_heads * problem.batch, num_tiles, alike);
     return {sequence(problem, job.head / problem.num_heads), job.head % problem.num_heads, num_tiles - 1 - job.tile};
   }
 
   // Under a causal mask the first keys are seen by the most queries: they start first.
   template <int kBlockN>
   static __device__ __forceinline__ Job key_job(const Problem& problem) {
-    const HeadTile job(problem.num_heads_kv * problem.batch, ceil_div(problem.seqlen_k, kBlockN));
+    const HeadTile job(blockIdx.x, problem.num_heads_kv * problem.batch, ceil_div(problem.seqlen_k, kBlockN));
     return {sequence(problem, job.head / problem.num_heads_kv), job.head % problem.num_heads_kv, job.tile};
   }
 

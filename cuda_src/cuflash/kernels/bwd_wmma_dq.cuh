@@ -51,7 +51,7 @@ struct BwdWmmaDq {
 
   static __device__ __forceinline__ void run(const Arrays& arrays, const BwdParams& params, Options options) {
     const Problem& problem = params.problem;
-    const Job job = options.template query_job<kBlockM>(problem);
+    const Job job = options.template query_job<kBlockM>(problem, blockIdx.x);
     const Sequence& sequence = job.sequence;
     const int block_row = job.tile * kBlockM;
     if (block_row >= sequence.seqlen_q || job.tile < 0) return;

@@ -1,0 +1,87 @@
+// A row of the output once more, from global memory, in which hidden pairs take no part even if their values are NaN or
+// infinity. A product on tensor cores gives hidden pairs the weight 0, but 0 * NaN is NaN. Slow: for the rare row that
+// meets such a value.
+#pragma once
+
+#include <cuflash/attention/options.cuh>
+#include <cuflash/attention/softmax.cuh>
+
+namespace cuflash {
+
+// What a warp needs to know of its head.
+template <class Element, class Options>
+struct CarefulHead {
+  static constexpr int kTileBytes = Options::template kTileBytes<1, 32>;
+
+  const Matrix<const Element>&q, &k, &v;
+  const Matrix<Element>& out;
+  const Options& options;
+  const Band& band;
+  float scale;
+  unsigned char* memory;  // kTileBytes of this warp's
+
+  // Writes out[row], whose weights are e^(score - shift) * inverse.
+  template <int kHeadDimV>
+  __device__ __forceinline__ void write_row(int row, float shift, float inverse) const {
+    const int lane = threadIdx.x % 32;
+    float sum[kHeadDimV / 32] = {};
+    const Range keys = band.keys_of({row, row + 1});
+#pragma unroll 1
+    for (int first_key = keys.begin / 32 * 32; first_key < keys.end; first_key += 32) {
+      Options here = options;
+      here.template load<1, 32, 32>(memory, row, first_key);
+      ptx::cp_async_commit();
+      ptx::cp_async_wait<0>();
+      __syncwarp();
+      here.template look_at<1, 32>(memory, row, first_key);
+      const Pairs<Options> pairs = {here, band};
+
+      const int key = first_key + lane;
+      const bool visible = pairs.visible(row, key);
+      float weight = 0.0f;
+      if (visible) {
+        float product = 0.0f;
+#pragma unroll 1
+        for (int col = 0; col < q.cols; ++col) product += to_float(*q.at(row, col)) * to_float(*k.at(key, col));
+        weight = softmax_weight(pairs.score(product * scale, row, key).value, shift) * inverse;
+      }
+      if (!survives(here, row, key)) weight = 0.0f;
+
+      const unsigned all_visible = __ballot_sync(kFullMask, visible);
+#pragma unroll 1
+      for (int other = 0; other < 32; ++other) {
+        const float factor = __shfl_sync(kFullMask, weight, other);
+        if (!(all_visible >> other & 1)) continue;
+#pragma unroll
+        for (int i = 0; i < kHeadDimV / 32; ++i) {
+          const int col = 32 * i + lane;
+          if (col < v.cols) sum[i] += factor * to_float(*v.at(first_key + other, col));
+        }
+      }
+      __syncwarp();
+    }
+#pragma unroll
+    for (int i = 0; i < kHeadDimV / 32; ++i) {
+      const int col = 32 * i + lane;
+      if (col < out.cols) *out.at(row, col) = from_float<Element>(sum[i]);
+    }
+  }
+
+ private:
+  // Lanes draw the bits of a 16 x 16 tile (attention/dropout.cuh): each asks the one that drew its own.
+  static __device__ __forceinline__ bool survives(const Options& options, int row, int key) {
+    if constexpr (Options::kHasDropout) {
+      const int owner = row % 8 * 4 + key % 8 / 2, bit = row / 8 % 2 * 4 + key / 8 % 2 * 2 + key % 2;
+      unsigned drawn[2];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        drawn[half] = __shfl_sync(kFullMask, options.draw(row / 16 * 16, key / 32 * 32 + 16 * half), owner);
+      }
+      return drawn[key / 16 % 2] >> bit & 1;
+    } else {
+      return true;
+    }
+  }
+};
+
+}  // namespace cuflash

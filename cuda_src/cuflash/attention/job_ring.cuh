@@ -1,0 +1,83 @@
+// Jobs of a block of threads that stays on its multiprocessor, taken from a counter by one warp and handed to others.
+#pragma once
+
+#include <cuflash/attention/sequence.cuh>
+#include <cuflash/tile/pipeline.cuh>
+
+namespace cuflash {
+
+template <int kStages>
+struct JobRing {
+  using Position = RingPosition<kStages>;
+  static constexpr int kNoTile = -1;
+
+  Pipeline<kStages> ring;
+  Job jobs[kStages];
+
+  // Tells the compiler that all lanes have the same number.
+  static __device__ __forceinline__ int uniform(int x) { return __shfl_sync(kFullMask, x, 0); }
+
+  __device__ __forceinline__ void init(int num_takers) { ring.init(num_takers); }
+
+  // The next job, for a whole warp; without one its tile is kNoTile.
+  __device__ __forceinline__ Job take(Position& at) {
+    ring.wait_full(at);
+    Job job = jobs[at.stage()];
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) ring.release(at);
+    at.advance();
+    job.tile = uniform(job.tile);
+    return job;
+  }
+
+  // Whether the next job is none, without taking it.
+  __device__ __forceinline__ bool is_over(const Position& at) {
+    ring.wait_full(at);
+    return uniform(jobs[at.stage()].tile) == kNoTile;
+  }
+
+  // Hands on a job.
+  __device__ __forceinline__ void put(Position& at, const Job& job) {
+    if (threadIdx.x % 32 == 0) {
+      ring.wait_empty(at);
+      jobs[at.stage()] = job;
+      ptx::barrier_arrive(ring.full + at.stage());
+    }
+    at.advance();
+  }
+};
+
+// Asks a counter for jobs, by a whole warp. The first job of a block is its own number, so that blocks ask one after
+// another. The counter wraps to 0 when all blocks have asked in vain: it needs no clearing between kernels.
+template <int kBlockM, class Options>
+struct JobCounter {
+  const Options& options;
+  const Problem& problem;
+  unsigned* next_job;
+  int num_jobs;
+
+  __device__ __forceinline__ JobCounter(const Options& options, const Problem& problem, unsigned* next_job)
+      : options(options),
+        problem(problem),
+        next_job(next_job),
+        num_jobs(options.template num_query_jobs<kBlockM>(problem)) {}
+
+  // Starts to ask; lane 0 has the answer.
+  __device__ __forceinline__ unsigned ask() const {
+    return threadIdx.x % 32 == 0 ? atomicInc(next_job, num_jobs - 1) + gridDim.x : 0u;
+  }
+
+  // The job of this number, or the next one that has a tile.
+  __device__ __forceinline__ Job job(int index) const {
+    Job job;
+    job.tile = JobRing<1>::kNoTile;
+    for (; index < num_jobs; index = JobRing<1>::uniform(ask())) {
+      job = options.template query_job<kBlockM>(problem, index);
+      if (!Options::kPacked || (job.tile >= 0 && job.tile * kBlockM < job.sequence.seqlen_q)) break;
+      job.tile = JobRing<1>::kNoTile;
+    }
+    return job;
+  }
+};
+
+}  // namespace cuflash

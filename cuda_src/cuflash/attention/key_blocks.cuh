@@ -1,0 +1,50 @@
+// Which blocks of keys a tile of queries visits, and in which of them every pair is visible.
+#pragma once
+
+#include <cuflash/attention/options.cuh>
+
+namespace cuflash {
+
+template <int kBlockM, int kBlockN>
+struct KeyBlocks {
+  int begin, end;            // visited
+  int full_begin, full_end;  // in the band altogether, as far as some of the queries are concerned
+
+  // A tile without any visible key visits one block, and sees nothing there.
+  __device__ __forceinline__ KeyBlocks(const Band& band, int first_query, Range some_queries) {
+    const Range keys = band.keys_of({first_query, first_query + kBlockM});
+    begin = keys.begin / kBlockN;
+    end = larger(begin + 1, ceil_div(keys.end, kBlockN));
+    full_begin = clamp(ceil_div(min(some_queries.end, band.seqlen_q) - 1 + band.begin, kBlockN), begin, end);
+    full_end = clamp(min(some_queries.begin + band.end, band.seqlen_k) / kBlockN, begin, end);
+  }
+
+  // This block, or the next before it that options do not hide altogether. The first is visited in any case.
+  template <class Options>
+  static __device__ __forceinline__ int visited(const Options& options, int first_query, int block, int begin) {
+    if constexpr (Options::kSkipsBlocks) {
+      for (Options there = options; block > begin; --block) {
+        there.template look_at<kBlockM, kBlockN>(nullptr, first_query, block * kBlockN);
+        if (!there.hides_all()) break;
+      }
+    }
+    return block;
+  }
+
+  // Calls visit(options of the job, block, whether it is the last) from the last block of a job to its first.
+  template <class Options, class Visit>
+  static __device__ __forceinline__ void for_each(const Options& options, const Problem& problem, const Job& job,
+                                                  Visit visit) {
+    const int first_query = job.tile * kBlockM;
+    const Band band = problem.band(job.sequence.seqlen_q, job.sequence.seqlen_k);
+    const KeyBlocks blocks(band, first_query, {first_query, first_query + kBlockM});
+    Options here = options;
+    here.enter(job.sequence, job.head);
+    for (int block = blocks.end - 1; (block = visited(here, first_query, block, blocks.begin)) >= blocks.begin;
+         --block) {
+      visit(here, block, block == blocks.begin);
+    }
+  }
+};
+
+}  // namespace cuflash

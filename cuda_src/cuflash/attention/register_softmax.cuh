@@ -1,0 +1,126 @@
+// The softmax of tiles of scores that warps hold in registers, each two rows a lane, one tile of keys after another.
+#pragma once
+
+#include <cuflash/attention/options.cuh>
+#include <cuflash/attention/softmax.cuh>
+#include <cuflash/tile/warpgroup_tile.cuh>
+
+namespace cuflash {
+
+// Where a tile may have pairs that the band hides: nowhere, only behind its end, or anywhere.
+enum class Hidden { kNone, kBehind, kAround };
+
+// The tile at hand: what its pairs are asked, and the positions of the first element that this lane holds.
+template <class Options>
+struct TileOfPairs {
+  const Pairs<Options>& pairs;
+  int first_query, first_key;
+
+  // Turns products into scores as far as options change them. Returns the scale that is left to do.
+  template <class Scores>
+  __device__ __forceinline__ float change(Scores& scores, float scale) const {
+    if constexpr (Options::kChangesScores) {
+      use_pairs(pairs, scores, scale, [&](const auto& pairs) {
+#pragma unroll
+        for (int i = 0; i < Scores::kNumElements; ++i) {
+          scores.x[i] = pairs.score(scores.x[i] * scale, query(i), key(i)).value;
+        }
+      });
+      return 1.0f;
+    } else {
+      return scale;
+    }
+  }
+
+  template <Hidden kHidden, class Scores>
+  __device__ __forceinline__ void hide_by_band(Scores& scores) const {
+    if constexpr (kHidden == Hidden::kNone) return;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const Range seen = pairs.band.keys_of({first_query + 8 * r, first_query + 8 * r + 1});
+      const int begin = seen.begin - first_key, end = seen.end - first_key;
+#pragma unroll
+      for (int i = 0; i < Scores::kNumElements; ++i) {
+        if (Scores::row_of(i) != r) continue;
+        bool visible = Scores::col_of(i) < end;
+        if constexpr (kHidden == Hidden::kAround) visible = visible & (begin <= Scores::col_of(i));
+        if (!visible) scores.x[i] = -infinity();
+      }
+    }
+  }
+
+  template <class Scores>
+  __device__ __forceinline__ void hide_by_options(Scores& scores) const {
+    if constexpr (Options::kHidesPairs) {
+      if (pairs.options.shows_all()) return;
+#pragma unroll
+      for (int i = 0; i < Scores::kNumElements; ++i) {
+        if (!pairs.visible_by_options(query(i), key(i))) scores.x[i] = -infinity();
+      }
+    }
+  }
+
+  // A lane draws bits for the very pairs that it holds.
+  template <class Scores>
+  __device__ __forceinline__ void drop(Scores& weights, int warp_query, int tile_key) const {
+    if constexpr (Options::kHasDropout) {
+#pragma unroll
+      for (int first = 0; first < Scores::kNumElements; first += 8) {
+        const unsigned survives = pairs.options.draw(warp_query, tile_key + 2 * first);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+          const int bit = i / 2 % 2 * 4 + i / 4 * 2 + i % 2;
+          if (!(survives >> bit & 1)) weights.x[first + i] = 0.0f;
+        }
+      }
+    }
+  }
+
+ private:
+  __device__ __forceinline__ int query(int i) const { return first_query + 8 * WarpgroupTile<16>::row_of(i); }
+  __device__ __forceinline__ int key(int i) const { return first_key + WarpgroupTile<16>::col_of(i); }
+};
+
+// The two rows of which a lane holds a part.
+struct RowPair {
+  OnlineSoftmax softmax[2];
+  float sum[2] = {0.0f, 0.0f};  // of this lane's part
+
+  // Turns scores, which are yet to be scaled, into weights; `factor` is what earlier sums must be multiplied by.
+  template <class Scores>
+  __device__ __forceinline__ void weigh(Scores& scores, float scale, float (&factor)[2]) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      float maxima[2] = {-infinity(), -infinity()}, sums[2] = {0.0f, 0.0f};  // two chains are done in half the time
+#pragma unroll
+      for (int i = 0; i < Scores::kNumElements; ++i) {
+        if (Scores::row_of(i) == r) maxima[i % 2] = fmaxf(maxima[i % 2], scores.x[i]);
+      }
+      const float tile_max = reduce(fmaxf(maxima[0], maxima[1]), [](float x, float y) { return fmaxf(x, y); });
+      factor[r] = softmax[r].rescale(tile_max * scale);
+      const float shift = softmax[r].shift() * kLog2e;
+#pragma unroll
+      for (int i = 0; i < Scores::kNumElements; ++i) {
+        if (Scores::row_of(i) != r) continue;
+        scores.x[i] = exp2f(fmaf(scores.x[i], scale * kLog2e, -shift));
+        sums[i % 2] += scores.x[i];
+      }
+      sum[r] = sum[r] * factor[r] + (sums[0] + sums[1]);
+    }
+  }
+
+  // The sum of a whole row.
+  __device__ __forceinline__ float total(int r) const {
+    return reduce(sum[r], [](float x, float y) { return x + y; });
+  }
+
+ private:
+  // Of what the four lanes of a row hold.
+  template <class Operation>
+  static __device__ __forceinline__ float reduce(float x, Operation operation) {
+    x = operation(x, __shfl_xor_sync(kFullMask, x, 1));
+    return operation(x, __shfl_xor_sync(kFullMask, x, 2));
+  }
+};
+
+}  // namespace cuflash

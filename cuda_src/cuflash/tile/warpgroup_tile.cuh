@@ -1,0 +1,61 @@
+// 64 rows of a product, in the registers of a warpgroup.
+#pragma once
+
+#include <cuflash/common/numbers.cuh>
+
+namespace cuflash {
+
+// A lane holds pairs of neighbours: element i is in row lane / 4 + 8 (i / 2 % 2) of its warp's 16 rows, and in column
+// 8 (i / 4) + 2 (lane % 4) + i % 2.
+template <int kCols>
+struct WarpgroupTile {
+  static constexpr int kNumElements = kCols / 2;
+
+  float x[kNumElements];
+
+  // Which of a lane's two rows, and the part of the column that all lanes share.
+  static __device__ __forceinline__ constexpr int row_of(int i) { return i / 2 % 2; }
+  static __device__ __forceinline__ constexpr int col_of(int i) { return i / 4 * 8 + i % 2; }
+
+  // The largest magnitude that this lane holds. Two maxima at once: one would wait for itself at every element.
+  __device__ __forceinline__ float largest() const {
+    float maxima[2] = {};
+#pragma unroll
+    for (int i = 0; i < kNumElements; ++i) maxima[i % 2] = fmaxf(maxima[i % 2], fabsf(x[i]));
+    return fmaxf(maxima[0], maxima[1]);
+  }
+
+  // Whether this lane's part of one of its two rows holds NaN or infinity: either makes NaN of a sum of zeros.
+  __device__ __forceinline__ bool has_non_finite(int row) const {
+    float zero = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kNumElements; ++i) {
+      if (row_of(i) == row) zero = fmaf(x[i], 0.0f, zero);
+    }
+    return zero != 0.0f;
+  }
+
+  __device__ __forceinline__ void clear() {
+#pragma unroll
+    for (int i = 0; i < kNumElements; ++i) x[i] = 0.0f;
+  }
+};
+
+// The same rounded to 16 bits, as the first factor of another product: the registers are in the right order already.
+template <class Element, int kCols>
+struct WarpgroupFactor {
+  unsigned x[kCols / 16][4];
+
+  __device__ __forceinline__ void round(const WarpgroupTile<kCols>& tile) {
+#pragma unroll
+    for (int i = 0; i < kCols / 4; ++i) x[i / 4][i % 4] = packed(tile.x[2 * i], tile.x[2 * i + 1]);
+  }
+
+  static __device__ __forceinline__ unsigned packed(float low, float high) {
+    alignas(4) Element pair[2];
+    store_pair(pair, low, high);
+    return *reinterpret_cast<const unsigned*>(pair);
+  }
+};
+
+}  // namespace cuflash

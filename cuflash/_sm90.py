@@ -1,0 +1,198 @@
+"""The sm90 family: the forward for Hopper, with its tiles (cuda_src/cuflash/kernels/fwd_sm90.cuh)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from ._call import Call, Run
+from ._device import Array, Chip
+from ._kernel import NUMBERS, Kernel, padded_head_dims
+from ._options import PLAIN, Options
+from ._problem import Operand, Problem, ceil_div
+from ._wgmma import wgmma
+
+ARCH = "sm_90a"
+CAPABILITY = (9, 0)
+PANEL = 64  # columns of a 128-byte row, which is what TMA copies at once
+VECTOR = 8  # elements of 16 bytes, the unit of TMA's strides
+JOB_BYTES = 36  # attention/sequence.cuh
+
+
+class Tile(NamedTuple):
+    """Rows of a job, keys of a block, and how many tiles of Q, K and V shared memory holds."""
+
+    block_m: int
+    block_n: int
+    stages_q: int
+    stages_k: int
+    stages_v: int
+
+
+# By (head_dim, head_dim_v), the fastest first; the first that suits the call and fits the shared memory is taken.
+# Measured on an H200 (docs/notes/sm90.md). Two consumers have 232 registers a thread, three have 160.
+TILES: dict[tuple[int, int], tuple[Tile, ...]] = {
+    # Three consumers hide the exponentials best; causal rows below 2048 are too short for 192, and options need the
+    # registers of two.
+    (64, 64): (Tile(192, 128, 2, 4, 4), Tile(128, 128, 3, 4, 4), Tile(128, 128, 2, 2, 2), Tile(128, 128, 1, 2, 1)),
+    (96, 96): (Tile(128, 128, 2, 2, 2), Tile(128, 128, 1, 2, 1), Tile(128, 64, 1, 2, 2)),
+    # A second place for Q lets a job begin beside the epilogue of the one before it.
+    (128, 128): (Tile(128, 128, 2, 2, 2), Tile(128, 128, 1, 2, 1), Tile(128, 64, 1, 2, 2)),
+    (192, 128): (Tile(128, 128, 1, 2, 2), Tile(128, 64, 1, 2, 2), Tile(128, 64, 1, 1, 1)),
+    (192, 192): (Tile(128, 96, 1, 2, 2), Tile(128, 64, 1, 2, 2), Tile(128, 64, 1, 1, 1)),
+    # 256 columns of output leave registers for 64 keys.
+    (256, 256): (Tile(128, 64, 1, 3, 2), Tile(128, 64, 1, 2, 2), Tile(128, 64, 1, 1, 1)),
+}
+LONG_CAUSAL = 2048
+
+
+def why_not(
+    problem: Problem, number: str, chip: Chip, options: Options = PLAIN, operands: Mapping[str, Operand] | None = None
+) -> str | None:
+    """The reason why the family cannot compute the problem on a GPU, or None if it can."""
+    if chip.capability != CAPABILITY:
+        return f"it needs compute capability 9.0, {chip.name} has {chip.capability[0]}.{chip.capability[1]}"
+    if number not in ("float16", "bfloat16"):
+        return f"it multiplies float16 and bfloat16, not {problem.dtype}"
+    if min(problem.batch, problem.seqlen_q, problem.seqlen_k) == 0:
+        return "it takes at least one sequence, query and key"
+    if problem.softmax_scale <= 0:
+        return f"it takes scales above 0, not {problem.softmax_scale}"
+    if _tile(problem, options, chip) is None:
+        return f"{chip.name} has too little shared memory for a tile with {', '.join(options.arguments)}"
+    reasons = (
+        _why_not_array(name, array) for name, array in (operands or {}).items() if name in ("q", "k", "v", "out")
+    )
+    return next((reason for reason in reasons if reason is not None), None)
+
+
+def why_no_backward() -> str | None:
+    """The reason why the family cannot compute gradients."""
+    return "it is a forward pass only; kernel='wmma' has a backward pass, and takes its lse"
+
+
+def _why_not_array(name: str, array: Operand) -> str | None:
+    """The reason why TMA cannot take an array, or 16-byte stores cannot write it."""
+    *outer, (cols, col_stride) = zip(array.shape, array.strides, strict=True)
+    if col_stride != 1 and cols > 1:
+        return f"{name}: its last axis is not contiguous"
+    if cols % VECTOR or not array.aligned or any(stride % VECTOR for size, stride in outer if size > 1):
+        return f"{name}: its rows do not begin at multiples of 16 bytes"
+    if any(not 0 <= stride < 2**39 for size, stride in outer if size > 1) or _repeats_rows(array):
+        return f"{name}: its strides are negative, or repeat rows"
+    return None
+
+
+def _repeats_rows(array: Operand) -> bool:
+    return array.strides[2] == 0 and array.shape[2] > 1
+
+
+def _dims(problem: Problem) -> tuple[int, int]:
+    """Head dimensions of the kernel: TMA fills what is missing with zeros."""
+    dims = padded_head_dims(problem)
+    return max(dims[0], PANEL), max(dims[1], PANEL)
+
+
+def _shared_bytes(dims: tuple[int, int], tile: Tile, options: Options) -> int:
+    """Tiles in panels of 128-byte rows, arrays of pairs, rings of barriers and jobs."""
+    row, row_v = (128 * ceil_div(dim, PANEL) for dim in dims)
+    rows = tile.stages_q * tile.block_m + tile.stages_k * tile.block_n
+    pairs, row_of_pairs = options.tile_bytes(tile.block_m, tile.block_n), options.tile_bytes(1, 32)
+    pairs = pairs + tile.block_m // 16 * row_of_pairs if pairs else 32
+    stages_of_jobs = tile.stages_q + 2
+    stages = tile.stages_q + tile.stages_k + tile.stages_v + 2 + stages_of_jobs
+    rings = 16 * stages + JOB_BYTES * stages_of_jobs
+    return rows * row + tile.stages_v * tile.block_n * row_v + pairs + ceil_div(rings, 8) * 8
+
+
+def _tile(problem: Problem, options: Options, chip: Chip) -> Tile | None:
+    """The tile that suits a call, or None if none fits the shared memory."""
+    dims = _dims(problem)
+    band = problem.band
+    causal = problem.packed or band.end < problem.seqlen_k or band.begin > -problem.seqlen_q
+    for tile in TILES[dims]:
+        if tile.block_m > 128 and (options.features or (causal and problem.seqlen_q < LONG_CAUSAL)):
+            continue
+        if _shared_bytes(dims, tile, options) <= chip.shared_memory:
+            return tile
+    return None
+
+
+def forward(problem: Problem, options: Options, number: str, chip: Chip) -> tuple[Kernel, Tile, int]:
+    """The kernel to launch, its tile, and the number of its jobs."""
+    name, short, _ = NUMBERS[number]
+    dims, tile = _dims(problem), _tile(problem, options, chip)
+    assert tile is not None, "why_not has found one"
+    kernel = Kernel(
+        template="FwdSm90",
+        header="fwd_sm90",
+        symbol="_".join(("cuflash_fwd_sm90", short, f"d{dims[0]}x{dims[1]}", *options.names)),
+        arguments=(f"cuflash::{name}", options.type, *dims, *tile),
+        pointers=(
+            *("const __grid_constant__ cuflash::QkvMaps maps", "Element* out", "float* lse", "unsigned* next_job"),
+            *("const Element* q", "const Element* k", "const Element* v"),
+        ),
+        params="FwdParams",
+        num_threads=128 * (1 + tile.block_m // 64),
+        shared_bytes=_shared_bytes(dims, tile, options),
+        options=options,
+        definitions="".join(wgmma(number, width) for width in sorted({tile.block_n, dims[1]})),
+        arch=ARCH,
+    )
+    jobs = ceil_div(problem.seqlen_q, tile.block_m) * problem.batch
+    if problem.packed:  # attention/packed.cuh
+        jobs = problem.seqlen_q // tile.block_m + problem.batch + 1
+    return kernel, tile, jobs * problem.num_heads
+
+
+MAX_MAPS = 256
+"""Sets of arrays whose tensor maps a plan keeps."""
+
+
+def plan_forward(call: Call) -> Run:
+    """A function of (q, k, v, out, lse or None) and the arrays of the options that computes out and lse."""
+    device, operands = call.device, call.operands
+    kernel, tile, num_jobs = forward(call.problem, call.options, call.number, call.chip)
+    if num_jobs >= 2**31:
+        raise NotImplementedError(f"the call needs {num_jobs} jobs; the kernel counts to {2**31 - 1}")
+    step = call.step((kernel, min(num_jobs, call.chip.multiprocessors)))
+    rows = {"q": tile.block_m, "k": tile.block_n, "v": tile.block_n}
+    kept: dict[tuple[int, ...], Any] = {}
+
+    def maps_of(*arrays: Array) -> Any:
+        """The tensor maps of q, k and v, which depend on where the arrays are."""
+        addresses = tuple(map(device.pointer, arrays))
+        maps = kept.get(addresses)
+        if maps is None:
+            if len(kept) == MAX_MAPS:
+                kept.clear()
+            maps = kept[addresses] = device.tensor_maps(
+                [
+                    (address, _map_shape(operands[name]), _map_strides(operands[name]), (PANEL, rows[name]))
+                    for address, name in zip(addresses, rows, strict=True)
+                ],
+                call.number,
+            )
+        return maps
+
+    def run(q: Array, k: Array, v: Array, out: Array, lse: Array | None, **extras: Any) -> None:
+        lse = device.null if lse is None else lse
+        step(maps_of(q, k, v), out, lse, device.counter(), q, k, v, options=call.options_argument(extras))
+
+    return run
+
+
+def plan_backward(call: Call) -> Run:
+    raise NotImplementedError(why_no_backward())
+
+
+def _map_shape(array: Operand) -> tuple[int, int, int, int]:
+    """The shape of an array as TMA sees it, innermost first: axes along which it is broadcast have one entry."""
+    sizes = [size if stride else 1 for size, stride in zip(array.shape, array.strides, strict=True)]
+    return array.shape[3], array.shape[2], sizes[1], sizes[0]
+
+
+def _map_strides(array: Operand) -> tuple[int, int, int]:
+    """The strides of the three outer axes in elements; of axes with one entry, any that TMA takes."""
+    batch, heads, rows, _ = (stride if size > 1 and stride else VECTOR for size, stride in zip(*array[:2], strict=True))
+    return rows, heads, batch

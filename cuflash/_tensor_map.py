@@ -1,0 +1,73 @@
+"""Tensor maps, which tell Hopper's copy engine about an array: a function of the driver that CuPy does not have."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+BYTES = 128  # of a CUtensorMap
+_ALIGNMENT = 64
+
+# Constants of cuda.h: CUtensorMapDataType, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B.
+_DTYPES = {"float16": 6, "bfloat16": 9}
+_SWIZZLE_128B = 3
+_PROMOTION_256B = 3
+
+
+@cache
+def _encode() -> Any:
+    """``cuTensorMapEncodeTiled`` of the driver that CuPy has loaded."""
+    library = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+    return library.cuTensorMapEncodeTiled
+
+
+def tensor_map(
+    address: int, dtype: str, shape: Sequence[int], strides: Sequence[int], box: Sequence[int]
+) -> np.ndarray[Any, Any]:
+    """The map of a 4-D array of 2-byte elements, copied in boxes whose rows of 128 bytes are swizzled.
+
+    Parameters
+    ----------
+    address : int
+        Where the array begins: a multiple of 16.
+    dtype : {"float16", "bfloat16"}
+        What it holds.
+    shape : sequence of 4 int
+        Its sizes, innermost first.
+    strides : sequence of 3 int
+        Of the outer axes, in elements: multiples of 8.
+    box : sequence of 2 int
+        Columns and rows of a box. What lies outside of the array becomes 0.
+
+    Returns
+    -------
+    numpy.ndarray
+        Its 128 bytes.
+    """
+    memory = np.zeros(BYTES + _ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % _ALIGNMENT
+    error = _encode()(
+        ctypes.c_void_p(memory.ctypes.data + start),
+        _DTYPES[dtype],
+        4,
+        ctypes.c_void_p(address),
+        (ctypes.c_uint64 * 4)(*shape),
+        (ctypes.c_uint64 * 3)(*(2 * stride for stride in strides)),
+        (ctypes.c_uint32 * 4)(*box, 1, 1),
+        (ctypes.c_uint32 * 4)(1, 1, 1, 1),
+        0,
+        _SWIZZLE_128B,
+        _PROMOTION_256B,
+        0,
+    )
+    if error:
+        raise RuntimeError(
+            f"cuflash: the driver cannot map an array at {address:#x} of shape {tuple(shape)}, strides "
+            f"{tuple(strides)} (innermost first): CUresult {error}"
+        )
+    return memory[start : start + BYTES].copy()
