@@ -101,7 +101,7 @@ def attention(
     seed : int or array, optional
         Which weights are dropped: an int in [0, 2**64), or an array of one uint64, which is read when the kernel
         runs. The same seed drops the same weights in every kernel and backend, forward and backward: those of
-        :func:`dropout_mask`, from the counters of Philox4x32-10 [5]_.
+        :func:`dropout_mask`, from the counters of Philox4x32-7 [5]_.
     score_mod : str or callable, optional
         Programmable scores [6]_. For CuPy arrays a CUDA C++ expression in ``score``, ``b``, ``h``, ``q_idx``,
         ``kv_idx`` and the names of ``mod_args``, such as ``"score + table(h, q_idx - kv_idx + 512)"``; it is compiled
@@ -118,8 +118,11 @@ def attention(
         Where to write the result; it must not overlap an input.
     return_lse : bool
         Also return the log of the sum of exponentials of each row of scores.
-    kernel : str
-        Name of a kernel family, or "auto" for the fastest that supports the call.
+    kernel : {"auto", "sm90", "wmma", "fa1", "naive"}
+        Kernel family for CuPy arrays; NumPy arrays take "auto" alone. "auto" is the fastest that can compute the call:
+        "sm90" for float16 and bfloat16 on a Hopper GPU, where its copy engine can take the arrays (last axis
+        contiguous, rows that begin at multiples of 16 bytes), else "wmma". A family by name either computes the call or
+        says why not, in a ``NotImplementedError``. "fa1" and "naive" are older ways, to compare with.
 
     Returns
     -------
@@ -268,8 +271,11 @@ def attention_backward(
         What ``attention(q, k, v, ..., return_lse=True)`` returned.
     scale, causal, window_size, softcap, alibi_slopes, bias, mask, block_mask, sinks, dropout_p, seed
         As they were in the forward call.
-    score_mod, mask_mod, mod_args, layout, kernel
+    score_mod, mask_mod, mod_args, layout
         Likewise.
+    kernel : {"auto", "wmma", "naive"}
+        As for :func:`attention`; it need not be the same. "sm90" and "fa1" have no gradients: "auto" is "wmma", which
+        takes ``out`` and ``lse`` of any family.
     dlse : array, shape (..., Hq, M), optional
         Gradient with respect to ``lse``, in its dtype. Default: 0.
     return_dbias, return_dsinks : bool
@@ -353,7 +359,7 @@ def attention_vjp(
     ----------
     q, k, v : array
     **options
-        Those of :func:`attention`, but ``out``.
+        Those of :func:`attention`, but ``out``; a ``kernel`` by name computes the gradients too, so it must have them.
     return_lse : bool
         Whether to return ``lse`` too.
     return_dbias, return_dsinks, deterministic : bool

@@ -43,6 +43,10 @@ BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "bool": 1}
 MAX_ALIBI_SEQLEN = 2**21  # attention/alibi.cuh
 SCALARS = {"int": ("int", "i4"), "float": ("float", "f4"), "bool": ("bool", "?")}
 
+# Up to |x| = limit, sums of powers of x^2 are tanh(x) / x, and x / tanh(x), to 2^-24.5.
+TANH_OVER_X = (0.17, (0.99999996, -0.333308414, 0.131024664))
+X_OVER_TANH = (1.0, (1.00000003, 0.333331875, -0.022209883, 0.00207988807, -0.000166657719))
+
 
 @dataclass(frozen=True)
 class Feature:
@@ -88,20 +92,35 @@ def _struct(**fields: Any) -> np.dtype[Any]:
 def _softcap(problem: Problem, operands: Mapping[str, Operand]) -> Feature | None:
     if problem.softcap is None:
         return None
+    with np.errstate(all="ignore"):
+        scale, inverse = np.float64(problem.softmax_scale), 1 / np.float64(problem.softcap)
+        small_limit, polynomial = _by_products(*TANH_OVER_X, scale * inverse, scale)
+        moderate_limit, reciprocal = _by_products(*X_OVER_TANH, scale * inverse, 1 / scale)
     return Feature(
         name="softcap",
         type="cuflash::Softcap",
         header="softcap",
-        dtype=_struct(cap="f4", inverse="f4"),
-        values={"cap": problem.softcap, "inverse": 1 / problem.softcap},
-        arrays=lambda extras, pointer: {},
-        flags=("kChangesScores",),
-        methods={
-            "score": "score = softcap.score(score);",
-            "score_if_small": "score = softcap.score_if_small(score);",
-            "is_small": "return softcap.is_small(score);",
+        dtype=_struct(cap="f4", inverse="f4", limits=("f4", (2,)), polynomial=("f4", (3,)), reciprocal=("f4", (5,))),
+        values={
+            "cap": problem.softcap,
+            "inverse": inverse,
+            "limits": (small_limit, moderate_limit),
+            "polynomial": polynomial,
+            "reciprocal": reciprocal,
         },
+        arrays=lambda extras, pointer: {},
+        flags=("kChangesScores", "kHasShortWays"),
     )
+
+
+def _by_products(
+    limit: float, coefficients: tuple[float, ...], slope: np.float64, factor: np.float64
+) -> tuple[float, list[float]]:
+    """Put x = slope * product into a sum of powers of x^2 times a factor, with limit 0 where float32 cannot hold it."""
+    sizes = factor * np.array(coefficients) * slope ** (2 * np.arange(len(coefficients)))
+    largest = limit / abs(slope)
+    held = 1e-15 < largest < 1e15 and np.all((abs(sizes) > 1e-37) & (abs(sizes) < 1e37))
+    return (float(largest), sizes.tolist()) if held else (0.0, [0.0] * len(coefficients))
 
 
 def _pair_array(name: str, operand: Operand, flag: str, methods: dict[str, str]) -> Feature:

@@ -83,12 +83,14 @@ class Options:
                 "cuflash::Dual score(cuflash::Dual score, int query, int key) const", [*scores, "return score;"]
             )
         if "softcap" in names:
-            small = [f.methods.get("score_if_small", f.methods.get("score", "")) for f in self.features]
-            lines += ["  static constexpr bool kHasSmallScores = true;"]
-            lines += _method("bool is_small(float score) const", self._statements("is_small"))
+            lines += ["  template <cuflash::Size kSize>"]
             lines += _method(
-                "cuflash::Dual score_if_small(cuflash::Dual score, int query, int key) const",
-                [*filter(None, small), "return score;"],
+                "cuflash::Dual scaled(float product, float scale) const",
+                ["return softcap.score<kSize>(product, scale);"],
+            )
+            lines += _method(
+                "bool allows(cuflash::Size size, float largest_product) const",
+                ["return softcap.allows(size, largest_product);"],
             )
         if "bias" in names:
             lines += _method(

@@ -20,30 +20,43 @@ JOB_BYTES = 36  # attention/sequence.cuh
 
 
 class Tile(NamedTuple):
-    """Rows of a job, keys of a block, and how many tiles of Q, K and V shared memory holds."""
+    """Rows of a job, keys of a block, and how many tiles of Q, K, V and of arrays of pairs shared memory holds."""
 
     block_m: int
     block_n: int
     stages_q: int
     stages_k: int
     stages_v: int
+    stages_pairs: int = 1
 
 
-# By (head_dim, head_dim_v), the fastest first; the first that suits the call and fits the shared memory is taken.
-# Measured on an H200 (docs/notes/sm90.md). Two consumers have 232 registers a thread, three have 160.
+# By (head_dim, head_dim_v), the fastest first; the first that suits the call and fits the shared memory is taken, and
+# the last for options that take many registers. Measured on an H200 (docs/notes/sm90.md). Two consumers have 232
+# registers a thread, three have 160.
 TILES: dict[tuple[int, int], tuple[Tile, ...]] = {
-    # Three consumers hide the exponentials best; causal rows below 2048 are too short for 192, and options need the
-    # registers of two.
-    (64, 64): (Tile(192, 128, 2, 4, 4), Tile(128, 128, 3, 4, 4), Tile(128, 128, 2, 2, 2), Tile(128, 128, 1, 2, 1)),
-    (96, 96): (Tile(128, 128, 2, 2, 2), Tile(128, 128, 1, 2, 1), Tile(128, 64, 1, 2, 2)),
+    # Three consumers hide the exponentials best; causal rows below 2048 are too short for 192, and most options need
+    # the registers of two.
+    (64, 64): (Tile(192, 128, 2, 4, 4), Tile(128, 128, 3, 4, 4)),
+    (96, 96): (Tile(128, 128, 2, 2, 2),),
     # A second place for Q lets a job begin beside the epilogue of the one before it.
-    (128, 128): (Tile(128, 128, 2, 2, 2), Tile(128, 128, 1, 2, 1), Tile(128, 64, 1, 2, 2)),
-    (192, 128): (Tile(128, 128, 1, 2, 2), Tile(128, 64, 1, 2, 2), Tile(128, 64, 1, 1, 1)),
-    (192, 192): (Tile(128, 96, 1, 2, 2), Tile(128, 64, 1, 2, 2), Tile(128, 64, 1, 1, 1)),
+    (128, 128): (Tile(128, 128, 2, 2, 2), Tile(128, 96, 2, 2, 2)),
+    (192, 128): (Tile(128, 128, 1, 2, 2), Tile(128, 96, 1, 2, 2)),
+    (192, 192): (Tile(128, 96, 1, 2, 2), Tile(128, 64, 1, 2, 2)),
     # 256 columns of output leave registers for 64 keys.
-    (256, 256): (Tile(128, 64, 1, 3, 2), Tile(128, 64, 1, 2, 2), Tile(128, 64, 1, 1, 1)),
+    (256, 256): (Tile(128, 64, 1, 3, 2),),
+}
+# The same for calls with arrays of pairs: a bias or a mask.
+PAIR_TILES: dict[tuple[int, int], tuple[Tile, ...]] = {
+    (64, 64): (Tile(128, 128, 2, 2, 3, 2), Tile(128, 128, 2, 2, 2, 1)),
+    (96, 96): (Tile(128, 128, 1, 2, 2, 2), Tile(128, 128, 1, 2, 2, 1), Tile(128, 64, 1, 2, 2, 1)),
+    (128, 128): (Tile(128, 128, 1, 2, 2, 2), Tile(128, 128, 1, 2, 1, 2), Tile(128, 64, 1, 2, 2, 1)),
+    (192, 128): (Tile(128, 128, 1, 2, 2, 1), Tile(128, 64, 1, 2, 2, 1)),
+    (192, 192): (Tile(128, 64, 1, 2, 2, 1),),
+    (256, 256): (Tile(128, 64, 1, 2, 2, 1), Tile(128, 64, 1, 1, 1, 1)),
 }
 LONG_CAUSAL = 2048
+FRUGAL = {"sinks", "alibi"}  # options for which three consumers have registers enough
+HUNGRY = {"dropout", "mod"}  # options that take the smaller tile
 
 
 def why_not(
@@ -97,25 +110,33 @@ def _shared_bytes(dims: tuple[int, int], tile: Tile, options: Options) -> int:
     """Tiles in panels of 128-byte rows, arrays of pairs, rings of barriers and jobs."""
     row, row_v = (128 * ceil_div(dim, PANEL) for dim in dims)
     rows = tile.stages_q * tile.block_m + tile.stages_k * tile.block_n
-    pairs, row_of_pairs = options.tile_bytes(tile.block_m, tile.block_n), options.tile_bytes(1, 32)
-    pairs = pairs + tile.block_m // 16 * row_of_pairs if pairs else 32
+    pairs = tile.stages_pairs * max(options.tile_bytes(*tile[:2]), 16)
+    careful = tile.block_m // 16 * max(options.tile_bytes(1, 32), 16)
     stages_of_jobs = tile.stages_q + 2
-    stages = tile.stages_q + tile.stages_k + tile.stages_v + 2 + stages_of_jobs
-    rings = 16 * stages + JOB_BYTES * stages_of_jobs
-    return rows * row + tile.stages_v * tile.block_n * row_v + pairs + ceil_div(rings, 8) * 8
+    stages = tile.stages_q + tile.stages_k + 2 * tile.stages_v + tile.stages_pairs + stages_of_jobs
+    rings = 16 * stages + ceil_div(JOB_BYTES * stages_of_jobs, 8) * 8
+    return rows * row + tile.stages_v * tile.block_n * row_v + pairs + careful + rings
 
 
 def _tile(problem: Problem, options: Options, chip: Chip) -> Tile | None:
     """The tile that suits a call, or None if none fits the shared memory."""
-    dims = _dims(problem)
+    dims, has_pairs = _dims(problem), options.tile_bytes(1, 32) > 0
+    tiles = [
+        tile
+        for tile in (PAIR_TILES if has_pairs else TILES)[dims]
+        if options.allows_tile(tile.block_m, tile.block_n)
+        and _shared_bytes(dims, tile, options) <= chip.shared_memory
+        and (tile.block_m <= 128 or _suits_three_consumers(problem, options))
+    ]
+    if not tiles:
+        return None
+    return tiles[-1] if HUNGRY.intersection(options.names) and not has_pairs else tiles[0]
+
+
+def _suits_three_consumers(problem: Problem, options: Options) -> bool:
     band = problem.band
-    causal = problem.packed or band.end < problem.seqlen_k or band.begin > -problem.seqlen_q
-    for tile in TILES[dims]:
-        if tile.block_m > 128 and (options.features or (causal and problem.seqlen_q < LONG_CAUSAL)):
-            continue
-        if _shared_bytes(dims, tile, options) <= chip.shared_memory:
-            return tile
-    return None
+    full = not problem.packed and band.end >= problem.seqlen_k and band.begin <= -problem.seqlen_q
+    return FRUGAL.issuperset(options.names) and (full or problem.seqlen_q >= LONG_CAUSAL)
 
 
 def forward(problem: Problem, options: Options, number: str, chip: Chip) -> tuple[Kernel, Tile, int]:

@@ -58,8 +58,10 @@ def attention_varlen(
     seqused_k : array of int32, shape (B,), optional
         How many keys of each sequence are used: its first. Default: all. ``N`` is that number.
     alibi_slopes : array, shape (Hq,) or (B, Hq), optional
-    scale, causal, window_size, softcap, sinks, dropout_p, seed, score_mod, mask_mod, mod_args, out, return_lse, kernel
+    scale, causal, window_size, softcap, sinks, dropout_p, seed, score_mod, mask_mod, mod_args, out, return_lse
         As for :func:`attention`.
+    kernel : {"auto", "sm90", "wmma"}
+        As for :func:`attention`; "fa1" and "naive" have no packed sequences.
 
     Returns
     -------
@@ -152,8 +154,10 @@ def attention_varlen_backward(
         What it returned with ``return_lse=True``.
     seqused_k, scale, causal, window_size, softcap, alibi_slopes, sinks, dropout_p, seed
         As they were in the forward call.
-    score_mod, mask_mod, mod_args, kernel
+    score_mod, mask_mod, mod_args
         Likewise.
+    kernel : {"auto", "wmma"}
+        As for :func:`attention_backward`.
     dlse : array, shape (Hq, total_q), optional
         Gradient with respect to ``lse``. Default: 0.
     return_dsinks, deterministic : bool
@@ -220,7 +224,8 @@ def attention_varlen_vjp(
     ----------
     q, k, v, cu_seqlens_q, cu_seqlens_k : array
     **options
-        Those of :func:`attention_varlen`, but ``out``.
+        Those of :func:`attention_varlen`, but ``out``; a ``kernel`` by name computes the gradients too, so it must have
+        them.
     return_lse : bool
         Whether to return ``lse`` too.
     return_dsinks, deterministic : bool

@@ -28,14 +28,14 @@ class CompileError(Exception):
 
 
 def compile_for(kernel: KernelSource, arch: str) -> tuple[bytes, str]:
-    """The cubin, and the log with the registers and spills of ptxas."""
+    """The cubin for a chip, or for what the kernel asks for, and the log with the registers and spills of ptxas."""
     from cupy_backends.cuda.libs import nvrtc
 
-    # The options that CuPy adds (docs/design.md, section 5), so that the compiler sees what it sees on a GPU.
-    added = ("--device-as-default-execution-space", "-ftz=true", f"-arch={kernel.arch or arch}")
+    # What CuPy adds behind our options (docs/design.md, section 5), so that the compiler sees what it sees on a GPU.
+    added = ("--device-as-default-execution-space", "-ftz=true", f"-arch={arch}")
     program = nvrtc.createProgram(kernel.code, f"{kernel.symbol}.cu", [], [])
     try:
-        nvrtc.compileProgram(program, [*compile_options(), *added, "--ptxas-options=-v"])
+        nvrtc.compileProgram(program, [*compile_options(kernel.arch), *added, "--ptxas-options=-v"])
         # CuPy takes the last byte of a cubin for the end of a string, and drops it.
         return nvrtc.getCUBIN(program) + b"\0", nvrtc.getProgramLog(program)
     except nvrtc.NVRTCError as error:

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import cupy
+import numpy as np
 
 import cuflash
 from cuflash.testing import (
@@ -46,6 +47,51 @@ PACKED = [
     PackedProblem((70, 33), (70, 40), (5, 40), head_dims=(64, 32), dtype="bfloat16", sinks="float32", dropout_p=0.2),
 ]
 
+# For the family sm90: more jobs than multiprocessors, several blocks of keys, and every kind of pairs.
+LONG = {head_dim: ((64, 300, head_dim), (32, 400, head_dim), (32, 400, head_dim)) for head_dim in (64, 128)}
+HOPPER = [
+    AttentionProblem(*LONG[64], "bfloat16", causal=True),
+    AttentionProblem(*LONG[128], "float16", causal=True),
+    AttentionProblem((4, 300, 256), (4, 400, 256), (4, 400, 256), "bfloat16", causal=True),
+    AttentionProblem((300, 4, 192), (400, 4, 192), (400, 4, 128), "bfloat16", layout="bshd", window_size=(100, 20)),
+    AttentionProblem(
+        (2, 300, 128), (1, 400, 128), (1, 400, 128), "bfloat16", bias=PairArray((2, 300, 400)),
+        mask=PairArray((300, 400), hidden=0.3),
+    ),
+    AttentionProblem((2, 300, 128), (1, 400, 128), (1, 400, 128), "bfloat16", causal=True, dropout_p=0.2),
+    AttentionProblem((2, 300, 64), (2, 300, 64), (2, 300, 64), "float16", mask_mod="document", block_mask=True),
+]  # fmt: skip
+HOPPER_PACKED = [
+    PackedProblem(
+        (30, 0, 300, 129), (90, 5, 400, 260), heads=(4, 2), head_dims=(head_dim, head_dim), tails=(7, 9),
+        dtype="bfloat16", causal=True,
+    )
+    for head_dim in (64, 128)
+]  # fmt: skip
+
+
+def check_forward(problem: AttentionProblem, *, poison: bool = False) -> None:
+    """Run kernel="sm90"; with NaN in a value that only the last rows of a causal problem see, if asked for."""
+    q, k, v = problem.arrays()
+    if poison:
+        v[..., -5, 3] = np.nan
+    inputs = [cupy.asarray(x) for x in (q, k, v)]
+    out, lse = cuflash.attention(*inputs, kernel="sm90", return_lse=True, **problem.options_for(cupy, "expression"))
+    assert_attention_accurate(q, k, v, out, lse, **problem.options)
+
+
+def check_hopper() -> int:
+    """Run the problems of the family sm90, and count them."""
+    for problem in HOPPER:
+        check_forward(problem)
+    for problem in HOPPER[:2]:
+        check_forward(problem, poison=True)
+    for packed in HOPPER_PACKED:
+        inputs, options = packed.arrays(cupy), packed.options_for(cupy, "expression")
+        out, lse = cuflash.attention_varlen(*inputs, kernel="sm90", return_lse=True, **options)
+        assert_attention_varlen_accurate(*packed.arrays(), out, lse, **packed.options)
+    return len(HOPPER) + 2 + len(HOPPER_PACKED)
+
 
 def main() -> None:
     """Run and check everything once."""
@@ -67,6 +113,8 @@ def main() -> None:
         assert_attention_varlen_accurate(*inputs, out, lse, **packed.options)
         assert_gradients_varlen_accurate(dout, *inputs, *vjp(dout), **packed.options)
     print(f"{len(PROBLEMS) + len(VARIANTS) + len(PACKED)} problems, forward and backward: right")
+    if cupy.cuda.Device().compute_capability == "90":
+        print(f"{check_hopper()} problems on the family sm90: right")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import ctypes
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -17,11 +18,12 @@ import numpy as np
 import pytest
 
 import cuflash
-from cuflash import _backends
-from cuflash._cli import console, info
+from cuflash import _backends, _sm90
+from cuflash._cli import console, families, info, tune
 from cuflash._cli.bench import ahead, cells, command, first_call, naive, plots, records, sweeps, tables, variants
 from cuflash._cli.bench.cells import Cell
 from cuflash._cli.bench.cpu import Cpu
+from cuflash._cli.bench.machine import dtype_named
 from cuflash._cli.bench.timing import Contender, Spread, describe, measure_in_turn
 from cuflash._cli.main import main
 from cuflash._device import Chip
@@ -231,7 +233,7 @@ class TestRecords:
         path = tmp_path / "deep" / "device.json"
         records.save(path, results)
         assert records.load(path) == results
-        assert sum(line.startswith('    {"op"') for line in path.read_text().splitlines()) == 72 + 16 + 2 + 5 * 7 + 48
+        assert sum(line.startswith('    {"op"') for line in path.read_text().splitlines()) == 72 + 16 + 2 + 5 * 7 + 64
         assert [file.name for file in path.parent.iterdir()] == ["device.json"]
 
     def test_no_file_is_no_results(self, tmp_path):
@@ -265,7 +267,8 @@ def check_schema(results):
         plain = entry["peers"]["plain"]
         if "ms" in plain:
             cell = Cell(**{name: entry[name] for name in ("head_dim", "causal", "seqlen", "batch", "heads", "dtype")})
-            assert math.isclose(plain["tflops"], cells.flops(entry["op"], cell) / plain["ms"] / 1e9, rel_tol=1e-3)
+            flops = cells.flops(entry["op"], cell, plain.get("pairs"))
+            assert math.isclose(plain["tflops"], flops / plain["ms"] / 1e9, rel_tol=1e-3)
             assert math.isclose(entry["ratio"], entry["tflops"] / plain["tflops"], abs_tol=1e-2)
 
 
@@ -302,7 +305,7 @@ class TestTables:
     def test_variants_by_op(self, results):
         table = tables.variants(results)
         names = [row[0] for row in table.rows]
-        assert len(names) == 2 * 12 + 1
+        assert len(names) == 2 * 16 + 1
         assert list(dict.fromkeys(names)) == list(dict.fromkeys(variant.name for variant in variants.VARIANTS))
         rows = {(row[0], row[2], row[3]): row[4:] for row in table.rows}
         _, _, backward, share, bar = rows["dbias", "64", "4096"]
@@ -314,8 +317,8 @@ class TestTables:
         assert ("mask_mod", "128", "8192") in rows
 
     def test_the_short_table_of_variants(self, results):
-        rows = {(row[0], row[1]): list(row[2:]) for row in tables.ratios(results).rows}
-        assert len(rows) == 13
+        rows = {(row[0], row[2]): list(row[3:]) for row in tables.ratios(results).rows}
+        assert len(rows) == 17
         assert rows["window", "16384"] == ["0.50", "0.50", "0.85"]
         assert rows["mask_mod", "8192"] == ["0.50", "0.50", "0.80"]
 
@@ -585,17 +588,25 @@ def seen_pairs(machine, variant, cell):
         lengths = np.array(variants.offsets(cell), np.int32)
         _, lse = cuflash.attention_varlen(q, q, q, lengths, lengths, return_lse=True, **options)
     else:
-        q = q.reshape(cell.shape)
-        _, lse = cuflash.attention(q, q, q, return_lse=True, **options)
+        k = np.zeros(cell.shape_kv, np.float32)
+        _, lse = cuflash.attention(q.reshape(cell.shape), k, k, return_lse=True, **options)
     return float(np.exp(lse).sum())
 
 
 class TestVariants:
     def test_the_cells_are_those_of_the_other_sweeps(self):
         for variant in variants.VARIANTS:
-            for cell in variant.cells(variants.SIZES["gpu"], "bfloat16"):
+            for cell in variant.plain_cells(variants.SIZES["gpu"], "bfloat16"):
                 assert cell.batch * cell.seqlen == cells.TOKENS
                 assert cell.heads * cell.head_dim == cells.WIDTH
+
+    @pytest.mark.parametrize(
+        ("name", "seqlens"), [("odd", (4033, 4033)), ("short_q", (1024, 4096)), ("gqa4", (4096, 4096))]
+    )
+    def test_lengths_of_queries_and_keys(self, name, seqlens):
+        for cell in variant_named(name).cells(variants.SIZES["gpu"], "bfloat16"):
+            assert (cell.shape[2], cell.shape_kv[2]) == seqlens
+            assert cell.pairs == cell.batch * cell.heads * seqlens[0] * seqlens[1]
 
     def test_random_lengths_have_the_tokens_of_the_cell(self):
         (cell, _) = variant_named("varlen").cells(variants.SIZES["gpu"], "bfloat16")
@@ -605,7 +616,9 @@ class TestVariants:
         padded = variants.padded(cell)
         assert (padded.batch, padded.seqlen, padded.heads) == (8, lengths.max(), cell.heads)
 
-    @pytest.mark.parametrize("name", ["softcap", "window", "gqa8", "varlen", "dropout", "mask_mod"])
+    @pytest.mark.parametrize(
+        "name", ["softcap", "window", "wide_window", "gqa8", "short_q", "odd", "varlen", "dropout", "mask_mod"]
+    )
     def test_pairs_are_those_that_are_seen(self, name):
         variant = replace(variant_named(name), group=1)
         cell = variant.cells(variants.Sizes(width=16, seqlen=128, batch=4), "float32")[0]
@@ -642,7 +655,7 @@ class TestVariants:
         (path,) = tmp_path.glob("*.json")
         saved = records.load(path)
         check_schema(saved)
-        assert len(saved["variants"]) == 48
+        assert len(saved["variants"]) == 64
         assert all("error" not in peer for entry in saved["variants"] for peer in entry["peers"].values())
         assert {entry["variant"] for entry in saved["variants"] if "padding" in entry} == {"varlen"}
         assert {entry["heads"] // entry["heads_kv"] for entry in saved["variants"] if entry["variant"] == "gqa8"} == {8}
@@ -657,7 +670,7 @@ class TestVariants:
         assert main(["bench", "--cpu", "--sweep", "variants", *arguments]) == 1
         assert "numpy failed: NotImplementedError: no packed sequences" in capsys.readouterr().out
         (path,) = tmp_path.glob("*.json")
-        assert len(records.load(path)["variants"]) == 2 * 10 + 1
+        assert len(records.load(path)["variants"]) == 2 * 14 + 1
 
     def test_without_the_plain_rate_there_is_no_ratio(self, results):
         entry = {key: value for key, value in variant_records()[0].items() if key != "ratio"}
@@ -683,9 +696,18 @@ class _Recorder:
     def struct(self, params):
         return params
 
+    def tensor_maps(self, arrays, dtype):
+        return None
+
+    def counter(self):
+        return None
+
     def load(self, kernel):
         self.loaded.add(kernel.code)
         return lambda *_: None
+
+
+FAMILIES_OF = {"forward": ["sm90", "wmma"], "backward": ["wmma"]}
 
 
 class TestCompilingAhead:
@@ -716,15 +738,17 @@ class TestCompilingAhead:
 
     def test_compiles_what_is_measured(self, device, in_this_process, monkeypatch):
         pytest.importorskip("ml_dtypes")
-        monkeypatch.setitem(variants.SIZES, "cpu", variants.Sizes(width=1024, seqlen=128, batch=1))
-        ahead.compile_variants(cells.OPS, ["auto"], "bfloat16")
-        compiled, device.loaded = device.loaded, set()
         machine = ahead._gpu()
+        monkeypatch.setattr(machine, "normal", lambda shape, dtype, seed: np.zeros(shape, dtype_named(dtype)))
+        ahead.compile_variants(cells.OPS, lambda op, cell: FAMILIES_OF[op], "bfloat16")
+        compiled, device.loaded = device.loaded, set()
         for variant in (variants.PLAIN, *variants.VARIANTS):
-            for cell in variant.cells(variants.Sizes(width=2048, seqlen=256, batch=4), "bfloat16"):
+            sizes = variants.Sizes(width=1024, seqlen=2304, batch=1)
+            for cell in (*variant.cells(sizes, "bfloat16"), *variant.plain_cells(sizes, "bfloat16")):
                 for op in variant.ops:
-                    variant.prepare(machine, op, cell, "auto")().call()
-        assert len(compiled) > 60
+                    for family in FAMILIES_OF[op]:
+                        variant.prepare(machine, op, cell, family)().call()
+        assert len(compiled) > 80
         assert device.loaded <= compiled
 
     def test_what_fails_is_left_to_the_measurement(self, device, in_this_process, monkeypatch):
@@ -732,18 +756,52 @@ class TestCompilingAhead:
             raise NotImplementedError("not on this machine")
 
         monkeypatch.setattr(cuflash, "attention", broken)
-        monkeypatch.setitem(variants.SIZES, "cpu", variants.Sizes(width=1024, seqlen=16, batch=1))
-        ahead.compile_variants(["forward"], ["auto"], "float16")
+        monkeypatch.setattr(ahead, "FEW", variants.Sizes(width=1024, seqlen=16, batch=1))
+        ahead.compile_variants(["forward"], lambda op, cell: ["auto"], "float16")
         assert device.loaded  # those of packed sequences
 
     def test_it_is_the_first_step_on_a_gpu(self, device, monkeypatch):
         asked = []
-        monkeypatch.setattr(ahead, "compile_variants", lambda *choice: asked.append(choice))
+
+        def compile_variants(ops, kernels_of, dtype):
+            asked.append((ops, [*kernels_of("forward", cells.small_cell(dtype))], dtype))
+
+        monkeypatch.setattr(ahead, "compile_variants", compile_variants)
         choice = sweeps.Choice(ops=["forward"], kernels=["auto"], peers=[], dtype="bfloat16")
         first, *others = sweeps.plan(ahead._gpu(), "variants", choice)
         assert first.run() == sweeps.Outcome([])
         assert asked == [(["forward"], ["auto"], "bfloat16")]
-        assert len(others) == 2 * 11 + 1
+        assert len(others) == 2 * 15 + 1
+
+    @pytest.mark.parametrize(
+        ("capability", "op", "dtype", "expected"),
+        [
+            ((9, 0), "forward", "bfloat16", ["sm90", "wmma"]),
+            ((9, 0), "backward", "bfloat16", ["wmma"]),
+            ((9, 0), "forward", "float32", ["wmma"]),
+            ((8, 0), "forward", "float16", ["wmma"]),
+            ((7, 5), "forward", "bfloat16", ["auto"]),
+        ],
+    )
+    def test_the_families_of_a_gpu(self, capability, op, dtype, expected):
+        pytest.importorskip("cupy")
+        from cuflash._cli.bench.gpu import Gpu
+
+        machine = Gpu.__new__(Gpu)
+        machine._chip = Chip("a GPU", capability, 227 << 10)
+        cell = replace(CELL, dtype=dtype)
+        assert machine.kernels(op, cell) == expected
+        assert machine.kernel_name(op, cell, "auto") == expected[0]
+        assert machine.kernel_name(op, cell, "fa1") == "fa1"
+
+    def test_a_family_is_measured_where_it_can_compute(self, device, monkeypatch):
+        machine = ahead._gpu()
+        monkeypatch.setattr(machine, "kernels", lambda op, cell: FAMILIES_OF[op])
+        monkeypatch.setattr(machine, "kernel_name", lambda op, cell, kernel: kernel)
+        choice = sweeps.Choice(ops=cells.OPS, kernels=[], peers=[], dtype="bfloat16")
+        _, *steps = sweeps.plan(machine, "variants", choice)
+        asked = {(step.run.args[2], step.run.args[-1]) for step in steps}
+        assert asked == {("forward", "sm90"), ("forward", "wmma"), ("backward", "wmma")}
 
 
 class TestFirstCall:
@@ -906,7 +964,7 @@ class TestInfo:
             text=True,
             check=True,
         )
-        assert "{info,bench}" in child.stdout
+        assert "{info,bench,tune}" in child.stdout
 
     def test_kernels_are_told_by_capability(self):
         rows = {row["dtype"]: row for row in info.collect()["kernels"] if row["family"] == "wmma"}
@@ -961,3 +1019,69 @@ class TestInfo:
     def test_a_cache_in_memory(self, monkeypatch):
         monkeypatch.setenv("CUPY_CACHE_IN_MEMORY", "1")
         assert "in memory" in info.describe(info.collect())
+
+
+class _Tuned(_Recorder):
+    """A GPU on which one tile is twice as fast as all others."""
+
+    def __init__(self, fastest):
+        super().__init__()
+        self.fastest, self.launched = fastest, None
+
+    def load(self, kernel):
+        arguments = re.search(r"cuflash::Fwd\w+<(.*)>;", kernel.code)[1].split(", ")[4:]
+
+        def launch(*_):
+            self.launched = tuple(map(int, arguments))
+
+        return launch
+
+
+class TestTune:
+    def test_lists_what_fits_a_gpu(self, capsys):
+        assert main(["tune", "--arch", "sm_90", "--head-dim", "128"]) == 0
+        rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+        in_use = {row[0]: row for row in rows if row[-2:] == ["full,", "causal"]}
+        assert set(in_use) == {"sm90", "wmma"}
+        assert in_use["sm90"][1:7] == [str(number) for number in _sm90.TILES[128, 128][0]]
+        assert sum(row[:1] == ["sm90"] for row in rows) > 10
+
+    @pytest.mark.parametrize(
+        ("arch", "families_"), [("sm_80", {"wmma"}), ("sm_90", {"sm90", "wmma"}), ("sm_70", set())]
+    )
+    def test_lists_the_families_of_a_gpu(self, arch, families_):
+        (chip,) = (chip for chip in families.known_chips() if chip.arch == arch)
+        table = tune.listed(chip, "bfloat16", 64)
+        assert {row[0] for row in table.rows} == families_
+        assert all(float(row[2]) <= chip.shared_memory / 1024 for row in table.rows)
+
+    def test_without_a_gpu_it_says_so(self, monkeypatch, capsys):
+        monkeypatch.setitem(sys.modules, "cuflash._cli.bench.gpu", None)
+        assert main(["tune"]) == 1
+        assert "No GPU to measure" in capsys.readouterr().out
+
+    @pytest.mark.parametrize(
+        ("fastest", "change"),
+        [
+            ((128, 64, 1, 4, 4, 1), "sm90, D 128, causal: 128 64 1 4 4 1 instead of 128 128 2 2 2 1, 100 % faster"),
+            ((64, 64, 4), "wmma, D 128, full: 64 64 4 instead of 128 64 4, 100 % faster"),
+        ],
+    )
+    def test_shows_what_it_would_change_and_changes_nothing(self, monkeypatch, fastest, change):
+        pytest.importorskip("ml_dtypes")
+        machine = Cpu()
+        machine.device = _Tuned(fastest)
+        monkeypatch.setattr(machine, "normal", lambda shape, dtype, seed: np.zeros(shape, dtype_named(dtype)))
+
+        def sample(call, repeats):
+            call()
+            return [0.5 if machine.device.launched == fastest else 1.0] * repeats
+
+        monkeypatch.setattr(machine, "sample", sample)
+        monkeypatch.setattr(tune, "TOKENS", tune.SEQLEN)
+        tables_before = [dict(family.table) for family in tune.TUNED]
+        table, changes = tune.measured(machine, "bfloat16", 128)
+        assert [dict(family.table) for family in tune.TUNED] == tables_before
+        assert len(changes) == 2
+        assert change in changes
+        assert all(sum("*" in row[column] for row in table.rows) == 2 for column in (2, 3))

@@ -10,10 +10,12 @@ from typing import Any
 
 import pytest
 
-from cuflash import _wmma
+from cuflash import _sm90, _wmma
+from cuflash._device import KernelSource
 from cuflash._kernel import HEAD_DIMS, NUMBERS, Kernel, find_blocks
 from cuflash._options import Options
-from cuflash._problem import Mod, Operand, Problem
+from cuflash._problem import Mod, Operand, Problem, Window
+from cuflash._wgmma import wgmma
 from tests import cubin
 from tests.cubin import CHIPS
 
@@ -22,6 +24,7 @@ pytestmark = pytest.mark.compile
 
 PAIRS = Operand((1, 1, 64, 64), (0, 0, 64, 1), "bfloat16")
 MASK = PAIRS._replace(dtype="bool")
+HALF = ("float16", "bfloat16")
 ROWS = Operand((1, 1, 1, 1), (0, 0, 0, 0), "float32")
 SCORE_MOD = Mod(score_mod="score + table(h, abs(q_idx - kv_idx))", args=(("table", ("float32", 2)),))
 MASK_MOD = Mod(mask_mod="q_idx / 64 == kv_idx / 64")
@@ -54,6 +57,11 @@ def options(feature: str) -> Options:
     return Options.of(replace(problem(1, 1), **changes), operands)
 
 
+def sm90_forward(options: Options, number: str, head_dims: tuple[int, int], *, causal: bool = False) -> Kernel:
+    changed = replace(problem(*head_dims), window=Window.of(causal, None), packed="packed" in options.names)
+    return _sm90.forward(changed, options, number, CHIPS[90])[0]
+
+
 def passes(options: Options, number: str, head_dims: tuple[int, int], arch: int) -> Iterator[Kernel]:
     """The forward and the two kernels of the backward."""
     for make in (_wmma.forward, _wmma.backward_dkdv, _wmma.backward_dq):
@@ -65,6 +73,9 @@ def plain_kernels(arch: int) -> Iterator[Kernel]:
         yield _wmma.delta(problem(1, 1), number)[0]
         for head_dims in HEAD_DIMS:
             yield from passes(Options(), number, head_dims, arch)
+    if arch == 90:
+        for number, head_dims, causal in product(HALF, _sm90.TILES, (False, True)):  # the tile may differ
+            yield sm90_forward(Options(), number, head_dims, causal=causal)
 
 
 def kernels_with_options(arch: int) -> Iterator[Kernel]:
@@ -74,6 +85,8 @@ def kernels_with_options(arch: int) -> Iterator[Kernel]:
             yield from passes(options(feature), "bfloat16", (128, 128), arch)
     if arch == 90:
         yield find_blocks(options("mask_mod"))
+        for feature, head_dims in product(FEATURES, ((64, 64), (128, 128))):
+            yield sm90_forward(options(feature), "bfloat16", head_dims)
     if arch in (80, 90, 100, 120):
         yield _wmma.dsinks(problem(1, 1), options("sinks"), "float32")[0]
         for number, head_dims in product(("float16", "bfloat16", "float32"), HEAD_DIMS):
@@ -86,8 +99,8 @@ def reachable(arch: int) -> Iterator[Kernel]:
 
 
 def cases() -> list[object]:
-    unique = {(kernel.symbol, arch): (kernel, arch) for arch in CHIPS for kernel in reachable(arch)}
-    return [pytest.param(kernel, arch, id=f"{symbol}-sm_{arch}") for (symbol, _), (kernel, arch) in unique.items()]
+    unique = {(kernel.symbol, kernel.arguments, arch): (kernel, arch) for arch in CHIPS for kernel in reachable(arch)}
+    return [pytest.param(kernel, arch, id=f"{kernel.symbol}-sm_{arch}") for kernel, arch in unique.values()]
 
 
 # What an option adds to a kernel that takes all 255 registers by itself: the bytes, at most, that ptxas may park for it
@@ -96,6 +109,10 @@ MAY_PARK = {
     "bwd_wmma_dkdv_bf16_d128x128_mod": {80: 96, 90: 64, 100: 32},
     "bwd_wmma_dq_bf16_d128x128_mask": {80: 64},
     "bwd_wmma_dq_bf16_d128x128_mod": {100: 64},
+    "fwd_sm90_bf16_d64x64_dropout": {90: 32},
+    "fwd_sm90_bf16_d64x64_mod": {90: 32},
+    "fwd_sm90_bf16_d128x128_dropout": {90: 160},
+    "fwd_sm90_bf16_d128x128_mod": {90: 96},
     "fwd_wmma_bf16_d128x128_alibi": {90: 160},
     "fwd_wmma_bf16_d128x128_bias": {80: 224, 90: 192},
     "fwd_wmma_bf16_d128x128_dropout": {90: 64},
@@ -104,6 +121,9 @@ MAY_PARK = {
     "fwd_wmma_bf16_d128x128_mod_block_mask": {90: 32},
     "fwd_wmma_bf16_d128x128_packed": {90: 96},
 }
+# What ptxas notes, for whatever reason (C7510, C7514 and others), where it waits for each wgmma before the next: the
+# kernel is right, and several times slower.
+SERIALIZED = "wgmma.mma_async instructions are serialized"
 
 
 @pytest.mark.parametrize("kernel, arch", cases())
@@ -121,6 +141,10 @@ def test_a_kernel_compiles_within_its_registers_and_uses_tensor_cores(kernel: Ke
     found = cubin.opcodes(code)
     assert found["EXIT"] > 0
     assert allowed or not {"LDL", "STL"} & set(found)
+    if "sm90" in kernel.header:
+        assert found["HGMMA"] > 0
+        assert found["UTMALDG"] > 0, "tiles must be copied by TMA"
+        assert SERIALIZED not in log, log
     if "wmma" in kernel.header:
         assert found["HMMA"] > 0
         if "f16" in kernel.symbol:
@@ -133,15 +157,28 @@ def test_every_tile_fits_the_shared_memory(arch: int) -> None:
         assert kernel.shared_bytes <= CHIPS[arch].shared_memory, kernel.symbol
 
 
-def test_the_source_is_checked_against_what_python_believes() -> None:
+@pytest.mark.parametrize("arch", [80, 90])
+def test_the_source_is_checked_against_what_python_believes(arch: int) -> None:
     """A wrong size of the parameters or of shared memory does not compile."""
-    kernel = _wmma.forward(problem(64, 64), Options(), "float16", CHIPS[80])[0]
+    if arch == 80:
+        kernel = _wmma.forward(problem(64, 64), Options(), "float16", CHIPS[80])[0]
+    else:
+        kernel = sm90_forward(options("bias"), "float16", (64, 64))
     source = kernel.source
     for right in (f"kSharedBytes == {kernel.shared_bytes}", "sizeof(cuflash::FwdParams) == "):
         assert right in source.code
-        wrong = type(source)(source.symbol, source.code.replace(right, right + "1"), source.num_threads, 0)
+        wrong = replace(source, code=source.code.replace(right, right + "1"))
         with pytest.raises(cubin.CompileError, match="static assert"):
-            cubin.compile_for(wrong, "sm_80")
+            cubin.compile_for(wrong, f"sm_{arch}")
+
+
+def test_the_architecture_of_a_kernel_goes_before_that_of_the_chip() -> None:
+    """CuPy puts its own -arch behind ours, and NVRTC takes the first: wgmma is there for sm_90a, not for sm_90."""
+    source = sm90_forward(Options(), "bfloat16", (64, 64)).source
+    code, _ = cubin.compile_for(source, "sm_90")
+    assert cubin.opcodes(code)["HGMMA"] > 0
+    with pytest.raises(cubin.CompileError, match="wgmma"):
+        cubin.compile_for(replace(source, arch=""), "sm_90")
 
 
 def test_two_kernels_never_share_a_module() -> None:
@@ -156,3 +193,30 @@ def test_a_spill_would_be_seen() -> None:
     code, log = cubin.compile_for(type(source)(source.symbol, limited, source.num_threads, 0), "sm_80")
     assert not re.search(r"\b0 bytes spill stores", log)
     assert cubin.opcodes(code)["STL"] > 0
+
+
+PRODUCT = """\
+#include <cuflash/ptx/wgmma.cuh>
+#include <cuflash/common/numbers.cuh>
+{wgmma}
+using cuflash::ptx::TileDescriptor;
+extern "C" __global__ void product(float* out, TileDescriptor a, TileDescriptor b, int n) {{
+  float sum[32] = {{}};
+  for (int i = 0; i < n; ++i) {{
+    cuflash::ptx::wgmma_fence();
+    cuflash::ptx::Wgmma<__half, 64>::multiply<false>(sum, a, b, true);
+    cuflash::ptx::wgmma_commit();
+    {between}
+    cuflash::ptx::wgmma_wait<0>();
+  }}
+  for (float x : sum) *out++ = x;
+}}
+"""
+
+
+@pytest.mark.parametrize(("between", "serialized"), [("", False), ("for (float& x : sum) x *= 2.0f;", True)])
+def test_a_serialized_wgmma_would_be_seen(between: str, serialized: bool) -> None:
+    """The note is in the log if a sum is used before its product was waited for."""
+    code = PRODUCT.format(wgmma=wgmma("float16", 64), between=between)
+    _, log = cubin.compile_for(KernelSource("product", code, 128, 0, _sm90.ARCH), "sm_90")
+    assert (SERIALIZED in log) == serialized

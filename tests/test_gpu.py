@@ -17,6 +17,7 @@ from cuflash.testing.strategies import AttentionProblem
 pytestmark = pytest.mark.gpu
 
 GIB = 2**30
+KERNELS = ("auto", "wmma")  # on some chips "auto" means another family
 
 
 def needs_memory(cupy: Any, size: int) -> None:
@@ -50,8 +51,9 @@ def strided(cupy: Any, memory: Any, x: Any, strides: tuple[int, ...], offset: in
     return view
 
 
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("axis", ["batch", "heads", "rows"])
-def test_offsets_beyond_2_to_the_31_elements(gpu: Any, axis: str) -> None:
+def test_offsets_beyond_2_to_the_31_elements(gpu: Any, axis: str, kernel: str) -> None:
     """Arrays whose last elements are more than 2**31 elements from their first ones, along one axis."""
     needs_memory(gpu, 12 * GIB)
     batch, heads, rows, columns = 2, 2, 66, 64
@@ -70,13 +72,13 @@ def test_offsets_beyond_2_to_the_31_elements(gpu: Any, axis: str) -> None:
     inputs = [normal(gpu, (batch, heads, rows, columns), "float16", seed) for seed in range(4)]
     q, k, v, dout = (strided(gpu, memory, x, tuple(strides), i * (1 << 16)) for i, x in enumerate(inputs))
     out = strided(gpu, memory, gpu.zeros_like(inputs[0]), tuple(strides), 4 * (1 << 16))
-    expected, lse = cuflash.attention(*inputs[:3], causal=True, return_lse=True)
-    cuflash.attention(q, k, v, causal=True, out=out)
+    options = {"causal": True, "kernel": kernel}
+    expected, lse = cuflash.attention(*inputs[:3], return_lse=True, **options)
+    cuflash.attention(q, k, v, out=out, **options)
     assert_same_bits(out, expected)
-    gradients = cuflash.attention_backward(dout, q, k, v, out, lse, causal=True)
-    for gradient, same in zip(
-        gradients, cuflash.attention_backward(inputs[3], *inputs[:3], expected, lse, causal=True), strict=True
-    ):
+    gradients = cuflash.attention_backward(dout, q, k, v, out, lse, **options)
+    same_gradients = cuflash.attention_backward(inputs[3], *inputs[:3], expected, lse, **options)
+    for gradient, same in zip(gradients, same_gradients, strict=True):
         assert_same_bits(gradient, same)
 
 
@@ -100,8 +102,9 @@ def test_more_than_2_to_the_31_elements(gpu: Any) -> None:
         assert_same_bits(gradient[0], expected[0])
 
 
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
-def test_200_repetitions_give_the_same_bits(gpu: Any, dtype: str) -> None:
+def test_200_repetitions_give_the_same_bits(gpu: Any, dtype: str, kernel: str) -> None:
     """Races show as differences; other work on a second stream shuffles the order of blocks."""
     q, k, v, dout = (normal(gpu, (2, 4, 517, 64), dtype, seed) for seed in range(4))
     k, v = k[:, :2], v[:, :2]
@@ -112,7 +115,7 @@ def test_200_repetitions_give_the_same_bits(gpu: Any, dtype: str) -> None:
     for _ in range(200):
         with other:
             noise @ noise
-        out, vjp = cuflash.attention_vjp(q, k, v, causal=True)
+        out, vjp = cuflash.attention_vjp(q, k, v, causal=True, kernel=kernel)
         results = (out, *vjp(dout))
         bits = [x.view("uint16" if dtype == "float16" else "uint32") for x in results]
         first = first or bits
@@ -304,7 +307,8 @@ def test_lengths_are_clamped_on_the_device(gpu: Any) -> None:
         assert not np.isnan(gpu.asnumpy(parent[:3, 128:256])).any()
 
 
-def test_variants_give_the_same_bits_again(gpu: Any) -> None:
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_variants_give_the_same_bits_again(gpu: Any, kernel: str) -> None:
     """Races of the tiles of bias and mask, and of the gradients that are summed over shared axes."""
     q, k, v, dout = (normal(gpu, (2, 4, 517, 64), "float16", seed) for seed in range(4))
     options = {
@@ -315,6 +319,7 @@ def test_variants_give_the_same_bits_again(gpu: Any) -> None:
         "softcap": 5.0,
         "dropout_p": 0.2,
         "seed": 7,
+        "kernel": kernel,
     }
     first = None
     differing = gpu.zeros((), "int64")
@@ -366,13 +371,14 @@ def test_the_second_device(gpu: Any) -> None:
     assert_same_bits(gpu.asnumpy(out), gpu.asnumpy(expected))
 
 
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
-def test_medium_sizes_are_accurate(gpu: Any, dtype: str) -> None:
+def test_medium_sizes_are_accurate(gpu: Any, dtype: str, kernel: str) -> None:
     for head_dim in (64, 128):
         shapes = ((2, 4, 1000, head_dim), (2, 2, 1100, head_dim), (2, 2, 1100, head_dim))
         problem = AttentionProblem(*shapes, dtype, causal=True)
         arrays, dout = problem.arrays(gpu), problem.dout(gpu)
-        out, lse = cuflash.attention(*arrays, causal=True, return_lse=True)
+        out, lse = cuflash.attention(*arrays, causal=True, return_lse=True, kernel=kernel)
         assert_attention_accurate(*arrays, out, lse, causal=True)
         gradients = cuflash.attention_backward(dout, *arrays, out, lse, causal=True)
         assert_gradients_accurate(dout, *arrays, *gradients, causal=True)

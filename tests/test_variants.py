@@ -33,9 +33,27 @@ def test_every_combination_is_accurate(ring: Ring) -> None:
     check_combination()
 
 
-@pytest.mark.parametrize("softcap", [0.5, 30.0])
+# Scores reach 22: they are far above the cap, around it, below it and hardly a part of it.
+@pytest.mark.parametrize("softcap", [1e-30, 0.5, 8.0, 30.0, 100.0, 200.0, 1e30])
 def test_softcap(ring: Ring, softcap: float) -> None:
     check(ring, softcap=softcap, scale=1.0)
+
+
+# Kernels have shorter ways for tiles whose scores are all small: sorted, tiles take each way, and shuffled the longest.
+@pytest.mark.parametrize("softcap, scale", [(8.0, 0.25), (8.0, -0.25), (1e-2, 1e-4), (8.0, 0.0)])
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_softcap_of_single_scores(ring: Ring, softcap: float, scale: float, shuffled: bool) -> None:
+    products = 5 * softcap / abs(scale or 1) * (1 - 2.0**-6) ** np.arange(700)
+    products = np.concatenate([products, [np.nan], -products, [np.inf, -np.inf]])
+    if shuffled:
+        products = np.random.default_rng(0).permutation(products)
+    q, one = products.astype(np.float16)[:, None], np.ones((1, 1), np.float16)
+
+    _, lse = ring.attention(*map(ring.asarray, (q, one, one)), scale=scale, softcap=softcap, return_lse=True)
+
+    with np.errstate(invalid="ignore"):
+        expected = softcap * np.tanh(scale * q[:, 0].astype(np.float64) / softcap)
+    np.testing.assert_allclose(ring.numpy(lse), expected, rtol=2.0**-21)
 
 
 @pytest.mark.parametrize("alibi", ["heads", "batch"])

@@ -26,8 +26,8 @@ def known_chips() -> list[Chip]:
     return [Chip(f"sm_{major}{minor}", (major, minor), size) for (major, minor), size in CAPABILITIES.items()]
 
 
-def obstacles(dtype: str, chip: Chip, *, head_dim: int = 128) -> dict[str, str | None]:
-    """For each family, the fastest first, why it cannot run on a chip, or None if it can."""
+def obstacles(dtype: str, chip: Chip, *, head_dim: int = 128, backward: bool = False) -> dict[str, str | None]:
+    """For each family, the fastest first, why it cannot run on a chip, or compute gradients there; None if it can."""
     problem = Problem(
         dtype=dtype,
         batch=1,
@@ -40,4 +40,7 @@ def obstacles(dtype: str, chip: Chip, *, head_dim: int = 128) -> dict[str, str |
         softmax_scale=head_dim**-0.5,
         window=Window.of(causal=True, window_size=None),
     )
-    return {name: family.why_not(problem, dtype, chip) for name, family in FAMILIES.items()}
+    return {
+        name: (family.why_no_backward() if backward else None) or family.why_not(problem, dtype, chip)
+        for name, family in FAMILIES.items()
+    }

@@ -1,11 +1,11 @@
-"""The command line: ``python -m cuflash info`` and ``python -m cuflash bench``."""
+"""The command line: ``python -m cuflash info``, ``bench`` and ``tune``."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
 
-from cuflash._cli import info
+from cuflash._cli import info, tune
 from cuflash._cli.bench import command as bench
 
 
@@ -15,8 +15,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m cuflash",
         description="cuflash: exact flash attention on CuPy and NumPy arrays.",
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{info,bench}")
-    for module in (info, bench):
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{info,bench,tune}")
+    for module in (info, bench, tune):
         module.add_parser(commands)
     options = parser.parse_args(arguments)
     try:

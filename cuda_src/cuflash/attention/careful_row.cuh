@@ -11,14 +11,17 @@ namespace cuflash {
 // What a warp needs to know of its head.
 template <class Element, class Options>
 struct CarefulHead {
-  static constexpr int kTileBytes = Options::template kTileBytes<1, 32>;
+  // What a warp needs for the pairs of one row.
+  struct alignas(16) Memory {
+    unsigned char pairs[larger(Options::template kTileBytes<1, 32>, 16)];
+  };
 
   const Matrix<const Element>&q, &k, &v;
   const Matrix<Element>& out;
   const Options& options;
   const Band& band;
   float scale;
-  unsigned char* memory;  // kTileBytes of this warp's
+  Memory& memory;  // of this warp
 
   // Writes out[row], whose weights are e^(score - shift) * inverse.
   template <int kHeadDimV>
@@ -29,12 +32,12 @@ struct CarefulHead {
 #pragma unroll 1
     for (int first_key = keys.begin / 32 * 32; first_key < keys.end; first_key += 32) {
       Options here = options;
-      here.template load<1, 32, 32>(memory, row, first_key);
+      here.template load<1, 32, 32>(memory.pairs, row, first_key);
       ptx::cp_async_commit();
       ptx::cp_async_wait<0>();
       __syncwarp();
-      here.template look_at<1, 32>(memory, row, first_key);
-      const Pairs<Options> pairs = {here, band};
+      here.template look_at<1, 32>(memory.pairs, row, first_key);
+      const Pairs<Options> pairs = {here, band, scale};
 
       const int key = first_key + lane;
       const bool visible = pairs.visible(row, key);
@@ -43,7 +46,7 @@ struct CarefulHead {
         float product = 0.0f;
 #pragma unroll 1
         for (int col = 0; col < q.cols; ++col) product += to_float(*q.at(row, col)) * to_float(*k.at(key, col));
-        weight = softmax_weight(pairs.score(product * scale, row, key).value, shift) * inverse;
+        weight = softmax_weight(pairs.score(product, row, key).value, shift) * inverse;
       }
       if (!survives(here, row, key)) weight = 0.0f;
 
@@ -77,7 +80,7 @@ struct CarefulHead {
       for (int half = 0; half < 2; ++half) {
         drawn[half] = __shfl_sync(kFullMask, options.draw(row / 16 * 16, key / 32 * 32 + 16 * half), owner);
       }
-      return drawn[key / 16 % 2] >> bit & 1;
+      return (key / 16 % 2 ? drawn[1] : drawn[0]) >> bit & 1;
     } else {
       return true;
     }

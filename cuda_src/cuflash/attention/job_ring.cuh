@@ -6,12 +6,13 @@
 
 namespace cuflash {
 
-template <int kStages>
+template <int kStages, bool kCompact = false>
 struct JobRing {
-  using Position = RingPosition<kStages>;
+  using Ring = Pipeline<kStages, kCompact>;
+  using Position = typename Ring::Position;
   static constexpr int kNoTile = -1;
 
-  Pipeline<kStages> ring;
+  Ring ring;
   Job jobs[kStages];
 
   // Tells the compiler that all lanes have the same number.
@@ -41,7 +42,7 @@ struct JobRing {
     if (threadIdx.x % 32 == 0) {
       ring.wait_empty(at);
       jobs[at.stage()] = job;
-      ptx::barrier_arrive(ring.full + at.stage());
+      ring.fill(at);
     }
     at.advance();
   }

@@ -6,6 +6,9 @@
 
 namespace cuflash {
 
+// How large the products of queries and keys at hand are, where options know a shorter way to scores of some sizes.
+enum class Size { kSmall, kModerate, kAny };
+
 // Plain attention. For a call with options the JIT writes a class derived from this one, which holds their parameters
 // and replaces what they change (cuflash/_options.py): every kernel family takes it as a template argument.
 struct PlainOptions : BatchedSequences {
@@ -30,13 +33,18 @@ struct PlainOptions : BatchedSequences {
   template <int kBlockM, int kBlockN>
   __device__ __forceinline__ void look_at(const unsigned char*, int, int) {}
 
-  // What becomes of the scaled score of a query and a key. The two lie inside the sequence where arrays are read.
-  __device__ __forceinline__ Dual score(Dual score, int, int) const { return score; }
+  // The scaled score of a query and a key, of their product.
+  static constexpr bool kHasShortWays = false;
+  template <Size kSize>
+  __device__ __forceinline__ Dual scaled(float product, float scale) const {
+    return {product * scale, 1.0f};
+  }
 
-  // The same by a shorter way, for scores whose magnitudes are all small.
-  static constexpr bool kHasSmallScores = false;
-  __device__ __forceinline__ bool is_small(float) const { return false; }
-  __device__ __forceinline__ Dual score_if_small(Dual score, int, int) const { return score; }
+  // Whether products up to this magnitude may take the short way of a size.
+  __device__ __forceinline__ bool allows(Size, float) const { return false; }
+
+  // What becomes of the scaled score. The two lie inside the sequence where arrays are read.
+  __device__ __forceinline__ Dual score(Dual score, int, int) const { return score; }
 
   // The same with the derivative by the bias of the pair, for calls that have one.
   using Bias = float;
@@ -59,15 +67,17 @@ struct PlainOptions : BatchedSequences {
 
 // The pairs of one sequence and head: which see each other, and what becomes of their scores. Positions may lie beyond
 // the ends of the sequence, where options must not look.
-template <class Options>
+template <class Options, Size kSize = Size::kAny>
 struct Pairs {
   static constexpr bool kHasDropout = Options::kHasDropout;
 
   const Options& options;
   const Band& band;
+  float scale;
 
-  __device__ __forceinline__ Dual score(float score, int query, int key) const {
-    return options.score(Dual(score, 1.0f), inside(query, band.seqlen_q), inside(key, band.seqlen_k));
+  __device__ __forceinline__ Dual score(float product, int query, int key) const {
+    return options.score(options.template scaled<kSize>(product, scale), inside(query, band.seqlen_q),
+                         inside(key, band.seqlen_k));
   }
 
   // Options are asked in any case: a branch around a load of a mask would wait for it.
@@ -104,27 +114,22 @@ struct Pairs {
 // The same, where gradients are those by the bias.
 template <class Options>
 struct BiasPairs : Pairs<Options> {
-  __device__ __forceinline__ Dual score(float score, int query, int key) const {
-    return this->options.score_by_bias(score, this->inside(query, this->band.seqlen_q),
+  __device__ __forceinline__ Dual score(float product, int query, int key) const {
+    return this->options.score_by_bias(this->options.template scaled<Size::kAny>(product, this->scale),
+                                       this->inside(query, this->band.seqlen_q),
                                        this->inside(key, this->band.seqlen_k));
   }
 };
 
-// The same, where the scores are all small.
-template <class Options>
-struct SmallPairs : Pairs<Options> {
-  __device__ __forceinline__ Dual score(float score, int query, int key) const {
-    return this->options.score_if_small(Dual(score, 1.0f), this->inside(query, this->band.seqlen_q),
-                                        this->inside(key, this->band.seqlen_k));
-  }
-};
-
-// Calls use(pairs) with the kind of pairs that suits these scores of a warp, which are yet to be scaled.
+// Calls use(pairs) with the kind of pairs that suits these products of a warp.
 template <class Options, class Tile, class Use>
-__device__ __forceinline__ void use_pairs(const Pairs<Options>& pairs, Tile& scores, float scale, Use use) {
-  if constexpr (Options::kHasSmallScores) {
-    if (__all_sync(kFullMask, pairs.options.is_small(scores.largest() * fabsf(scale)))) {
-      use(SmallPairs<Options>{pairs});
+__device__ __forceinline__ void use_pairs(const Pairs<Options>& pairs, Tile& products, Use use) {
+  if constexpr (Options::kHasShortWays) {
+    const float largest = products.largest();
+    if (__all_sync(kFullMask, pairs.options.allows(Size::kSmall, largest))) {
+      use(Pairs<Options, Size::kSmall>{pairs.options, pairs.band, pairs.scale});
+    } else if (__all_sync(kFullMask, pairs.options.allows(Size::kModerate, largest))) {
+      use(Pairs<Options, Size::kModerate>{pairs.options, pairs.band, pairs.scale});
     } else {
       use(pairs);
     }

@@ -28,7 +28,8 @@ struct PairArray {
   __device__ __forceinline__ void load(unsigned char* memory, int first_query, int first_key) const {
     const Strides within = {0, 0, strides.row, strides.col};
     const Matrix<const T> pairs(data + first_key * strides.col, within, 0, 0, 0, seqlen_q, seqlen_k - first_key);
-    load_tile<kBlockM, kBlockN, kNumThreads>(reinterpret_cast<T*>(memory), pairs, first_query);
+    load_tile<kBlockM, kBlockN, kNumThreads>(reinterpret_cast<T*>(memory), pairs, first_query,
+                                             threadIdx.x % kNumThreads);
   }
 
   template <int kBlockN>

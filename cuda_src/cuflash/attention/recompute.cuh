@@ -38,9 +38,9 @@ struct PairGradient {
 
 // dweight = dout . value; `survives` counts only where there is dropout.
 template <class Pairs>
-__device__ __forceinline__ PairGradient pair_gradient(const Pairs& pairs, float raw_score, float dweight, float lse,
+__device__ __forceinline__ PairGradient pair_gradient(const Pairs& pairs, float product, float dweight, float lse,
                                                       float delta, int query, int key, bool survives) {
-  const Dual score = pairs.score(raw_score, query, key);
+  const Dual score = pairs.score(product, query, key);
   const float weight = softmax_weight(score.value, lse);
   if constexpr (Pairs::kHasDropout) {
     const float factor = survives ? pairs.options.survivor_factor() : 0.0f;

@@ -3,6 +3,7 @@
 
 #include <cuflash/attention/options.cuh>
 #include <cuflash/attention/softmax.cuh>
+#include <cuflash/ptx/opaque.cuh>
 #include <cuflash/tile/warpgroup_tile.cuh>
 
 namespace cuflash {
@@ -18,17 +19,17 @@ struct TileOfPairs {
 
   // Turns products into scores as far as options change them. Returns the scale that is left to do.
   template <class Scores>
-  __device__ __forceinline__ float change(Scores& scores, float scale) const {
+  __device__ __forceinline__ float change(Scores& scores) const {
     if constexpr (Options::kChangesScores) {
-      use_pairs(pairs, scores, scale, [&](const auto& pairs) {
+      use_pairs(pairs, scores, [&](const auto& pairs) {
 #pragma unroll
         for (int i = 0; i < Scores::kNumElements; ++i) {
-          scores.x[i] = pairs.score(scores.x[i] * scale, query(i), key(i)).value;
+          scores.x[i] = pairs.score(scores.x[i], query(i), key(i)).value;
         }
       });
       return 1.0f;
     } else {
-      return scale;
+      return pairs.scale;
     }
   }
 
@@ -66,7 +67,9 @@ struct TileOfPairs {
     if constexpr (Options::kHasDropout) {
 #pragma unroll
       for (int first = 0; first < Scores::kNumElements; first += 8) {
-        const unsigned survives = pairs.options.draw(warp_query, tile_key + 2 * first);
+        unsigned key = tile_key + 2 * first;
+        ptx::make_opaque(key);  // one draw after another: all at once would not fit the registers
+        const unsigned survives = pairs.options.draw(warp_query, key);
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
           const int bit = i / 2 % 2 * 4 + i / 4 * 2 + i % 2;

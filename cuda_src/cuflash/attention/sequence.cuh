@@ -21,14 +21,15 @@ struct Job {
 
 // A tile of one of several heads, by the number of the job. Groups of heads run one after another, so that L2 holds
 // what they read; in a group all heads go through the tiles in step, so that long jobs that come first in each head
-// come first in all. A group fills the multiprocessors; heads whose jobs are all alike are a group each.
+// come first in all. A group has about as many jobs as a GPU has multiprocessors, or more; heads whose jobs are all
+// alike are a group each.
 struct HeadTile {
-  static constexpr int kHeadsInGroup = 8, kJobsInGroup = 128;
+  static constexpr int kHeadsInGroup = 8;
 
   int head, tile;
 
   __device__ __forceinline__ HeadTile(int index, int num_heads, int num_tiles, bool alike = false) {
-    const int heads_in_group = alike ? 1 : larger(kHeadsInGroup, kJobsInGroup / num_tiles);
+    const int heads_in_group = alike ? 1 : kHeadsInGroup * (num_tiles < 8 ? 4 : num_tiles < 16 ? 2 : 1);
     const int first = index / (heads_in_group * num_tiles) * heads_in_group;
     const int in_group = min(heads_in_group, num_heads - first), number = index - first * num_tiles;
     head = first + number % in_group;

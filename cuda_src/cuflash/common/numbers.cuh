@@ -47,6 +47,28 @@ __device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float x) {
   return __float2bfloat16_rn(x);
 }
 
+// The type of two elements in one register.
+template <class Element>
+struct PairOf;
+template <>
+struct PairOf<__half> {
+  using Type = __half2;
+};
+template <>
+struct PairOf<__nv_bfloat16> {
+  using Type = __nv_bfloat162;
+};
+
+// Adds 0 times a pair to a pair of zeros: they turn NaN when they meet NaN or infinity.
+template <class Element>
+__device__ __forceinline__ void note_non_finite(unsigned& zeros, unsigned pair) {
+  using Pair = typename PairOf<Element>::Type;
+  const unsigned zero = 0;
+  const Pair sum = __hfma2(reinterpret_cast<const Pair&>(pair), reinterpret_cast<const Pair&>(zero),
+                           reinterpret_cast<const Pair&>(zeros));
+  zeros = reinterpret_cast<const unsigned&>(sum);
+}
+
 // Two neighbouring elements at once.
 __device__ __forceinline__ void store_pair(float* address, float x, float y) {
   *reinterpret_cast<float2*>(address) = make_float2(x, y);

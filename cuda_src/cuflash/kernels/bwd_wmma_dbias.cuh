@@ -158,7 +158,7 @@ struct BwdWmmaDbias {
       Options here = options;
       here.enter(BatchedSequences::sequence(problem, walk.batch), walk.head);
       here.template look_at<kBlockM, kBlockN>(stage.pairs, walk.first_query(), walk.first_key());
-      const BiasPairs<Options> pairs = {here, band};
+      const BiasPairs<Options> pairs = {here, band, problem.softmax_scale};
       const int warp_row = warp * kWarpM, first_query = walk.first_query() + warp_row, first_key = walk.first_key();
       WarpTile<Number, kTilesM, kTilesN> acc_s, acc_dp;
       acc_s.clear();
@@ -171,8 +171,8 @@ struct BwdWmmaDbias {
       acc_dbias.for_each([&](float& sum, int m, int n, int i) {
         const int row = 16 * m + map.row(i), query = first_query + row, key = first_key + 16 * n + map.col(i);
         const PairGradient pair =
-            pair_gradient(pairs, acc_s.tile[m][n].x[i] * problem.softmax_scale, acc_dp.tile[m][n].x[i],
-                          stage.lse[warp_row + row], stage.delta[warp_row + row], query, key, survives(m, n, i));
+            pair_gradient(pairs, acc_s.tile[m][n].x[i], acc_dp.tile[m][n].x[i], stage.lse[warp_row + row],
+                          stage.delta[warp_row + row], query, key, survives(m, n, i));
         if (query < band.seqlen_q && pairs.visible(query, key)) sum += pair.dscore;
       });
       if (kNumStages == 1) {

@@ -159,7 +159,7 @@ struct BwdWmmaDkDv {
         Options here = options;
         here.enter(sequence, head_of(step));
         here.template look_at<kBlockM, kBlockN>(stage.pairs, first_query, first_key);
-        const Pairs<Options> pairs = {here, band};
+        const Pairs<Options> pairs = {here, band, problem.softmax_scale};
         if (warp_d < kScoreWarps) {
           const int row = warp_n * kWarpN, col = warp_d * kScoreM;
           WarpTile<Number, kTilesN, kTilesM> acc_s, acc_dp;
@@ -171,12 +171,12 @@ struct BwdWmmaDkDv {
                                                                       stage.dout + col * kPitchV, kPitchV);
           const BitTile<Number, kTilesN, kTilesM, Options::kHasDropout, true> survives(
               map, [&](int n, int m) { return here.draw(first_query + col + 16 * m, warp_key + 16 * n); });
-          use_pairs(pairs, acc_s, problem.softmax_scale, [&](const auto& pairs) {
+          use_pairs(pairs, acc_s, [&](const auto& pairs) {
             acc_s.for_each([&](float& x, int n, int m, int i) {
               float& dp = acc_dp.tile[n][m].x[i];
               const int key = warp_key + 16 * n + map.row(i), query = col + 16 * m + map.col(i);
-              const PairGradient pair = pair_gradient(pairs, x * problem.softmax_scale, dp, stage.lse[query],
-                                                      stage.delta[query], first_query + query, key, survives(n, m, i));
+              const PairGradient pair = pair_gradient(pairs, x, dp, stage.lse[query], stage.delta[query],
+                                                      first_query + query, key, survives(n, m, i));
               x = pair.weight;
               dp = pair.dscore;
             });

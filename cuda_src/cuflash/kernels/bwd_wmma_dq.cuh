@@ -97,7 +97,7 @@ struct BwdWmmaDq {
       return n_block;
     };
     const int n_begin = skip_hidden(keys.begin / kBlockN);
-    const Pairs<Options> pairs = {options, band};
+    const Pairs<Options> pairs = {options, band, problem.softmax_scale};
     Element* const warp_q = smem_q + warp_m * kWarpM * kPitch;
     Element* const warp_dout = smem_dout + warp_m * kWarpM * kPitchV;
     Element* const warp_ds = smem_ds + warp_m * kWarpM * kPitchS;
@@ -148,11 +148,11 @@ struct BwdWmmaDq {
                                                                       kPitchV);
           const BitTile<Number, kTilesM, kTilesN, Options::kHasDropout> survives(
               map, [&](int m, int n) { return options.draw(warp_row + 16 * m, warp_key + 16 * n); });
-          use_pairs(pairs, acc_s, problem.softmax_scale, [&](const auto& pairs) {
+          use_pairs(pairs, acc_s, [&](const auto& pairs) {
             acc_dp.for_each([&](float& x, int m, int n, int i) {
               const int row = 16 * m + map.row(i), key = warp_key + 16 * n + map.col(i);
-              x = pair_gradient(pairs, acc_s.tile[m][n].x[i] * problem.softmax_scale, x, warp_lse[row], warp_delta[row],
-                                warp_row + row, key, survives(m, n, i))
+              x = pair_gradient(pairs, acc_s.tile[m][n].x[i], x, warp_lse[row], warp_delta[row], warp_row + row, key,
+                                survives(m, n, i))
                       .dscore;
             });
           });

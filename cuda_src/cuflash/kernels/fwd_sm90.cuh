@@ -19,11 +19,11 @@ struct QkvMaps {
 };
 
 // A block stays on its multiprocessor and takes one job after another: kBlockM rows of one head's output. Two warps
-// copy Q, K and V to shared memory, ahead of the consumers: kBlockM / 64 warpgroups with 64 rows each. A consumer starts
-// the next product Q K^T before the softmax of the one at hand, also across jobs; and consumers take turns, so that one
-// multiplies while another exponentiates.
+// copy Q, K and V to shared memory, ahead of the consumers: kBlockM / 64 warpgroups with 64 rows each. A consumer
+// starts the next product Q K^T before the softmax of the one at hand, also across jobs; and consumers take turns, so
+// that one multiplies while another exponentiates.
 template <class Number, class Options, int kHeadDim, int kHeadDimV, int kBlockM, int kBlockN, int kStagesQ,
-          int kStagesK, int kStagesV>
+          int kStagesK, int kStagesV, int kStagesPairs>
 struct FwdSm90 {
   using Element = typename Number::Element;
 
@@ -42,33 +42,45 @@ struct FwdSm90 {
   using TileK = SwizzledTile<Element, kBlockN, kHeadDim>;
   using TileV = SwizzledTile<Element, kBlockN, kHeadDimV>;
   using Blocks = KeyBlocks<kBlockM, kBlockN>;
-  using Jobs = JobRing<kStagesQ + 2>;
+  // The registers of three consumers are few.
+  static constexpr bool kCompact = kNumConsumers == 3;
+  using RingQ = Pipeline<kStagesQ, kCompact>;
+  using RingK = Pipeline<kStagesK, kCompact>;
+  using RingV = Pipeline<kStagesV, kCompact>;
+  using RingPairs = Pipeline<kStagesPairs>;
+  using Jobs = JobRing<kStagesQ + 2, kCompact>;
   using Careful = CarefulHead<Element, Options>;
 
+  // Arrays of pairs, which two warps copy ahead of the consumers.
   static constexpr int kPairBytes = Options::template kTileBytes<kBlockM, kBlockN>;
   static constexpr bool kLoadsPairs = kPairBytes > 0;
+  // Whether those two warps have anything to do.
+  static constexpr bool kHelps = kLoadsPairs || Options::kPacked;
   // With a second place for Q, the next job begins before the epilogue of the one at hand.
   static constexpr bool kOverlapsJobs = kStagesQ > 1;
 
+  struct alignas(16) TileOfArrays {
+    unsigned char memory[larger(kPairBytes, 16)];
+  };
   struct Rings {
-    Pipeline<kStagesQ> q;
-    Pipeline<kStagesK> k;
-    Pipeline<kStagesV> v;
-    Pipeline<1> pairs;
-    Pipeline<1> partial;  // for values of which only a part is kept
+    RingQ q;
+    RingK k;
+    RingV v;
+    RingV partial;  // values of which only a part is kept
+    RingPairs pairs;
     Jobs jobs;
   };
   struct Shared {
     TileQ q[kStagesQ];
     TileK k[kStagesK];
     TileV v[kStagesV];
-    alignas(16) unsigned char pairs[larger(kPairBytes, 16)];
-    alignas(16) unsigned char careful[kLoadsPairs ? 4 * kNumConsumers : 1][larger(Careful::kTileBytes, 16)];
+    TileOfArrays pairs[kStagesPairs];
+    typename Careful::Memory careful[4 * kNumConsumers];
     Rings rings;
   };
   // Without the padding that makes the struct a multiple of 1024.
   static constexpr int kSharedBytes = sizeof(TileQ) * kStagesQ + sizeof(TileK) * kStagesK + sizeof(TileV) * kStagesV +
-                                      sizeof(Shared::pairs) + sizeof(Shared::careful) + sizeof(Rings);
+                                      sizeof(TileOfArrays) * kStagesPairs + sizeof(Shared::careful) + sizeof(Rings);
 
   static_assert(kBlockM % 64 == 0 && kNumConsumers >= 1 && kNumConsumers <= 3 && kBlockN % 16 == 0);
 
@@ -92,14 +104,14 @@ struct FwdSm90 {
       shared.rings.v.init(num_warps);
       shared.rings.pairs.init(num_warps, 2);
       shared.rings.partial.init(1);
-      shared.rings.jobs.init(num_warps + (kLoadsPairs ? 3 : 1));
+      shared.rings.jobs.init(num_warps + (kHelps ? 3 : 1));
       ptx::barrier_init_fence();
     }
     __syncthreads();
     if (threadIdx.x < 128) {
       ptx::release_registers<kProducerRegisters>();
       if (threadIdx.x < 64) {
-        if constexpr (kLoadsPairs) load_pairs(params, options, shared);
+        if constexpr (kHelps) help(params, options, shared);
       } else if (threadIdx.x < 96) {
         load_queries_and_keys(arrays, params, options, shared);
       } else {
@@ -123,8 +135,8 @@ struct FwdSm90 {
     const bool leader = threadIdx.x % 32 == 0;
     const JobCounter<kBlockM, Options> counter(options, problem, arrays.next_job);
     typename Jobs::Position job_at;
-    typename Pipeline<kStagesQ>::Position q_at;
-    typename Pipeline<kStagesK>::Position k_at;
+    typename RingQ::Position q_at;
+    typename RingK::Position k_at;
 
     const auto next_job = [&](int index) {
       const Job job = counter.job(index);
@@ -135,8 +147,8 @@ struct FwdSm90 {
       if (leader && job.tile != Jobs::kNoTile) {
         shared.rings.q.wait_empty(q_at);
         shared.q[q_at.stage()].load(&arrays.maps.q, shared.rings.q.expect(q_at, sizeof(TileQ)),
-                                  job.sequence.first_query + job.tile * kBlockM, along(params.q.head, job.head),
-                                  along(params.q.batch, job.sequence.batch));
+                                    job.sequence.first_query + job.tile * kBlockM, along(params.q.head, job.head),
+                                    along(params.q.batch, job.sequence.batch));
       }
       q_at.advance();
     };
@@ -154,8 +166,8 @@ struct FwdSm90 {
         if (leader) {
           shared.rings.k.wait_empty(k_at);
           shared.k[k_at.stage()].load(&arrays.maps.k, shared.rings.k.expect(k_at, sizeof(TileK)),
-                                    job.sequence.first_key + block * kBlockN, along(params.k.head, head_kv),
-                                    along(params.k.batch, job.sequence.batch));
+                                      job.sequence.first_key + block * kBlockN, along(params.k.head, head_kv),
+                                      along(params.k.batch, job.sequence.batch));
         }
         k_at.advance();
       });
@@ -170,48 +182,56 @@ struct FwdSm90 {
     const Problem& problem = params.problem;
     const bool leader = threadIdx.x % 32 == 0;
     typename Jobs::Position job_at;
-    typename Pipeline<kStagesV>::Position v_at;
-    typename Pipeline<1>::Position partial_at;
+    typename RingV::Position at, partial_at;
     for (Job job; (job = shared.rings.jobs.take(job_at)).tile != Jobs::kNoTile;) {
       const int head_kv = job.head / problem.group_size();
       Blocks::for_each(options, problem, job, [&](const Options&, int block, bool) {
-        TileV& tile = shared.v[v_at.stage()];
-        const auto load = [&](ptx::Barrier* barrier) {
-          tile.load(&arrays.maps.v, barrier, job.sequence.first_key + block * kBlockN, along(params.v.head, head_kv),
-                    along(params.v.batch, job.sequence.batch));
-        };
-        shared.rings.v.wait_empty(v_at);
-        const int num_rows = larger(0, job.sequence.seqlen_k - block * kBlockN);
-        if (Options::kPacked && num_rows < kBlockN) {
-          // Rows behind the sequence belong to others: a weight of 0 times what they hold may be NaN.
-          if (leader) load(shared.rings.partial.expect(partial_at, sizeof(TileV)));
-          shared.rings.partial.wait_full(partial_at);
-          partial_at.advance();
-          tile.clear_from(num_rows);
-          ptx::async_proxy_fence();
-          __syncwarp();
-          if (leader) ptx::barrier_arrive(shared.rings.v.full + v_at.stage());
-        } else if (leader) {
-          load(shared.rings.v.expect(v_at, sizeof(TileV)));
+        const bool partial = is_partial(job, block);
+        if (leader) {
+          shared.rings.v.wait_empty(at);
+          ptx::Barrier* const arrived = partial ? shared.rings.partial.expect(partial_at, sizeof(TileV))
+                                                : shared.rings.v.expect(at, sizeof(TileV));
+          shared.v[at.stage()].load(&arrays.maps.v, arrived, job.sequence.first_key + block * kBlockN,
+                                    along(params.v.head, head_kv), along(params.v.batch, job.sequence.batch));
         }
-        v_at.advance();
+        at.advance();
+        if (partial) partial_at.advance();
       });
     }
   }
 
-  // Run by two more warps, where options have arrays of pairs.
-  static __device__ __forceinline__ void load_pairs(const FwdParams& params, const Options& options, Shared& shared) {
+  // Rows behind a packed sequence belong to others: a weight of 0 times what they hold may be NaN.
+  static __device__ __forceinline__ bool is_partial(const Job& job, int block) {
+    return Options::kPacked && job.sequence.seqlen_k < (block + 1) * kBlockN;
+  }
+
+  // Run by two more warps: they copy arrays of pairs, and the first clears values that do not belong to a sequence.
+  static __device__ __forceinline__ void help(const FwdParams& params, const Options& options, Shared& shared) {
+    const bool first_warp = Jobs::uniform(threadIdx.x / 32) == 0, leader = threadIdx.x % 32 == 0;
     typename Jobs::Position job_at;
-    typename Pipeline<1>::Position at;
+    typename RingV::Position v_at, partial_at;
+    typename RingPairs::Position pairs_at;
     for (Job job; (job = shared.rings.jobs.take(job_at)).tile != Jobs::kNoTile;) {
       Blocks::for_each(options, params.problem, job, [&](const Options& here, int block, bool) {
-        shared.rings.pairs.wait_empty(at);
-        here.template load<kBlockM, kBlockN, 64>(shared.pairs, job.tile * kBlockM, block * kBlockN);
-        ptx::cp_async_commit();
-        ptx::cp_async_wait<0>();
-        __syncwarp();
-        if (threadIdx.x % 32 == 0) ptx::barrier_arrive(shared.rings.pairs.full + at.stage());
-        at.advance();
+        if (first_warp && is_partial(job, block)) {
+          shared.rings.partial.wait_full(partial_at);
+          shared.v[v_at.stage()].clear_from(larger(0, job.sequence.seqlen_k - block * kBlockN));
+          ptx::async_proxy_fence();
+          __syncwarp();
+          if (leader) shared.rings.v.fill(v_at);
+          partial_at.advance();
+        }
+        v_at.advance();
+        if constexpr (kLoadsPairs) {
+          shared.rings.pairs.wait_empty(pairs_at);
+          here.template load<kBlockM, kBlockN, 64>(shared.pairs[pairs_at.stage()].memory, job.tile * kBlockM,
+                                                   block * kBlockN);
+          ptx::cp_async_commit();
+          ptx::cp_async_wait<0>();
+          __syncwarp();
+          if (leader) shared.rings.pairs.fill(pairs_at);
+          pairs_at.advance();
+        }
       });
     }
   }
@@ -258,15 +278,17 @@ struct FwdSm90 {
     const bool leader = lane == 0;
     const Turn turn = {consumer};
     typename Jobs::Position job_at;
-    typename Pipeline<kStagesQ>::Position q_at;
-    typename Pipeline<kStagesK>::Position k_at;
-    typename Pipeline<kStagesV>::Position v_at;
-    typename Pipeline<1>::Position pairs_at;
+    typename RingQ::Position q_at;
+    typename RingK::Position k_at;
+    typename RingV::Position v_at;
+    typename RingPairs::Position pairs_at;
 
     Scores scores;
     Weights weights;
     Output output;
-    const auto start_scores = [&] { multiply_keys(scores, shared.q[q_at.stage()], consumer * 64, shared.k[k_at.stage()]); };
+    const auto start_scores = [&] {
+      multiply_keys(scores, shared.q[q_at.stage()], consumer * 64, shared.k[k_at.stage()]);
+    };
     const auto start_output = [&] { add_values(output, weights, shared.v[v_at.stage()]); };
     const auto release = [&](auto& ring, auto& at) {
       if (leader) ring.release(at);
@@ -294,12 +316,11 @@ struct FwdSm90 {
       const bool idle = Jobs::uniform(warpgroup_query >= sequence.seqlen_q);
       Options here = options;
       here.enter(sequence, job.head);
-      const Pairs<Options> pairs = {here, band};
+      const Pairs<Options> pairs = {here, band, problem.softmax_scale};
 
       RowPair rows;
       float factor[2];
       int block = Blocks::visited(here, job_query, Jobs::uniform(blocks.end - 1), begin);
-      const auto next_block = [&] { return Blocks::visited(here, job_query, block - 1, begin); };
       const auto release_pairs = [&] {
         if constexpr (kLoadsPairs) {
           __syncwarp();
@@ -311,9 +332,9 @@ struct FwdSm90 {
       const auto weigh_block = [&](const auto& hide_by_band) {
         release(shared.rings.k, k_at);
         if constexpr (kLoadsPairs) shared.rings.pairs.wait_full(pairs_at);
-        here.template look_at<kBlockM, kBlockN>(shared.pairs, job_query, block * kBlockN);
+        here.template look_at<kBlockM, kBlockN>(shared.pairs[pairs_at.stage()].memory, job_query, block * kBlockN);
         const TileOfPairs<Options> tile = {pairs, first_query, block * kBlockN + first_col};
-        const float scale = tile.change(scores, problem.softmax_scale);
+        const float scale = tile.change(scores);
         hide_by_band(tile);
         tile.hide_by_options(scores);
         release_pairs();
@@ -332,13 +353,14 @@ struct FwdSm90 {
       const auto hide_nothing = [](const auto&) {};
 
       // The product with the values of one block runs beside the softmax of the next.
-      const auto advance = [&](const auto& hide_by_band) {
+      const auto advance = [&](const auto& hide_by_band, const auto& meanwhile) {
         shared.rings.k.wait_full(k_at);
         turn.begin();
         start_scores();
         shared.rings.v.wait_full(v_at);
         start_output();
         turn.pass_on();
+        meanwhile();
         ptx::wgmma_wait<1>();
         weigh_block(hide_by_band);
         ptx::wgmma_wait<0>();
@@ -365,19 +387,22 @@ struct FwdSm90 {
       weigh_block(hide_anywhere);
       weights.round(scores);
       output.clear();
+      const auto next = [&](int block) { return Blocks::visited(here, job_query, block - 1, begin); };
       if (idle) {
-        while ((block = next_block()) >= begin) pass_by();
+        while ((block = next(block)) >= begin) pass_by();
+      } else if constexpr (Options::kSkipsBlocks) {
+        int following = next(block);
+#pragma unroll 1
+        while ((block = following) >= begin) advance(hide_anywhere, [&] { following = next(block); });
       } else {
         // A loop for each kind of mask: one loop with branches has half the code, but takes 5 to 12 % longer.
-        if constexpr (!Options::kSkipsBlocks) {
+        const auto nothing = [] {};
 #pragma unroll 1
-          for (--block; block >= larger(full_begin, full_end); --block) advance(hide_behind);
+        for (--block; block >= larger(full_begin, full_end); --block) advance(hide_behind, nothing);
 #pragma unroll 1
-          for (; block >= full_begin; --block) advance(hide_nothing);
-          ++block;
-        }
+        for (; block >= full_begin; --block) advance(hide_nothing, nothing);
 #pragma unroll 1
-        while ((block = next_block()) >= begin) advance(hide_around);
+        for (; block >= begin; --block) advance(hide_around, nothing);
       }
       release(shared.rings.q, q_at);
 
@@ -410,10 +435,11 @@ struct FwdSm90 {
                                 sequence.seqlen_q, problem.head_dim_v);
       ptx::wgmma_wait<kOverlapsJobs ? 1 : 0>();
       release(shared.rings.v, v_at);
-      store(out, output, inverse, first_query);
-      if (hides_pairs) {
-        mend(arrays, params, options, job, output, rows, inverse, consumer * 64 + warp * 16,
-             shared.careful[kLoadsPairs ? 4 * consumer + warp : 0]);
+      const bool finite = store(out, output, inverse, first_query);
+      // 0 * NaN is NaN: where pairs are hidden, values that others see may have spoiled all rows.
+      if (hides_pairs && __any_sync(kFullMask, !finite)) {
+        mend(arrays, params, options, job, rows, inverse, consumer * 64 + warp * 16,
+             shared.careful[4 * consumer + warp]);
       }
       if (last) break;
       job = shared.rings.jobs.take(job_at);
@@ -429,11 +455,13 @@ struct FwdSm90 {
 
   // ---- Epilogue
 
-  // The four lanes of a row exchange their pairs, so that each writes 16 bytes.
-  static __device__ __forceinline__ void store(const Matrix<Element>& out, const Output& output,
+  // The four lanes of a row exchange their pairs, so that each writes 16 bytes. Returns whether the
+  // first of this lane's rows is finite.
+  static __device__ __forceinline__ bool store(const Matrix<Element>& out, const Output& output,
                                                const float (&inverse)[2], int first_query) {
     const int lane = threadIdx.x % 4;
     const bool odd = lane & 1, high = lane & 2;
+    unsigned zeros = 0;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const int row = first_query + 8 * r;
@@ -445,6 +473,7 @@ struct FwdSm90 {
         for (int j = 0; j < 4; ++j) {
           const int i = (col / 8 + j) * 4 + 2 * r;
           word[j] = Weights::packed(output.x[i] * inverse[r], output.x[i + 1] * inverse[r]);
+          if (r == 0) note_non_finite<Element>(zeros, word[j]);
         }
 #pragma unroll
         for (int j = 0; j < 4; j += 2) exchange(word[j], word[j + 1], odd, 1);
@@ -455,6 +484,7 @@ struct FwdSm90 {
         }
       }
     }
+    return zeros == 0;
   }
 
   // One of two lanes gives its x for the other's y.
@@ -467,13 +497,11 @@ struct FwdSm90 {
     }
   }
 
-  // Rows that came out as NaN or infinity may owe it to pairs that they do not see: they are computed again.
+  // Cold. Computes the 16 rows of a warp once more. Each value meets all rows, if only with weight 0: so all are
+  // spoiled where one is.
   static __device__ __forceinline__ void mend(const Arrays& arrays, const FwdParams& params, Options options,
-                                              const Job& job, const Output& output, const RowPair& rows,
-                                              const float (&inverse)[2], int warp_row, unsigned char* memory) {
-    const unsigned lanes[2] = {__ballot_sync(kFullMask, output.has_non_finite(0)),
-                               __ballot_sync(kFullMask, output.has_non_finite(1))};
-    if ((lanes[0] | lanes[1]) == 0) return;
+                                              const Job& job, const RowPair& rows, const float (&inverse)[2],
+                                              int warp_row, typename Careful::Memory& memory) {
     const Problem& problem = params.problem;
     const Sequence& sequence = job.sequence;
     const Band band = problem.band(sequence.seqlen_q, sequence.seqlen_k);
@@ -494,8 +522,7 @@ struct FwdSm90 {
       const int row = job.tile * kBlockM + warp_row + i, lane = i % 8 * 4;
       const float shift = __shfl_sync(kFullMask, second ? rows.softmax[1].shift() : rows.softmax[0].shift(), lane);
       const float row_inverse = __shfl_sync(kFullMask, second ? inverse[1] : inverse[0], lane);
-      const unsigned of_row = (second ? lanes[1] : lanes[0]) >> lane & 15;
-      if (of_row != 0 && row < out.rows) head.template write_row<kHeadDimV>(row, shift, row_inverse);
+      if (row < sequence.seqlen_q) head.template write_row<kHeadDimV>(row, shift, row_inverse);
     }
   }
 };

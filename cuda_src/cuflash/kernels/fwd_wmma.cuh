@@ -91,7 +91,7 @@ struct FwdWmma {
       options.template load<kBlockM, kBlockN, kNumThreads>(smem_pairs, block_row, n_block * kBlockN);
     };
     const int n_begin = skip_hidden(keys.begin / kBlockN);
-    const Pairs<Options> pairs = {options, band};
+    const Pairs<Options> pairs = {options, band, problem.softmax_scale};
 
     load_tile<kBlockM, kHeadDim, kNumThreads>(smem_q, q, block_row);
     Map map(scratch);
@@ -122,10 +122,10 @@ struct FwdWmma {
         acc_s.clear();
         acc_s.template add_product<kHeadDim, Stored::kTransposed>(warp_q, kPitchK, smem_k, kPitchK);
 
-        use_pairs(pairs, acc_s, problem.softmax_scale, [&](const auto& pairs) {
+        use_pairs(pairs, acc_s, [&](const auto& pairs) {
           acc_s.for_each([&](float& score, int m, int n, int i) {
             const int query = warp_row + 16 * m + map.row(i), key = first_key + 16 * n + map.col(i);
-            score = pairs.score(score * problem.softmax_scale, query, key).value;
+            score = pairs.score(score, query, key).value;
           });
         });
         pairs.each_mask(warp_queries, keys_of(n_block), [&](const auto& visible) {

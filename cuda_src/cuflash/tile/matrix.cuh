@@ -60,13 +60,14 @@ struct VectorWalk {
 };
 
 // Starts to copy rows [first_row, first_row + kRows) into a tile; whatever lies outside the matrix becomes 0.
-// Complete after cp_async_wait and a barrier. Run by kNumThreads threads in a row.
+// Complete after cp_async_wait and a barrier. `thread` counts the kNumThreads threads that share the work.
 template <int kRows, int kCols, int kNumThreads, class T>
-__device__ __forceinline__ void load_tile(T* tile, const Matrix<const T>& source, int first_row) {
+__device__ __forceinline__ void load_tile(T* tile, const Matrix<const T>& source, int first_row,
+                                          int thread = threadIdx.x) {
   constexpr int kPitch = padded<T>(kCols);
   if (source.vectorized) {
     using Walk = VectorWalk<T, kRows, kCols, kNumThreads>;
-    const Walk walk(threadIdx.x % kNumThreads);
+    const Walk walk(thread);
     for (int col = walk.first_col; col < kCols; col += Walk::kColStep) {
       const int num_rows = col < source.cols ? source.rows - first_row : 0;
       const T* address = source.at(first_row + walk.first_row, col);
@@ -79,7 +80,7 @@ __device__ __forceinline__ void load_tile(T* tile, const Matrix<const T>& source
     }
   } else {
 #pragma unroll 1  // the rare path leaves the registers to the others
-    for (int index = threadIdx.x % kNumThreads; index < kRows * kCols; index += kNumThreads) {
+    for (int index = thread; index < kRows * kCols; index += kNumThreads) {
       const int row = index / kCols, col = index % kCols;
       const bool inside = first_row + row < source.rows && col < source.cols;
       tile[row * kPitch + col] = inside ? *source.at(first_row + row, col) : from_float<T>(0.0f);

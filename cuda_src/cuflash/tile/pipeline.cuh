@@ -5,21 +5,38 @@
 
 namespace cuflash {
 
-// Where one side is in the ring: one register, for the stage and the parity of the round.
-template <int kStages>
+// Where one side is in the ring, and the parity of its round: two registers, or one of which it takes longer to read.
+template <int kStages, bool kCompact = false>
 struct RingPosition {
-  static constexpr unsigned kParity = 256;
+  __device__ __forceinline__ int stage() const { return stage_; }
+  __device__ __forceinline__ unsigned parity() const { return parity_; }
+  __device__ __forceinline__ void advance() {
+    if (++stage_ == kStages) {
+      stage_ = 0;
+      parity_ ^= 1;
+    }
+  }
 
-  unsigned bits = 0;
-
-  __device__ __forceinline__ int stage() const { return bits % kParity; }
-  __device__ __forceinline__ unsigned parity() const { return bits / kParity; }
-  __device__ __forceinline__ void advance() { bits = stage() + 1 == kStages ? ~bits & kParity : bits + 1; }
+ private:
+  int stage_ = 0;
+  unsigned parity_ = 0;
 };
 
 template <int kStages>
+struct RingPosition<kStages, true> {
+  static_assert((kStages & (kStages - 1)) == 0, "a count tells stage and parity by its bits");
+
+  __device__ __forceinline__ int stage() const { return count_ % kStages; }
+  __device__ __forceinline__ unsigned parity() const { return count_ / kStages % 2; }
+  __device__ __forceinline__ void advance() { ++count_; }
+
+ private:
+  unsigned count_ = 0;
+};
+
+template <int kStages, bool kCompact = false>
 struct Pipeline {
-  using Position = RingPosition<kStages>;
+  using Position = RingPosition<kStages, kCompact>;
 
   ptx::Barrier full[kStages], empty[kStages];
 
@@ -39,6 +56,7 @@ struct Pipeline {
     ptx::barrier_arrive_expect(full + at.stage(), num_bytes);
     return full + at.stage();
   }
+  __device__ __forceinline__ void fill(const Position& at) { ptx::barrier_arrive(full + at.stage()); }
   __device__ __forceinline__ void release(const Position& at) { ptx::barrier_arrive(empty + at.stage()); }
 
  private:

@@ -25,16 +25,6 @@ struct WarpgroupTile {
     return fmaxf(maxima[0], maxima[1]);
   }
 
-  // Whether this lane's part of one of its two rows holds NaN or infinity: either makes NaN of a sum of zeros.
-  __device__ __forceinline__ bool has_non_finite(int row) const {
-    float zero = 0.0f;
-#pragma unroll
-    for (int i = 0; i < kNumElements; ++i) {
-      if (row_of(i) == row) zero = fmaf(x[i], 0.0f, zero);
-    }
-    return zero != 0.0f;
-  }
-
   __device__ __forceinline__ void clear() {
 #pragma unroll
     for (int i = 0; i < kNumElements; ++i) x[i] = 0.0f;

@@ -27,7 +27,7 @@ WIDTH = 2048  # heads * head_dim
 
 @dataclass(frozen=True)
 class Cell:
-    """One self-attention problem: as many queries as keys; `group` query heads share a key/value head."""
+    """One problem: `seqlen` queries and as many keys, or `keys`; `group` query heads share a key/value head."""
 
     head_dim: int
     causal: bool
@@ -36,6 +36,7 @@ class Cell:
     heads: int
     dtype: str
     group: int = 1
+    keys: int = 0  # if other than the queries
 
     @property
     def heads_kv(self) -> int:
@@ -47,12 +48,12 @@ class Cell:
 
     @property
     def shape_kv(self) -> tuple[int, int, int, int]:
-        return (self.batch, self.heads_kv, self.seqlen, self.head_dim)
+        return (self.batch, self.heads_kv, self.keys or self.seqlen, self.head_dim)
 
     @property
     def pairs(self) -> float:
         """Pairs of a query and a key that see each other, over batch and heads; half of all if causal."""
-        return self.batch * self.heads * self.seqlen**2 * (0.5 if self.causal else 1)
+        return self.batch * self.heads * self.seqlen * (self.keys or self.seqlen) * (0.5 if self.causal else 1)
 
     @property
     def fields(self) -> dict[str, Any]:

@@ -41,7 +41,13 @@ def add_parser(commands: Any) -> None:
         "beside plain (variants; default: quick)",
     )
     parser.add_argument("--op", nargs="+", choices=OPS, default=OPS, help="default: both")
-    parser.add_argument("--kernel", nargs="+", choices=("auto", *FAMILIES), default=["auto"])
+    parser.add_argument(
+        "--kernel",
+        nargs="+",
+        choices=("auto", *FAMILIES),
+        default=[],
+        help="default: all that 'auto' chooses from and that the GPU can run",
+    )
     parser.add_argument("--peers", nargs="*", choices=PEERS, default=PEERS, help="default: all that can be imported")
     parser.add_argument(
         "--dtype",

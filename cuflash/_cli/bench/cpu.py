@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from cuflash._cli.bench.cells import Cell
+from cuflash._cli.bench.cells import Cell, Op
 from cuflash._cli.bench.machine import dtype_named
 from cuflash._cli.bench.timing import Call, wall_clock
 
@@ -50,7 +50,10 @@ class Cpu:
         product = (a.mT if transpose_a else a) @ (b.mT if transpose_b else b)
         return product.astype(compute if dtype is None else dtype, copy=False)
 
-    def kernel_name(self, cell: Cell, kernel: str) -> str:
+    def kernels(self, op: Op, cell: Cell) -> list[str]:
+        return ["auto"]
+
+    def kernel_name(self, op: Op, cell: Cell, kernel: str) -> str:
         return "numpy"
 
     def sample(self, call: Call, repeats: int) -> list[float]:

@@ -13,14 +13,15 @@ from typing import Any
 import cupy
 import numpy as np
 
-from cuflash._cli.bench.cells import Cell
+from cuflash._cli.bench.cells import Cell, Op
 from cuflash._cli.bench.machine import dtype_named
 from cuflash._cli.bench.timing import Call
 from cuflash._cli.driver import find_driver, version_text
 from cuflash._cli.families import obstacles
 from cuflash._cublas import product
 from cuflash._cupy import backend_on
-from cuflash._device import Chip
+from cuflash._device import Device
+from cuflash._launch import AUTO
 
 Array = Any
 
@@ -35,7 +36,8 @@ class Gpu:
 
     def __init__(self) -> None:
         device = cupy.cuda.Device()
-        self._chip: Chip = backend_on(device.id).device.chip
+        self.device: Device = backend_on(device.id).device
+        self._chip = self.device.chip
         self.default_dtype = "bfloat16" if self._chip.capability >= (8, 0) else "float16"
         # Overwriting four times the L2 cache leaves nothing of the inputs in it, and gives the host the time
         # to enqueue the call before the GPU gets to it.
@@ -71,11 +73,12 @@ class Gpu:
         dtype = np.float32 if dtype is None else dtype
         return product(a, b, transpose_a=transpose_a, transpose_b=transpose_b, dtype=dtype)
 
-    def kernel_name(self, cell: Cell, kernel: str) -> str:
-        if kernel != "auto":
-            return kernel
-        reasons = obstacles(cell.dtype, self._chip, head_dim=cell.head_dim)
-        return next((family for family, reason in reasons.items() if reason is None), kernel)
+    def kernels(self, op: Op, cell: Cell) -> list[str]:
+        reasons = obstacles(cell.dtype, self._chip, head_dim=cell.head_dim, backward=op == "backward")
+        return [family for family in AUTO if reasons[family] is None] or ["auto"]  # which will say why not
+
+    def kernel_name(self, op: Op, cell: Cell, kernel: str) -> str:
+        return self.kernels(op, cell)[0] if kernel == "auto" else kernel
 
     def sample(self, call: Call, repeats: int) -> list[float]:
         spans = [(cupy.cuda.Event(), cupy.cuda.Event()) for _ in range(repeats)]

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from cuflash._cli.bench.cells import Cell
+from cuflash._cli.bench.cells import Cell, Op
 from cuflash._cli.bench.timing import Call
 
 Array = Any
@@ -45,8 +45,11 @@ class Machine(Protocol):
     ) -> Array:
         """The product of two stacks of matrices, by BLAS; in float32 unless another dtype is asked for."""
 
-    def kernel_name(self, cell: Cell, kernel: str) -> str:
-        """The kernel family that runs a cell when ``kernel`` is asked for."""
+    def kernels(self, op: Op, cell: Cell) -> list[str]:
+        """What is measured if the user does not say: the kernels that ``"auto"`` chooses from and that can run here."""
+
+    def kernel_name(self, op: Op, cell: Cell, kernel: str) -> str:
+        """The kernel family that computes a cell when ``kernel`` is asked for."""
 
     def sample(self, call: Call, repeats: int) -> list[float]:
         """Milliseconds of each of ``repeats`` calls, with cold caches."""

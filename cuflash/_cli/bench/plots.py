@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cuflash._cli.bench.records import Record, Results
-from cuflash._cli.bench.tables import BARS, ORDER, speed_unit
+from cuflash._cli.bench.tables import ORDER, bar_of, speed_unit
 
 STYLES: dict[str, dict[str, Any]] = {
     "naive": {"color": "#9a9a9a", "marker": "x"},
@@ -104,25 +104,26 @@ def _history(records: Sequence[Record], title: str, path: Path) -> Path:
 
 
 def _variants(records: Sequence[Record], title: str, path: Path) -> Path:
-    """A panel for each head_dim, with a bar for each op and a line across them for the least that is asked for."""
+    """A panel for each kernel and head_dim, with a bar for each op and a line for the least that is asked for."""
     from matplotlib import pyplot
 
-    head_dims = sorted({record["head_dim"] for record in records})
+    panels = sorted({(record["kernel"], record["head_dim"]) for record in records})
     ops = [op for op in ("forward", "backward") if any(record["op"] == op for record in records)]
-    figure, axes = pyplot.subplots(len(head_dims), 1, figsize=(12, 3.2 * len(head_dims)), squeeze=False)
-    for head_dim, (panel,) in zip(head_dims, axes, strict=True):
-        shown = [record for record in records if record["head_dim"] == head_dim]
+    figure, axes = pyplot.subplots(len(panels), 1, figsize=(12, 3.2 * len(panels)), squeeze=False)
+    for (kernel, head_dim), (panel,) in zip(panels, axes, strict=True):
+        shown = [record for record in records if (record["kernel"], record["head_dim"]) == (kernel, head_dim)]
         names = sorted({_variant_key(record) for record in shown})
         for number, op in enumerate(ops):
             ratios = {_variant_key(record): record["ratio"] for record in shown if record["op"] == op}
             places = [place + 0.4 * number - 0.2 for place, name in enumerate(names) if name in ratios]
             heights = [ratios[name] for name in names if name in ratios]
             panel.bar(places, heights, 0.38, label=op, color=OUR_COLORS[number])
-        for place, (_, name, _) in enumerate(names):
-            if BARS.get(name) is not None:
-                panel.hlines(BARS[name], place - 0.4, place + 0.4, color="black", label="least asked for")
+        bars = {_variant_key(record): bar_of(record) for record in shown}
+        for place, name in enumerate(names):
+            if bars[name] is not None:
+                panel.hlines(bars[name], place - 0.4, place + 0.4, color="black", label="least asked for")
         panel.set_xticks(range(len(names)), [f"{name}\n{seqlen}" for _, name, seqlen in names])
-        panel.set_title(f"head_dim {head_dim}, by variant and length")
+        panel.set_title(f"{kernel}, head_dim {head_dim}, by variant and length")
         panel.grid(alpha=0.3, axis="y")
     handles, labels = axes[0][0].get_legend_handles_labels()
     entries = dict(zip(labels, handles, strict=True))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -41,7 +41,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Choice:
-    """What the user wants to be measured."""
+    """What the user wants to be measured; of kernels, none means those of `Machine.kernels`."""
 
     ops: Sequence[Op]
     kernels: Sequence[str]
@@ -121,7 +121,7 @@ def _in_turn(
     fields: Callable[[Spread], dict[str, Any]],
 ) -> Outcome:
     """Time kernels and peers on a cell, in turn; one record for each kernel, with the same peers."""
-    kernels = _kernels(machine, cell, choice)
+    kernels = _kernels(machine, op, cell, choice)
     ready, failures = contenders.prepare(
         contenders.kernels(machine, op, cell, kernels) | contenders.peers(machine, op, cell, choice.peers)
     )
@@ -133,7 +133,7 @@ def _in_turn(
 
 def _memory(machine: Machine, op: Op, cell: Cell, choice: Choice) -> Outcome:
     """Peak memory of kernels and of naive attention; its backward pass has to keep or to make the weights."""
-    kernels = _kernels(machine, cell, choice)
+    kernels = _kernels(machine, op, cell, choice)
     candidates = contenders.kernels(machine, op, cell, kernels)
     if "naive" in choice.peers:
         candidates |= contenders.peers(machine, op, cell, ["naive"])
@@ -169,26 +169,33 @@ def _history(machine: Machine, op: Op, cell: Cell) -> Outcome:
 def _variant_steps(machine: Machine, choice: Choice) -> list[Step]:
     """A step for each variant, cell and op; one before them, which saves most of the time, compiles on all cores."""
     steps = [
-        Step("variants", f"{variant.name}, {op} {cell}", partial(_variant, machine, variant, op, cell, kernel))
+        Step("variants", f"{variant.name}, {op} {cell}", partial(_variant, machine, variant, op, cell, plain, kernel))
         for variant in VARIANTS
-        for cell in variant.cells(SIZES[machine.kind], choice.dtype)
+        for cell, plain in zip(
+            variant.cells(SIZES[machine.kind], choice.dtype),
+            variant.plain_cells(SIZES[machine.kind], choice.dtype),
+            strict=True,
+        )
         for op in choice.ops
         if op in variant.ops
-        for kernel in choice.kernels
+        for kernel in _kernels(machine, op, cell, choice).values()
     ]
     if machine.kind == "gpu":
-        steps.insert(0, Step("variants", "compile the kernels", partial(_compile_ahead, choice)))
+        steps.insert(0, Step("variants", "compile the kernels", partial(_compile_ahead, machine, choice)))
     return steps
 
 
-def _compile_ahead(choice: Choice) -> Outcome:
-    ahead.compile_variants(choice.ops, choice.kernels, choice.dtype)
+def _compile_ahead(machine: Machine, choice: Choice) -> Outcome:
+    def kernels_of(op: Op, cell: Cell) -> Iterable[str]:
+        return _kernels(machine, op, cell, choice).values()
+
+    ahead.compile_variants(choice.ops, kernels_of, choice.dtype)
     return Outcome([])
 
 
-def _variant(machine: Machine, variant: Variant, op: Op, cell: Cell, kernel: str) -> Outcome:
+def _variant(machine: Machine, variant: Variant, op: Op, cell: Cell, plain_cell: Cell, kernel: str) -> Outcome:
     """Time a variant, plain attention of the same family and cell, and for packed sequences the padded ones."""
-    name, plain_cell = machine.kernel_name(cell, kernel), replace(cell, group=1)
+    name = machine.kernel_name(op, cell, kernel)
     beside = {"plain": plain_cell} | ({"padded": padded(plain_cell)} if variant.packed else {})
     ready, failures = contenders.prepare(
         {name: variant.prepare(machine, op, cell, kernel)}
@@ -205,7 +212,7 @@ def _variant(machine: Machine, variant: Variant, op: Op, cell: Cell, kernel: str
         record |= {"variant": variant.name, "pairs": int(pairs)}
         plain = record["peers"]["plain"]
         if "ms" in plain:
-            plain["tflops"] = _tflops(op, cell, plain["ms"])
+            plain |= {"tflops": _tflops(op, plain_cell, plain["ms"]), "pairs": int(plain_cell.pairs)}
             record["ratio"] = round(record["tflops"] / plain["tflops"], 3)
         if variant.packed:
             tokens = beside["padded"].batch * beside["padded"].seqlen
@@ -224,7 +231,7 @@ def _compile(
     """What the first call of a process costs, plain or with these options; their name is in the records."""
     causal = bool(options and options.get("causal"))
     cell = Cell(head_dim, causal, 128, batch=1, heads=8, dtype=choice.dtype)
-    kernels = _kernels(machine, cell, choice)
+    kernels = _kernels(machine, op, cell, choice)
     measured: dict[str, dict[str, Any] | Failure] = {}
     for name, kernel in kernels.items():
         try:
@@ -235,9 +242,10 @@ def _compile(
     return _outcome(op, cell, kernels, [], measured, lambda seconds: {**named, **seconds})
 
 
-def _kernels(machine: Machine, cell: Cell, choice: Choice) -> dict[str, str]:
+def _kernels(machine: Machine, op: Op, cell: Cell, choice: Choice) -> dict[str, str]:
     """What to ask for, by the name of the family that it means: "auto" and what it picks are one."""
-    return {machine.kernel_name(cell, kernel): kernel for kernel in choice.kernels}
+    kernels = choice.kernels or machine.kernels(op, cell)
+    return {machine.kernel_name(op, cell, kernel): kernel for kernel in kernels}
 
 
 def _outcome(

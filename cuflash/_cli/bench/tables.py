@@ -142,7 +142,7 @@ def variants(results: Results) -> Table:
         for op in OPS:
             record = ops.get(op, {})
             row += [_number(record.get("tflops"), factor), _share(record.get("ratio"))]
-        rows.append([*row, _share(BARS.get(cell["variant"]))])
+        rows.append([*row, _share(bar_of(cell))])
     columns = ["variant", "kernel", "D", "S", "forward", "× plain", "backward", "× plain", "bar"]
     return Table(f"Variants, {unit} of the work really done", columns, rows)
 
@@ -154,8 +154,8 @@ def ratios(results: Results) -> Table:
     for ops in _variant_cells(records):
         cell = next(iter(ops.values()))
         shares = (_share(ops.get(op, {}).get("ratio")) for op in OPS)
-        rows.append([cell["variant"], str(cell["seqlen"]), *shares, _share(BARS.get(cell["variant"]))])
-    columns = ["variant", "S", "forward", "backward", "bar"]
+        rows.append([cell["variant"], cell["kernel"], str(cell["seqlen"]), *shares, _share(bar_of(cell))])
+    columns = ["variant", "kernel", "S", "forward", "backward", "bar"]
     return Table(f"Rate of the variants as a share of the plain rate, D {SUMMARY_HEAD_DIM}", columns, rows)
 
 
@@ -211,8 +211,14 @@ TABLES: dict[str, Callable[[Results], Table]] = {
 }
 NAMES = ("device", *TABLES)
 
-BARS = {variant.name: variant.bar for variant in VARIANTS}
-ORDER = {name: place for place, name in enumerate(BARS)}
+_BY_NAME = {variant.name: variant for variant in VARIANTS}
+ORDER = {name: place for place, name in enumerate(_BY_NAME)}
+
+
+def bar_of(record: Record) -> float | None:
+    """The least share of the plain rate that is asked for of a variant and kernel family."""
+    variant = _BY_NAME.get(record["variant"])
+    return None if variant is None else variant.bar_of(record["kernel"])
 
 
 def block(results: Results, name: str) -> str:

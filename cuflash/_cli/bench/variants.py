@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -37,7 +37,6 @@ CAUSAL_MOD: dict[str, Any] = {
     "cpu": lambda score, b, h, q_idx, kv_idx: kv_idx <= q_idx,
 }
 SHOWN_BELOW = 0.8416  # 80 % of normally distributed numbers are less
-WINDOW_SHARE = 16  # a query sees the last 1/16 of the keys
 
 
 @dataclass(frozen=True)
@@ -50,6 +49,8 @@ class Variant:
         What records and tables call it.
     bar : float or None
         The least share of the plain rate that is asked for.
+    own_bars : mapping
+        The same of kernel families of which something else is asked.
     options : callable
         ``options(machine, cell)`` makes the options of a call.
     causal : bool
@@ -62,6 +63,10 @@ class Variant:
         Whether the sequences have different lengths and no padding.
     head_dims, stretch, group, ops
         Of the cells: the lengths are ``stretch`` times those of `SIZES`.
+    odd : bool
+        Whether the lengths are a little less, and multiples of no tile (4033).
+    short : int
+        How many times as many keys as queries there are.
     """
 
     name: str
@@ -75,13 +80,26 @@ class Variant:
     stretch: int = 1
     group: int = 1
     ops: tuple[Op, ...] = OPS
+    odd: bool = False
+    short: int = 1
+    own_bars: Mapping[str, float] = field(default_factory=dict)
+
+    def bar_of(self, kernel: str) -> float | None:
+        return self.own_bars.get(kernel, self.bar)
 
     def cells(self, sizes: Sizes, dtype: str) -> list[Cell]:
         batch, seqlen = max(1, sizes.batch // self.stretch), sizes.seqlen * self.stretch
+        if self.odd:
+            seqlen -= seqlen // 65
+        keys = seqlen if self.short > 1 else 0
         return [
-            Cell(head_dim, self.causal, seqlen, batch, sizes.width // head_dim, dtype, self.group)
+            Cell(head_dim, self.causal, seqlen // self.short, batch, sizes.width // head_dim, dtype, self.group, keys)
             for head_dim in self.head_dims
         ]
+
+    def plain_cells(self, sizes: Sizes, dtype: str) -> list[Cell]:
+        """Those of the plain attention that it is compared with."""
+        return replace(self, group=1, odd=False, short=1).cells(sizes, dtype)
 
     def prepare(self, machine: Machine, op: Op, cell: Cell, kernel: str) -> Prepare:
         """The call with this option, ready to be made ready."""
@@ -114,13 +132,9 @@ def _packed_pairs(cell: Cell) -> float:
     return cell.heads * float((np.diff(offsets(cell)) ** 2).sum()) * (0.5 if cell.causal else 1)
 
 
-def _window_left(cell: Cell) -> int:
-    return cell.seqlen // WINDOW_SHARE
-
-
-def _window_pairs(cell: Cell) -> float:
+def _window_pairs(share: int, cell: Cell) -> float:
     """Each query sees itself and the keys of the window to its left; the first ones have fewer of them."""
-    left = _window_left(cell)
+    left = cell.seqlen // share
     return cell.batch * cell.heads * ((left + 1) * cell.seqlen - left * (left + 1) / 2)
 
 
@@ -154,6 +168,19 @@ def _causal_mod(machine: Machine, cell: Cell) -> dict[str, Any]:
     return {"mask_mod": mask_mod, "block_mask": cuflash.make_block_mask(mask_mod=mask_mod, shape=shape)}
 
 
+def _window(name: str, bar: float | None, share: int, own_bars: Mapping[str, float]) -> Variant:
+    """A causal window in which a query sees a share of the keys."""
+    return Variant(
+        name,
+        bar,
+        lambda machine, cell: {"causal": True, "window_size": (cell.seqlen // share, 0)},
+        causal=True,
+        pairs=partial(_window_pairs, share),
+        stretch=4,
+        own_bars=own_bars,
+    )
+
+
 PLAIN = Variant("plain", None, lambda _, cell: {"causal": cell.causal})
 
 _CAUSAL_MOD = Variant("mask_mod", 1 / 1.25, _causal_mod, causal=True)
@@ -161,15 +188,12 @@ _CAUSAL_MOD = Variant("mask_mod", 1 / 1.25, _causal_mod, causal=True)
 VARIANTS = (
     Variant("softcap", 0.85, lambda machine, cell: {"softcap": 30.0}),
     Variant("alibi", 0.85, _slopes, causal=True),
-    Variant(
-        "window",
-        0.85,
-        lambda machine, cell: {"causal": True, "window_size": (_window_left(cell), 0)},
-        causal=True,
-        pairs=_window_pairs,
-        stretch=4,
-    ),
+    _window("window", 0.85, 16, {"sm90": 0.9}),
+    _window("wide_window", None, 4, {}),
     Variant("gqa8", 0.85, lambda machine, cell: {}, group=8),
+    Variant("gqa4", None, lambda machine, cell: {}, group=4, own_bars={"sm90": 0.9}),
+    Variant("short_q", None, lambda machine, cell: {}, short=4, own_bars={"sm90": 0.9}),
+    Variant("odd", None, lambda machine, cell: {}, odd=True, own_bars={"sm90": 0.9}),
     Variant("varlen", 0.85, lambda machine, cell: {"causal": True}, causal=True, pairs=_packed_pairs, packed=True),
     Variant("bias", 0.6, _bias),
     Variant("dbias", 0.6, _bias, gradients=("return_dbias",), ops=("backward",)),

@@ -1,0 +1,650 @@
+"""The sm90 family: which calls it takes, what the copy engine is told; on a Hopper, what only it can get wrong."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import cuflash
+from cuflash import _backends, _sm90
+from cuflash._device import Chip, KernelSource, Launch, TensorBox
+from cuflash._kernel import HEAD_DIMS
+from cuflash._launch import LaunchBackend
+from cuflash._options import Options
+from cuflash._problem import Operand, Problem, Window
+from cuflash._wgmma import WIDTHS, wgmma
+from cuflash.testing import assert_attention_accurate, assert_attention_varlen_accurate
+from cuflash.testing.strategies import AttentionProblem, PackedProblem, PairArray
+from tests import cubin
+from tests.conftest import gpu_ring
+from tests.test_compile import FEATURES
+
+H200 = Chip("H200", (9, 0), 227 * 1024, 132)
+BF16 = np.dtype(ml_dtypes.bfloat16)
+TABLES: list[dict[tuple[int, int], tuple[_sm90.Tile, ...]]] = [
+    table for name, table in vars(_sm90).items() if name.endswith("TILES")
+]
+
+
+@dataclass(eq=False)
+class Notebook:
+    """A device that writes down what it is asked for, and runs nothing."""
+
+    chip: Chip = H200
+    launches: list[tuple[KernelSource, int, tuple[Any, ...]]] = field(default_factory=list)
+    maps: list[list[TensorBox]] = field(default_factory=list)
+    null: int = 0
+
+    def empty(self, shape: tuple[int, ...], dtype: Any) -> np.ndarray[Any, Any]:
+        return np.empty(shape, dtype)
+
+    def pointer(self, array: np.ndarray[Any, Any]) -> int:
+        return array.ctypes.data
+
+    def struct(self, params: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        return params
+
+    def tensor_maps(self, arrays: Sequence[TensorBox], dtype: str) -> str:
+        self.maps.append(list(arrays))
+        return "maps"
+
+    def counter(self) -> str:
+        return "counter"
+
+    def load(self, kernel: KernelSource) -> Launch:
+        return lambda num_blocks, arguments: self.launches.append((kernel, num_blocks, arguments))
+
+    @property
+    def symbols(self) -> list[str]:
+        return [kernel.symbol for kernel, _, _ in self.launches]
+
+    @property
+    def tile(self) -> tuple[int, ...]:
+        """Head dimensions, rows and keys of the tile of the last kernel."""
+        kernel, _, _ = self.launches[-1]
+        (arguments,) = re.findall(r"cuflash::FwdSm90<(.*)>;", kernel.code)
+        return tuple(map(int, arguments.split(", ")[2:6]))
+
+
+@pytest.fixture
+def notebook(monkeypatch: pytest.MonkeyPatch) -> Notebook:
+    """An H200 that calls on NumPy arrays go to."""
+    return put(monkeypatch, Notebook())
+
+
+def put(monkeypatch: pytest.MonkeyPatch, device: Notebook) -> Notebook:
+    monkeypatch.setattr(_backends, "numpy_backend", LaunchBackend(device))
+    return device
+
+
+def arrays(seqlen: int = 64, head_dim: int = 64, head_dim_v: int = 0, dtype: Any = BF16) -> list[Any]:
+    return [np.zeros((2, seqlen, dim), dtype) for dim in (head_dim, head_dim, head_dim_v or head_dim)]
+
+
+# Which calls it takes
+
+
+def changed(name: str, change: Callable[[Any], Any]) -> Callable[[], tuple[list[Any], dict[str, Any]]]:
+    """Make a call of which one array is not as usual."""
+
+    def call() -> tuple[list[Any], dict[str, Any]]:
+        inputs = dict(zip("qkv", arrays(), strict=True))
+        inputs[name] = change(inputs[name])
+        return [*inputs.values()], {}
+
+    return call
+
+
+def with_out(out: np.ndarray[Any, Any]) -> Callable[[], tuple[list[Any], dict[str, Any]]]:
+    return lambda: (arrays(), {"out": out})
+
+
+REFUSED: dict[str, tuple[Callable[[], tuple[list[Any], dict[str, Any]]], str]] = {
+    "float32": (lambda: (arrays(dtype=np.float32), {}), "float16 and bfloat16, not float32"),
+    "head_dim 12": (lambda: (arrays(head_dim=12), {}), "q: its rows do not begin at multiples of 16 bytes"),
+    "head_dim_v 20": (lambda: (arrays(head_dim_v=20), {}), "v: its rows do not begin at multiples of 16 bytes"),
+    "12 columns of 16": (changed("v", lambda v: v[..., :16][..., :12]), "v: its rows do not begin"),
+    "strided columns": (
+        changed("k", lambda k: np.repeat(k, 2, axis=2)[..., ::2]),
+        "k: its last axis is not contiguous",
+    ),
+    "strided columns of out": (with_out(np.zeros((2, 64, 128), BF16)[..., ::2]), "out: its last axis"),
+    "rows of 136 bytes": (changed("v", lambda v: np.pad(v, ((0, 0), (0, 0), (0, 4)))[..., :64]), "v: its rows"),
+    "heads 8 bytes apart": (
+        changed("q", lambda q: np.lib.stride_tricks.as_strided(q, q.shape, (8, 128, 2))),
+        "q: its rows do not begin",
+    ),
+    "rows of out of 136 bytes": (with_out(np.zeros((2, 64, 68), BF16)[..., :64]), "out: its rows"),
+    "backwards": (changed("k", lambda k: k[:, ::-1]), "k: its strides are negative"),
+    "heads backwards": (changed("q", lambda q: q[::-1]), "q: its strides are negative"),
+    "repeated rows": (changed("v", lambda v: np.broadcast_to(v[:, :1], v.shape)), "v: its strides .* repeat rows"),
+    "negative scale": (lambda: (arrays(), {"scale": -0.5}), "scales above 0, not -0.5"),
+    "scale 0": (lambda: (arrays(), {"scale": 0.0}), "scales above 0, not 0.0"),
+    "no keys": (lambda: ([arrays()[0], *arrays(0)[1:]], {}), "at least one sequence, query and key"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_it_does_not_take_goes_to_wmma(notebook: Notebook, name: str) -> None:
+    """With the reason if sm90 was asked for by its name."""
+    make, reason = REFUSED[name]
+    inputs, options = make()
+    with pytest.raises(NotImplementedError, match=f"kernel='sm90' cannot compute this call: sm90: .*{reason}"):
+        cuflash.attention(*inputs, kernel="sm90", **options)
+    assert notebook.launches == []
+    cuflash.attention(*inputs, **options)
+    assert [symbol[:16] for symbol in notebook.symbols] == ["cuflash_fwd_wmma"]
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v", "out"])
+def test_an_array_at_an_odd_address(name: str) -> None:
+    operand = Operand((1, 2, 64, 64), (8192, 4096, 64, 1), "bfloat16")
+    operands = dict.fromkeys(("q", "k", "v", "out"), operand)
+    problem = Problem("bfloat16", 1, 2, 2, 64, 64, 64, 64, 1.0)
+    assert _sm90.why_not(problem, "bfloat16", H200, Options(), operands) is None
+    operands[name] = operand._replace(aligned=False)
+    reason = _sm90.why_not(problem, "bfloat16", H200, Options(), operands)
+    assert reason == f"{name}: its rows do not begin at multiples of 16 bytes"
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 9), (10, 0), (12, 0)])
+def test_other_chips(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> None:
+    other = put(monkeypatch, Notebook(Chip("other", capability, 227 * 1024)))
+    major, minor = capability
+    with pytest.raises(NotImplementedError, match=rf"needs compute capability 9.0, other has {major}\.{minor}"):
+        cuflash.attention(*arrays(), kernel="sm90")
+    cuflash.attention(*arrays())
+    assert other.symbols == ["cuflash_fwd_wmma_bf16_d64x64"]
+
+
+def test_gradients_are_those_of_wmma(notebook: Notebook) -> None:
+    q, k, v = arrays()
+    out, lse = cuflash.attention(q, k, v, return_lse=True)
+    assert notebook.symbols == ["cuflash_fwd_sm90_bf16_d64x64"]
+    with pytest.raises(NotImplementedError, match="sm90: it is a forward pass only; kernel='wmma' has"):
+        cuflash.attention_backward(out, q, k, v, out, lse, kernel="sm90")
+    cuflash.attention_backward(out, q, k, v, out, lse)
+    assert all("bwd" in symbol for symbol in notebook.symbols[1:])
+    _, vjp = cuflash.attention_vjp(q, k, v)
+    vjp(out)
+    assert notebook.symbols[-4] == "cuflash_fwd_sm90_bf16_d64x64"
+
+
+TAKEN: dict[str, Callable[[], tuple[list[Any], dict[str, Any]]]] = {
+    "float16": lambda: (arrays(dtype=np.float16), {}),
+    "heads in common": changed("k", lambda k: np.broadcast_to(k[:1], k.shape)),
+    "every second row": changed("v", lambda v: np.repeat(v, 2, axis=1)[:, ::2]),
+    "a slice of the columns": changed("q", lambda q: np.pad(q, ((0, 0), (0, 0), (8, 24)))[..., 8:72]),
+    "bshd": lambda: ([np.zeros((3, 64, 2, 72), BF16)] * 3, {"layout": "bshd"}),
+    "odd lengths": lambda: ([arrays(1)[0], *arrays(77)[1:]], {"causal": "top-left", "window_size": (3, 2)}),
+    "every option": lambda: (
+        arrays(),
+        {"softcap": 3.0, "dropout_p": 0.5, "seed": 1, "bias": np.zeros((64, 64), np.float32)}
+        | {"mask": np.ones((64, 64), bool), "sinks": np.zeros(2, np.float32), "score_mod": "score + 1"},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TAKEN)
+def test_what_it_takes(notebook: Notebook, name: str) -> None:
+    inputs, options = TAKEN[name]()
+    cuflash.attention(*inputs, kernel="sm90", **options)
+    cuflash.attention(*inputs, **options)
+    assert [symbol[:16] for symbol in notebook.symbols] == ["cuflash_fwd_sm90"] * 2
+
+
+# Tiles
+
+
+@pytest.mark.parametrize(
+    ("head_dims", "seqlen", "options", "expected"),
+    [
+        ((64, 64), 512, {}, (64, 64, 192, 128)),
+        ((64, 64), 512, {"causal": True}, (64, 64, 128, 128)),
+        ((64, 64), 4096, {"causal": True}, (64, 64, 192, 128)),
+        ((64, 64), 512, {"window_size": (100, None)}, (64, 64, 128, 128)),
+        ((64, 64), 512, {"softcap": 5.0}, (64, 64, 128, 128)),
+        ((8, 40), 512, {}, (64, 64, 192, 128)),
+        ((72, 64), 512, {}, (96, 96, 128, 128)),
+        ((128, 128), 512, {}, (128, 128, 128, 128)),
+        ((192, 128), 512, {}, (192, 128, 128, 128)),
+        ((160, 160), 512, {}, (192, 192, 128, 96)),
+        ((256, 256), 512, {}, (256, 256, 128, 64)),
+    ],
+)
+def test_the_tile_of_a_call(
+    notebook: Notebook, head_dims: tuple[int, int], seqlen: int, options: dict[str, Any], expected: tuple[int, ...]
+) -> None:
+    cuflash.attention(*arrays(seqlen, *head_dims), **options)
+    assert notebook.tile == expected
+
+
+def combinations() -> list[Options]:
+    """Every set of options, the scores' arrays in float32 too."""
+    made = []
+    problem = Problem("bfloat16", 1, 1, 1, 64, 64, 1, 1, 1.0)
+    for count in range(len(FEATURES) + 1):
+        for names in itertools.combinations(FEATURES, count):
+            if {"score_mod", "mask_mod"} <= {*names} or ("packed" in names and {"bias", "mask"} & {*names}):
+                continue
+            chosen = [FEATURES[name] for name in names]
+            changes = {key: value for changes, _ in chosen for key, value in changes.items()}
+            operands = {key: value for _, found in chosen for key, value in found.items()}
+            made.append(Options.of(replace(problem, **changes), operands))
+            if "bias" in names:
+                operands["bias"] = operands["bias"]._replace(dtype="float32")
+                made.append(Options.of(replace(problem, **changes), operands))
+    return made
+
+
+def test_every_set_of_options_has_a_tile_and_every_tile_a_call() -> None:
+    used = set()
+    for head_dims, options, causal in itertools.product(HEAD_DIMS, combinations(), (False, True)):
+        problem = Problem("bfloat16", 1, 1, 1, 64, 64, *head_dims, 1.0, window=Window.of(causal, None))
+        problem = replace(problem, packed="packed" in options.names)
+        assert _sm90.why_not(problem, "bfloat16", H200, options) is None
+        kernel, tile, _ = _sm90.forward(problem, options, "bfloat16", H200)
+        assert kernel.shared_bytes <= H200.shared_memory
+        used.add((_sm90._dims(problem), tile))
+    assert used == {(dims, tile) for table in TABLES for dims, tiles in table.items() for tile in tiles}
+
+
+@pytest.mark.parametrize(
+    ("shape", "blocks"), [((1, 1, 192), 1), ((1, 1, 193), 2), ((2, 3, 100), 6), ((4, 32, 4096), 132)]
+)
+def test_there_are_as_many_blocks_as_jobs_and_multiprocessors(
+    notebook: Notebook, shape: tuple[int, int, int], blocks: int
+) -> None:
+    x = np.lib.stride_tricks.as_strided(np.zeros((1, 64), BF16), (*shape, 64), (128, 128, 128, 2))
+    q = np.lib.stride_tricks.as_strided(x, x.shape, (128, 128, 128, 2))
+    cuflash.attention(q, q, q)
+    assert notebook.launches[-1][1] == blocks
+
+
+# What the copy engine is told
+
+
+@st.composite
+def laid_out(draw: st.DrawFn, batch: int, heads: int, rows: int, cols: int, layout: str) -> np.ndarray[Any, Any]:
+    """Draw an array of a call: a slice of a larger one, perhaps the same for all heads or the whole batch."""
+    sizes = [1 if draw(st.integers(0, 3)) == 0 else batch, 1 if draw(st.integers(0, 3)) == 0 else heads, rows]
+    steps = [draw(st.integers(1, 2)) for _ in sizes]
+    memory = [size * step for size, step in zip(sizes, steps, strict=True)]
+    order = draw(st.permutations(range(3)))
+    base = np.zeros((*(memory[axis] for axis in order), cols + 8 * draw(st.integers(0, 2))), np.float16)
+    x = base.transpose(*np.argsort(order), 3)[:: steps[0], :: steps[1], :: steps[2], :cols]
+    x = np.broadcast_to(x, (batch, heads, rows, cols))
+    return x.transpose(0, 2, 1, 3) if layout == "bshd" else x
+
+
+@st.composite
+def calls(draw: st.DrawFn) -> tuple[list[np.ndarray[Any, Any]], str]:
+    layout = draw(st.sampled_from(["bhsd", "bshd"]))
+    batch, heads_kv, group = (draw(st.integers(1, 3)) for _ in range(3))
+    seqlen_q, seqlen_k = draw(st.integers(1, 5)), draw(st.integers(1, 5))
+    head_dim, head_dim_v = (8 * draw(st.integers(1, 12)) for _ in range(2))
+    return [
+        draw(laid_out(batch, heads_kv * group, seqlen_q, head_dim, layout)),
+        draw(laid_out(batch, heads_kv, seqlen_k, head_dim, layout)),
+        draw(laid_out(batch, heads_kv, seqlen_k, head_dim_v, layout)),
+    ], layout
+
+
+@settings(max_examples=200, deadline=None, derandomize=True, database=None)
+@given(calls())
+def test_the_boxes_hold_what_the_kernel_asks_for(call: tuple[list[np.ndarray[Any, Any]], str]) -> None:
+    inputs, layout = call
+    with pytest.MonkeyPatch.context() as patch:
+        notebook = put(patch, Notebook())
+        cuflash.attention(*inputs, layout=layout, kernel="sm90")
+    (maps,) = notebook.maps
+    params = notebook.launches[0][2][-1][0]
+    for name, x, (address, shape, strides, box) in zip("qkv", inputs, maps, strict=True):
+        x = x.transpose(0, 2, 1, 3) if layout == "bshd" else x
+        # What the driver asks for: cuTensorMapEncodeTiled in the documentation of the driver API.
+        assert address == x.ctypes.data
+        assert all(0 < stride < 2**39 and stride % 8 == 0 for stride in strides)
+        assert all(0 < size <= 2**32 for size in shape)
+        assert box[0] == 64
+        assert box[1] in notebook.tile[2:]
+        # Rows and columns behind the array are its own to fill with zeros, and it knows of no memory but the array's.
+        assert shape[:2] == (x.shape[3], x.shape[2])
+        last = np.dot(strides, np.subtract(shape[1:], 1)) + shape[0]
+        assert address + 2 * last == np.lib.array_utils.byte_bounds(x)[1]
+        for batch, head in np.ndindex(x.shape[:2]):
+            along = (head if params[name]["head"] else 0, batch if params[name]["batch"] else 0)
+            assert along[0] < shape[2]
+            assert along[1] < shape[3]
+            for row in (0, x.shape[2] - 1):
+                offset = np.dot(strides, (row, *along))
+                assert address + 2 * offset == x[batch, head, row].__array_interface__["data"][0]
+
+
+def test_maps_are_made_once_for_the_same_arrays(notebook: Notebook, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_sm90, "MAX_MAPS", 3)
+    sets = [arrays() for _ in range(4)]
+    for inputs in (*sets[:3], *sets[:3]):
+        cuflash.attention(*inputs)
+    assert len(notebook.maps) == 3
+    assert [[address for address, *_ in maps] for maps in notebook.maps] == [
+        [x.ctypes.data for x in inputs] for inputs in sets[:3]
+    ]
+    cuflash.attention(*sets[3])  # they are dropped before they become too many
+    cuflash.attention(*sets[3])
+    assert len(notebook.maps) == 4
+
+
+def test_packed_sequences_are_one_array(notebook: Notebook) -> None:
+    q = np.zeros((300, 2, 64), BF16)
+    cu_seqlens = np.array([0, 100, 300], np.int32)
+    cuflash.attention_varlen(q, q, q, cu_seqlens, cu_seqlens, kernel="sm90")
+    assert [(shape, strides) for _, shape, strides, _ in notebook.maps[0]] == [((64, 300, 2, 1), (128, 64, 8))] * 3
+
+
+# The instructions
+
+
+@pytest.mark.parametrize("number", ["float16", "bfloat16"])
+@pytest.mark.parametrize("width", WIDTHS)
+def test_an_instruction_names_each_register_once(number: str, width: int) -> None:
+    code = wgmma(number, width)
+    assert code.count("wgmma.mma_async") == 2
+    for function in code.split("template <bool kAcrossB>")[1:]:
+        (sums,) = re.findall(r'"\{((?:%\d+, )*%\d+)\},', function)
+        assert sums.split(", ") == [f"%{i}" for i in range(width // 2)]
+        assert re.findall(r'"\+f"\(sum\[(\d+)\]\)', function) == [str(i) for i in range(width // 2)]
+        named = {int(i) for i in re.findall(r"%(\d+)", function)}
+        assert named == set(range(len(re.findall(r'"[+a-z]+"\(', function)))), "as many as there are operands"
+
+
+@pytest.mark.parametrize("width", [0, 4, 60, 264, -8])
+def test_a_width_that_no_instruction_has(width: int) -> None:
+    with pytest.raises(ValueError, match=f"width: {width} is no multiple of 8 up to 256"):
+        wgmma("float16", width)
+
+
+# Each kind of factor, for each width.
+USES = """\
+#include <cuflash/ptx/wgmma.cuh>
+#include <cuflash/common/numbers.cuh>
+{definitions}
+extern "C" __global__ void uses(float* out, cuflash::ptx::TileDescriptor a, cuflash::ptx::TileDescriptor b) {{
+  using namespace cuflash;
+  const unsigned rows[4] = {{threadIdx.x, 1, 2, 3}};
+{statements}
+}}
+"""
+USE = """\
+  {{
+    float sum[{size}] = {{}};
+    ptx::wgmma_fence();
+    ptx::Wgmma<{element}, {width}>::multiply<false>(sum, a, b, false);
+    ptx::Wgmma<{element}, {width}>::multiply<true>(sum, rows, b, true);
+    ptx::wgmma_commit();
+    ptx::wgmma_wait<0>();
+    for (float x : sum) *out++ = x;
+  }}
+"""
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize(("number", "element"), [("float16", "__half"), ("bfloat16", "__nv_bfloat16")])
+def test_every_instruction_compiles(number: str, element: str) -> None:
+    pytest.importorskip("cupy")
+    uses = "".join(USE.format(size=width // 2, element=element, width=width) for width in WIDTHS)
+    code = USES.format(definitions="".join(wgmma(number, width) for width in WIDTHS), statements=uses)
+    binary, _ = cubin.compile_for(KernelSource("uses", code, 128, 0, _sm90.ARCH), "sm_90")
+    assert cubin.opcodes(binary)["HGMMA"] == 2 * len(WIDTHS)
+
+
+# The counters of its jobs
+
+
+class FakeCupy:
+    """As much of CuPy as counters need: a current stream, and whether it is being captured."""
+
+    def __init__(self) -> None:
+        self.stream, self.capturing, self.allocated = 1, False, 0
+        runtime = SimpleNamespace(streamIsCapturing=lambda stream: self.capturing and stream == self.stream)
+        side = SimpleNamespace(synchronize=lambda: None)
+        self.cuda = SimpleNamespace(
+            get_current_stream=lambda: SimpleNamespace(ptr=self.stream),
+            runtime=runtime,
+            Stream=lambda non_blocking: nullcontext(side),
+        )
+        self.uint32 = np.uint32
+
+    def zeros(self, size: int, dtype: Any) -> Any:
+        self.allocated += 1
+        return SimpleNamespace(size=size, data=SimpleNamespace(ptr=self.allocated << 20))
+
+
+@pytest.fixture
+def fake_cupy(monkeypatch: pytest.MonkeyPatch) -> FakeCupy:
+    pytest.importorskip("cupy")
+    from cuflash import _cupy
+
+    fake = FakeCupy()
+    monkeypatch.setattr(_cupy, "cupy", fake)
+    return fake
+
+
+@pytest.fixture
+def counters(fake_cupy: FakeCupy) -> Any:
+    from cuflash._cupy import Counters
+
+    return Counters()
+
+
+def test_a_stream_keeps_its_counter_and_shares_it_with_nobody(fake_cupy: FakeCupy, counters: Any) -> None:
+    first = {}
+    for stream in range(3000):  # more than one piece of memory has room for
+        fake_cupy.stream = stream
+        first[stream] = counters.next()
+    assert len(set(first.values())) == 3000
+    assert all(int(address) % 4 == 0 for address in first.values())
+    for stream in (0, 2999, 17):
+        fake_cupy.stream = stream
+        assert counters.next() == first[stream]
+
+
+def test_a_captured_launch_has_a_counter_of_its_own(fake_cupy: FakeCupy, counters: Any) -> None:
+    eager = counters.next()
+    fake_cupy.capturing = True
+    captured = [counters.next() for _ in range(5)]
+    fake_cupy.capturing = False
+    assert counters.next() == eager
+    assert len({eager, *captured}) == 6
+
+
+def test_threads_do_not_share_a_counter(counters: Any) -> None:
+    """CuPy names the default stream of each thread alike."""
+    found = [counters.next()]
+    thread = threading.Thread(target=lambda: found.append(counters.next()))
+    thread.start()
+    thread.join()
+    assert found[0] != found[1]
+
+
+# On a Hopper
+
+
+@pytest.fixture
+def hopper(gpu: Any) -> Any:
+    """CuPy, where the GPU is a Hopper."""
+    if gpu.cuda.Device().compute_capability != "90":
+        pytest.skip("needs a GPU of compute capability 9.0")
+    return gpu
+
+
+def normal(cupy: Any, shape: tuple[int, ...], seed: int) -> Any:
+    return cupy.random.default_rng(seed).standard_normal(shape, dtype=cupy.float32).astype("bfloat16")
+
+
+def inputs_of(cupy: Any, seqlen: int, head_dim: int, heads: int = 4) -> list[Any]:
+    return [normal(cupy, (2, heads, seqlen, head_dim), seed) for seed in range(3)]
+
+
+def bits(x: Any) -> Any:
+    return x.view(f"uint{8 * x.itemsize}")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("name", ["k", "v"])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize(
+    "options",
+    [{"causal": True}, {"window_size": (20, 5)}, {"mask": PairArray((300, 400), hidden=0.5)}, {"dropout_p": 0.5}],
+    ids=lambda options: next(iter(options)),
+)
+def test_rows_that_do_not_see_nan_are_as_without_it(
+    hopper: Any, options: dict[str, Any], head_dim: int, name: str, value: float
+) -> None:
+    """In the last tile of keys and in the middle; the reference decides what is NaN, and what is not."""
+    ring = gpu_ring("sm90")
+    kv = (1, 400, head_dim)
+    problem = AttentionProblem((2, 300, head_dim), kv, kv, "bfloat16", **options)
+    arrays = dict(zip("qkv", problem.arrays(), strict=True))
+    clean = ring.attention(*map(ring.asarray, arrays.values()), **ring.options(problem))
+    arrays[name][0, 205, 3] = arrays[name][0, 390, 5] = value
+    out, lse = ring.attention(*map(ring.asarray, arrays.values()), return_lse=True, **ring.options(problem))
+    assert_attention_accurate(*arrays.values(), out, lse, **problem.options)
+    if "causal" in options:  # row 104 is the last that does not see key 205, and the row before it is in its tile
+        out, clean = out.astype("float32"), clean.astype("float32")
+        assert float(abs(out[:, :105] - clean[:, :105]).max()) < 0.02
+        assert not bool(hopper.isfinite(out[:, 105:]).all())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_packed_sequences_do_not_see_their_neighbours(hopper: Any, head_dim: int) -> None:
+    """All rows behind a sequence, and the keys that are not used, are NaN in one call and sound in the other."""
+    ring = gpu_ring("sm90")
+    problem = PackedProblem(
+        lengths_q=(30, 200, 1, 129),
+        lengths_k=(90, 5, 0, 260),
+        seqused_k=(65, 5, 0, 131),
+        heads=(2, 1),
+        head_dims=(head_dim, head_dim),
+        tails=(7, 9),
+        dtype="bfloat16",
+        causal=True,
+    )
+    out, lse = ring.attention_varlen(*problem.arrays(hopper), return_lse=True, **ring.options(problem))
+    assert_attention_varlen_accurate(*problem.arrays(), out, lse, **problem.options)
+    assert not hopper.isnan(out.astype("float32")).any()
+
+
+RACES: dict[str, dict[str, Any]] = {
+    "causal": {"causal": True},
+    "full": {},
+    "dropout": {"causal": True, "dropout_p": 0.2, "seed": 7},
+    "packed": {"causal": True},
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("name", [*RACES, "bias"])
+def test_500_repetitions_give_the_same_bits(hopper: Any, name: str, head_dim: int) -> None:
+    """Races show as differences; other work on a second stream shuffles the order of jobs."""
+    seqlen, heads = 517, 24
+    q, k, v = inputs_of(hopper, seqlen, head_dim, heads)
+    k, v = k[:, :8], v[:, :8]
+    if name == "packed":
+        packed = [x.transpose(0, 2, 1, 3).reshape(2 * seqlen, -1, head_dim) for x in (q, k, v)]
+        lengths = hopper.asarray([0, 1, 300, 300, 980, 2 * seqlen], "int32")
+        call = lambda: cuflash.attention_varlen(*packed, lengths, lengths, kernel="sm90", **RACES[name])  # noqa: E731
+    else:
+        bias = {"bias": normal(hopper, (heads, seqlen, seqlen), 5)} if name == "bias" else RACES[name]
+        call = lambda: cuflash.attention(q, k, v, kernel="sm90", **bias)  # noqa: E731
+    noise = hopper.ones((512, 512), "float32")
+    other = hopper.cuda.Stream(non_blocking=True)
+    first = bits(call())
+    differing = hopper.zeros((), "int64")
+    for _ in range(500):
+        with other:
+            noise @ noise
+        differing += (bits(call()) != first).sum()
+    assert int(differing) == 0
+
+
+@pytest.mark.gpu
+def test_two_streams_and_a_graph_at_once(hopper: Any) -> None:
+    """Each launch counts its jobs by itself, also where several run side by side."""
+    calls = [inputs_of(hopper, seqlen, 64, heads=12) for seqlen in (700, 300, 500)]
+    expected = [cuflash.attention(*inputs, causal=True, kernel="sm90") for inputs in calls]
+    streams = [hopper.cuda.Stream(non_blocking=True) for _ in calls]
+    hopper.cuda.Device().synchronize()
+    outs = [hopper.empty_like(out) for out in expected]
+
+    def call(number: int) -> None:
+        cuflash.attention(*calls[number], causal=True, kernel="sm90", out=outs[number])
+
+    with streams[2]:
+        call(2)
+        streams[2].synchronize()
+        streams[2].begin_capture()
+        call(2)
+        call(2)
+        graph = streams[2].end_capture()
+    wrong = [hopper.zeros((), "int64") for _ in calls]
+    for stream in streams:
+        stream.synchronize()
+    for _ in range(100):
+        for number, stream in enumerate(streams):
+            with stream:
+                bits(outs[number]).fill(0xFFFF)
+                if number == 2:
+                    graph.launch(stream)
+                else:
+                    call(number)
+                wrong[number] += (bits(outs[number]) != bits(expected[number])).sum()
+        with streams[0]:
+            graph.launch(streams[0])  # on another stream, too; a graph never runs beside itself
+        hopper.cuda.Device().synchronize()
+    assert [int(count) for count in wrong] == [0, 0, 0]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"softcap": 5.0, "window_size": (200, 10)}], ids=str)
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 192, 256])
+def test_it_agrees_with_wmma(hopper: Any, head_dim: int, options: dict[str, Any]) -> None:
+    inputs = inputs_of(hopper, 777, head_dim)
+    (out, lse), (other, other_lse) = (
+        cuflash.attention(*inputs, kernel=kernel, return_lse=True, **options) for kernel in ("sm90", "wmma")
+    )
+    out, other = out.astype("float32"), other.astype("float32")
+    assert bool((abs(out - other) <= 0.02 + abs(other) * 2**-7).all())
+    assert float(abs(lse - other_lse).max()) < 1e-3
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["q", "k", "v", "out"])
+def test_an_array_at_an_odd_address_is_computed_by_another_family(hopper: Any, name: str) -> None:
+    problem = AttentionProblem((2, 129, 64), (2, 200, 64), (2, 200, 64), "bfloat16")
+    arrays = dict(zip("qkv", problem.arrays(hopper), strict=True))
+    arrays["out"] = hopper.empty(problem.q, "bfloat16")
+    memory = hopper.empty(arrays[name].size + 1, "bfloat16")
+    odd = memory[1:].reshape(arrays[name].shape)
+    odd[...] = arrays[name]
+    arrays[name] = odd
+    inputs = [arrays[n] for n in "qkv"]
+    with pytest.raises(NotImplementedError, match=f"sm90: {name}: its rows do not begin at multiples of 16 bytes"):
+        cuflash.attention(*inputs, out=arrays["out"], kernel="sm90")
+    out, lse = cuflash.attention(*inputs, out=arrays["out"], return_lse=True)
+    assert_attention_accurate(*problem.arrays(), out, lse)
