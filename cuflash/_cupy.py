@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
@@ -12,10 +11,11 @@ import cupy
 import numpy as np
 
 from ._device import Array, Chip, KernelSource, Launch, TensorBox
+from ._driver import MAP_BYTES, stream_id, tensor_map
 from ._jit.compiler import compile_kernel
 from ._launch import LaunchBackend
-from ._tensor_map import BYTES as MAP_BYTES
-from ._tensor_map import tensor_map
+
+MAX_STREAMS = 4096
 
 
 class Counters:
@@ -26,7 +26,7 @@ class Counters:
     """
 
     def __init__(self) -> None:
-        self._of_stream: dict[tuple[int, int], Any] = {}
+        self._of_stream: dict[int, Any] = {}
         self._unused: list[Any] = []
         self._memory: list[cupy.ndarray] = []
 
@@ -34,15 +34,18 @@ class Counters:
         """The address of the counter for a launch on the current stream."""
         stream = cupy.cuda.get_current_stream().ptr
         if cupy.cuda.runtime.streamIsCapturing(stream):
-            return self._take()
-        of_stream = stream, threading.get_ident()  # of several threads, each may have a default stream of its own
-        counter = self._of_stream.get(of_stream)
+            return self._take(in_stock=1)
+        number = stream_id(stream)  # the address may come back while the work of a destroyed stream goes on
+        counter = self._of_stream.get(number)
         if counter is None:
-            counter = self._of_stream[of_stream] = self._take()
+            if len(self._of_stream) >= MAX_STREAMS:
+                self._of_stream.clear()  # what they had is not used again
+            counter = self._of_stream[number] = self._take(in_stock=512)
         return counter
 
-    def _take(self) -> Any:
-        if not self._unused:
+    def _take(self, in_stock: int) -> Any:
+        """One more, of at least so many: allocating in the middle of a capture is only allowed in its relaxed mode."""
+        if len(self._unused) < in_stock:
             with cupy.cuda.Stream(non_blocking=True) as stream:  # whatever the stream of the caller is about
                 zeros = cupy.zeros(1024, cupy.uint32)
                 stream.synchronize()

@@ -15,7 +15,7 @@ Launch = Callable[[int, tuple[Any, ...]], None]
 """``launch(num_blocks, arguments)``: arrays are passed as pointers, structs by value."""
 
 TensorBox = tuple[int, tuple[int, int, int, int], tuple[int, int, int], tuple[int, int]]
-"""Address, shape, strides and box of an array, as `cuflash._tensor_map.tensor_map` takes them."""
+"""Address, shape, strides and box of an array, as `cuflash._driver.tensor_map` takes them."""
 
 
 @dataclass(frozen=True)

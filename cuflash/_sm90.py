@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from ._call import Call, Run
 from ._device import Array, Chip
 from ._kernel import NUMBERS, Kernel, padded_head_dims
@@ -16,6 +18,7 @@ ARCH = "sm_90a"
 CAPABILITY = (9, 0)
 PANEL = 64  # columns of a 128-byte row, which is what TMA copies at once
 VECTOR = 8  # elements of 16 bytes, the unit of TMA's strides
+MIN_SCALE = float(np.finfo(np.float32).tiny)  # less is 0 for kernels
 JOB_BYTES = 36  # attention/sequence.cuh
 
 
@@ -69,8 +72,8 @@ def why_not(
         return f"it multiplies float16 and bfloat16, not {problem.dtype}"
     if min(problem.batch, problem.seqlen_q, problem.seqlen_k) == 0:
         return "it takes at least one sequence, query and key"
-    if problem.softmax_scale <= 0:
-        return f"it takes scales above 0, not {problem.softmax_scale}"
+    if problem.softmax_scale < MIN_SCALE:
+        return f"it takes scales from {MIN_SCALE:.3g}, not {problem.softmax_scale}"
     if _tile(problem, options, chip) is None:
         return f"{chip.name} has too little shared memory for a tile with {', '.join(options.arguments)}"
     reasons = (
@@ -150,7 +153,7 @@ def forward(problem: Problem, options: Options, number: str, chip: Chip) -> tupl
         symbol="_".join(("cuflash_fwd_sm90", short, f"d{dims[0]}x{dims[1]}", *options.names)),
         arguments=(f"cuflash::{name}", options.type, *dims, *tile),
         pointers=(
-            *("const __grid_constant__ cuflash::QkvMaps maps", "Element* out", "float* lse", "unsigned* next_job"),
+            *("const __grid_constant__ cuflash::QkvMaps maps", "Element* out", "float* lse", "unsigned* counter"),
             *("const Element* q", "const Element* k", "const Element* v"),
         ),
         params="FwdParams",
@@ -174,7 +177,7 @@ def plan_forward(call: Call) -> Run:
     """A function of (q, k, v, out, lse or None) and the arrays of the options that computes out and lse."""
     device, operands = call.device, call.operands
     kernel, tile, num_jobs = forward(call.problem, call.options, call.number, call.chip)
-    if num_jobs >= 2**31:
+    if num_jobs >= 2**31 - call.chip.multiprocessors:  # blocks ask once in vain
         raise NotImplementedError(f"the call needs {num_jobs} jobs; the kernel counts to {2**31 - 1}")
     step = call.step((kernel, min(num_jobs, call.chip.multiprocessors)))
     rows = {"q": tile.block_m, "k": tile.block_n, "v": tile.block_n}
@@ -185,7 +188,7 @@ def plan_forward(call: Call) -> Run:
         addresses = tuple(map(device.pointer, arrays))
         maps = kept.get(addresses)
         if maps is None:
-            if len(kept) == MAX_MAPS:
+            if len(kept) >= MAX_MAPS:
                 kept.clear()
             maps = kept[addresses] = device.tensor_maps(
                 [

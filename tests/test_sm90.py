@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import math
 import re
-import threading
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -131,8 +130,9 @@ REFUSED: dict[str, tuple[Callable[[], tuple[list[Any], dict[str, Any]]], str]] =
     "backwards": (changed("k", lambda k: k[:, ::-1]), "k: its strides are negative"),
     "heads backwards": (changed("q", lambda q: q[::-1]), "q: its strides are negative"),
     "repeated rows": (changed("v", lambda v: np.broadcast_to(v[:, :1], v.shape)), "v: its strides .* repeat rows"),
-    "negative scale": (lambda: (arrays(), {"scale": -0.5}), "scales above 0, not -0.5"),
-    "scale 0": (lambda: (arrays(), {"scale": 0.0}), "scales above 0, not 0.0"),
+    "negative scale": (lambda: (arrays(), {"scale": -0.5}), "scales from 1.18e-38, not -0.5"),
+    "scale 0": (lambda: (arrays(), {"scale": 0.0}), "scales from 1.18e-38, not 0.0"),
+    "tiny scale": (lambda: (arrays(), {"scale": 1e-40}), "scales from 1.18e-38, not 1e-40"),
     "no keys": (lambda: ([arrays()[0], *arrays(0)[1:]], {}), "at least one sequence, query and key"),
 }
 
@@ -418,6 +418,7 @@ class FakeCupy:
 
     def __init__(self) -> None:
         self.stream, self.capturing, self.allocated = 1, False, 0
+        self.generation = 0  # of streams at the same addresses
         runtime = SimpleNamespace(streamIsCapturing=lambda stream: self.capturing and stream == self.stream)
         side = SimpleNamespace(synchronize=lambda: None)
         self.cuda = SimpleNamespace(
@@ -439,6 +440,7 @@ def fake_cupy(monkeypatch: pytest.MonkeyPatch) -> FakeCupy:
 
     fake = FakeCupy()
     monkeypatch.setattr(_cupy, "cupy", fake)
+    monkeypatch.setattr(_cupy, "stream_id", lambda stream: 10 * fake.generation + stream)
     return fake
 
 
@@ -470,13 +472,20 @@ def test_a_captured_launch_has_a_counter_of_its_own(fake_cupy: FakeCupy, counter
     assert len({eager, *captured}) == 6
 
 
-def test_threads_do_not_share_a_counter(counters: Any) -> None:
-    """CuPy names the default stream of each thread alike."""
-    found = [counters.next()]
-    thread = threading.Thread(target=lambda: found.append(counters.next()))
-    thread.start()
-    thread.join()
-    assert found[0] != found[1]
+def test_a_stream_at_the_address_of_a_destroyed_one_has_another_counter(fake_cupy: FakeCupy, counters: Any) -> None:
+    before = counters.next()
+    fake_cupy.generation += 1
+    assert counters.next() != before
+
+
+def test_counters_of_many_streams_are_forgotten_not_used_twice(fake_cupy: FakeCupy, counters: Any) -> None:
+    from cuflash._cupy import MAX_STREAMS
+
+    addresses = set()
+    for stream in range(MAX_STREAMS + 10):
+        fake_cupy.stream = stream
+        addresses.add(int(counters.next()))
+    assert len(addresses) == MAX_STREAMS + 10
 
 
 # On a Hopper
@@ -648,3 +657,41 @@ def test_an_array_at_an_odd_address_is_computed_by_another_family(hopper: Any, n
         cuflash.attention(*inputs, out=arrays["out"], kernel="sm90")
     out, lse = cuflash.attention(*inputs, out=arrays["out"], return_lse=True)
     assert_attention_accurate(*problem.arrays(), out, lse)
+
+
+@pytest.mark.gpu
+def test_a_sink_far_above_the_scores_beside_nan(hopper: Any) -> None:
+    """Rows that are computed again have the weights that the sink has left them."""
+    q, k, v = inputs_of(hopper, 300, 64)
+    v[:, :, 250] = math.nan
+    sinks = hopper.full(4, 20.0, "float32")
+    out, lse = cuflash.attention(q, k, v, causal=True, sinks=sinks, return_lse=True, kernel="sm90")
+    arrays = (hopper.asnumpy(x) for x in (q, k, v, out, lse))
+    assert_attention_accurate(*arrays, causal=True, sinks=hopper.asnumpy(sinks))
+
+
+@pytest.mark.gpu
+def test_expressions_of_sequences_without_keys(hopper: Any) -> None:
+    q, k, v = (normal(hopper, (300, 4, 64), seed) for seed in range(3))
+    offsets_q = hopper.asarray([0, 100, 200, 290], "int32")
+    offsets_k = hopper.asarray([0, 120, 120, 300], "int32")
+    options = {"score_mod": "score + table(kv_idx)", "mod_args": {"table": hopper.zeros(200, "float32")}}
+    out, lse = cuflash.attention_varlen(q, k, v, offsets_q, offsets_k, return_lse=True, kernel="sm90", **options)
+    plain, _ = cuflash.attention_varlen(q, k, v, offsets_q, offsets_k, return_lse=True, kernel="sm90")
+    assert not out[100:200].any()
+    assert not out[290:].any()
+    assert bool((lse[:, 100:200] == -math.inf).all())
+    assert float(abs(out.astype("float32") - plain.astype("float32")).max()) < 0.02
+
+
+@pytest.mark.gpu
+def test_a_block_mask_far_behind_the_last_key(hopper: Any) -> None:
+    """Queries whose window begins behind all keys see nothing, and look nowhere."""
+    q = normal(hopper, (1, 1, 8192, 64), 0)
+    k, v = (normal(hopper, (1, 1, 128, 64), seed) for seed in (1, 2))
+    block_mask = cuflash.make_block_mask(mask_mod="kv_idx <= q_idx", shape=(1, 1, 8192, 128))
+    options = {"causal": "top-left", "window_size": (16, None), "mask_mod": "kv_idx <= q_idx"}
+    out = cuflash.attention(q, k, v, block_mask=block_mask, kernel="sm90", **options)
+    expected = cuflash.attention(q, k, v, block_mask=block_mask, kernel="wmma", **options)
+    assert not out[:, :, 144:].any()
+    assert float(abs(out.astype("float32") - expected.astype("float32")).max()) < 0.02

@@ -10,13 +10,8 @@ template <int kStages, bool kCompact = false>
 struct JobRing {
   using Ring = Pipeline<kStages, kCompact>;
   using Position = typename Ring::Position;
-  static constexpr int kNoTile = -1;
-
   Ring ring;
   Job jobs[kStages];
-
-  // Tells the compiler that all lanes have the same number.
-  static __device__ __forceinline__ int uniform(int x) { return __shfl_sync(kFullMask, x, 0); }
 
   __device__ __forceinline__ void init(int num_takers) { ring.init(num_takers); }
 
@@ -34,7 +29,7 @@ struct JobRing {
   // Whether the next job is none, without taking it.
   __device__ __forceinline__ bool is_over(const Position& at) {
     ring.wait_full(at);
-    return uniform(jobs[at.stage()].tile) == kNoTile;
+    return uniform(jobs[at.stage()].tile) == Job::kNoTile;
   }
 
   // Hands on a job.
@@ -54,28 +49,28 @@ template <int kBlockM, class Options>
 struct JobCounter {
   const Options& options;
   const Problem& problem;
-  unsigned* next_job;
+  unsigned* counter;
   int num_jobs;
 
-  __device__ __forceinline__ JobCounter(const Options& options, const Problem& problem, unsigned* next_job)
+  __device__ __forceinline__ JobCounter(const Options& options, const Problem& problem, unsigned* counter)
       : options(options),
         problem(problem),
-        next_job(next_job),
+        counter(counter),
         num_jobs(options.template num_query_jobs<kBlockM>(problem)) {}
 
   // Starts to ask; lane 0 has the answer.
   __device__ __forceinline__ unsigned ask() const {
-    return threadIdx.x % 32 == 0 ? atomicInc(next_job, num_jobs - 1) + gridDim.x : 0u;
+    return threadIdx.x % 32 == 0 ? atomicInc(counter, num_jobs - 1) + gridDim.x : 0u;
   }
 
   // The job of this number, or the next one that has a tile.
   __device__ __forceinline__ Job job(int index) const {
     Job job;
-    job.tile = JobRing<1>::kNoTile;
-    for (; index < num_jobs; index = JobRing<1>::uniform(ask())) {
+    job.tile = Job::kNoTile;
+    for (; index < num_jobs; index = uniform(ask())) {
       job = options.template query_job<kBlockM>(problem, index);
       if (!Options::kPacked || (job.tile >= 0 && job.tile * kBlockM < job.sequence.seqlen_q)) break;
-      job.tile = JobRing<1>::kNoTile;
+      job.tile = Job::kNoTile;
     }
     return job;
   }

@@ -10,10 +10,10 @@ struct KeyBlocks {
   int begin, end;            // visited
   int full_begin, full_end;  // in the band altogether, as far as some of the queries are concerned
 
-  // A tile without any visible key visits one block, and sees nothing there.
+  // A tile without any visible key visits one block, where there are keys, and sees nothing there.
   __device__ __forceinline__ KeyBlocks(const Band& band, int first_query, Range some_queries) {
     const Range keys = band.keys_of({first_query, first_query + kBlockM});
-    begin = keys.begin / kBlockN;
+    begin = min(keys.begin, larger(band.seqlen_k, 1) - 1) / kBlockN;
     end = larger(begin + 1, ceil_div(keys.end, kBlockN));
     full_begin = clamp(ceil_div(min(some_queries.end, band.seqlen_q) - 1 + band.begin, kBlockN), begin, end);
     full_end = clamp(min(some_queries.begin + band.end, band.seqlen_k) / kBlockN, begin, end);

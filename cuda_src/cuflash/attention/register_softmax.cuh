@@ -8,8 +8,8 @@
 
 namespace cuflash {
 
-// Where a tile may have pairs that the band hides: nowhere, only behind its end, or anywhere.
-enum class Hidden { kNone, kBehind, kAround };
+// Where a tile may have pairs that the band hides: only behind its end, or anywhere.
+enum class Hidden { kBehind, kAround };
 
 // The tile at hand: what its pairs are asked, and the positions of the first element that this lane holds.
 template <class Options>
@@ -21,6 +21,7 @@ struct TileOfPairs {
   template <class Scores>
   __device__ __forceinline__ float change(Scores& scores) const {
     if constexpr (Options::kChangesScores) {
+      if (has_no_keys()) return 1.0f;
       use_pairs(pairs, scores, [&](const auto& pairs) {
 #pragma unroll
         for (int i = 0; i < Scores::kNumElements; ++i) {
@@ -35,16 +36,15 @@ struct TileOfPairs {
 
   template <Hidden kHidden, class Scores>
   __device__ __forceinline__ void hide_by_band(Scores& scores) const {
-    if constexpr (kHidden == Hidden::kNone) return;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const Range seen = pairs.band.keys_of({first_query + 8 * r, first_query + 8 * r + 1});
       const int begin = seen.begin - first_key, end = seen.end - first_key;
 #pragma unroll
       for (int i = 0; i < Scores::kNumElements; ++i) {
-        if (Scores::row_of(i) != r) continue;
-        bool visible = Scores::col_of(i) < end;
-        if constexpr (kHidden == Hidden::kAround) visible = visible & (begin <= Scores::col_of(i));
+        if (row_of_element(i) != r) continue;
+        bool visible = col_of_element(i) < end;
+        if constexpr (kHidden == Hidden::kAround) visible = visible & (begin <= col_of_element(i));
         if (!visible) scores.x[i] = -infinity();
       }
     }
@@ -53,7 +53,7 @@ struct TileOfPairs {
   template <class Scores>
   __device__ __forceinline__ void hide_by_options(Scores& scores) const {
     if constexpr (Options::kHidesPairs) {
-      if (pairs.options.shows_all()) return;
+      if (pairs.options.shows_all() || has_no_keys()) return;
 #pragma unroll
       for (int i = 0; i < Scores::kNumElements; ++i) {
         if (!pairs.visible_by_options(query(i), key(i))) scores.x[i] = -infinity();
@@ -80,8 +80,11 @@ struct TileOfPairs {
   }
 
  private:
-  __device__ __forceinline__ int query(int i) const { return first_query + 8 * WarpgroupTile<16>::row_of(i); }
-  __device__ __forceinline__ int key(int i) const { return first_key + WarpgroupTile<16>::col_of(i); }
+  // Then the tile is visited all the same, but options have nothing to look at.
+  __device__ __forceinline__ bool has_no_keys() const { return Options::kReadsArrays && pairs.band.seqlen_k == 0; }
+
+  __device__ __forceinline__ int query(int i) const { return first_query + 8 * row_of_element(i); }
+  __device__ __forceinline__ int key(int i) const { return first_key + col_of_element(i); }
 };
 
 // The two rows of which a lane holds a part.
@@ -97,14 +100,14 @@ struct RowPair {
       float maxima[2] = {-infinity(), -infinity()}, sums[2] = {0.0f, 0.0f};  // two chains are done in half the time
 #pragma unroll
       for (int i = 0; i < Scores::kNumElements; ++i) {
-        if (Scores::row_of(i) == r) maxima[i % 2] = fmaxf(maxima[i % 2], scores.x[i]);
+        if (row_of_element(i) == r) maxima[i % 2] = fmaxf(maxima[i % 2], scores.x[i]);
       }
       const float tile_max = reduce(fmaxf(maxima[0], maxima[1]), [](float x, float y) { return fmaxf(x, y); });
       factor[r] = softmax[r].rescale(tile_max * scale);
       const float shift = softmax[r].shift() * kLog2e;
 #pragma unroll
       for (int i = 0; i < Scores::kNumElements; ++i) {
-        if (Scores::row_of(i) != r) continue;
+        if (row_of_element(i) != r) continue;
         scores.x[i] = exp2f(fmaf(scores.x[i], scale * kLog2e, -shift));
         sums[i % 2] += scores.x[i];
       }

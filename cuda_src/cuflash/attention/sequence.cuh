@@ -15,6 +15,8 @@ struct Sequence {
 
 // What a block of threads works on: a tile of the queries, or of the keys, of one sequence and head.
 struct Job {
+  static constexpr int kNoTile = -1;
+
   Sequence sequence;
   int head, tile;
 };

@@ -9,6 +9,9 @@ constexpr float kLog2e = 1.442695040888963407f;
 
 __device__ __forceinline__ float infinity() { return __int_as_float(0x7f800000); }
 
+// Tells the compiler that all lanes of a warp hold the same number.
+__device__ __forceinline__ int uniform(int x) { return __shfl_sync(kFullMask, x, 0); }
+
 __host__ __device__ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 __host__ __device__ constexpr int larger(int a, int b) { return a > b ? a : b; }
 __host__ __device__ constexpr int smaller(int a, int b) { return a < b ? a : b; }

@@ -87,8 +87,8 @@ struct FwdSm90 {
   struct Arrays {
     const QkvMaps& maps;
     Element* out;
-    float* lse;          // may be null
-    unsigned* next_job;  // 0 before and after the kernel
+    float* lse;         // may be null
+    unsigned* counter;  // 0 before and after the kernel
     const Element *q, *k, *v;
   };
 
@@ -133,18 +133,18 @@ struct FwdSm90 {
                                                                const Options& options, Shared& shared) {
     const Problem& problem = params.problem;
     const bool leader = threadIdx.x % 32 == 0;
-    const JobCounter<kBlockM, Options> counter(options, problem, arrays.next_job);
+    const JobCounter<kBlockM, Options> jobs(options, problem, arrays.counter);
     typename Jobs::Position job_at;
     typename RingQ::Position q_at;
     typename RingK::Position k_at;
 
     const auto next_job = [&](int index) {
-      const Job job = counter.job(index);
+      const Job job = jobs.job(index);
       shared.rings.jobs.put(job_at, job);
       return job;
     };
     const auto load_queries = [&](const Job& job) {
-      if (leader && job.tile != Jobs::kNoTile) {
+      if (leader && job.tile != Job::kNoTile) {
         shared.rings.q.wait_empty(q_at);
         shared.q[q_at.stage()].load(&arrays.maps.q, shared.rings.q.expect(q_at, sizeof(TileQ)),
                                     job.sequence.first_query + job.tile * kBlockM, along(params.q.head, job.head),
@@ -155,12 +155,12 @@ struct FwdSm90 {
 
     Job job = next_job(blockIdx.x), next;
     load_queries(job);
-    while (job.tile != Jobs::kNoTile) {
-      const unsigned index = counter.ask();  // the answer comes while keys are loaded
+    while (job.tile != Job::kNoTile) {
+      const unsigned index = jobs.ask();  // the answer comes while keys are loaded
       const int head_kv = job.head / problem.group_size();
       Blocks::for_each(options, problem, job, [&](const Options&, int block, bool last) {
         if (last) {
-          next = next_job(Jobs::uniform(index));
+          next = next_job(uniform(index));
           if (kOverlapsJobs) load_queries(next);
         }
         if (leader) {
@@ -183,7 +183,7 @@ struct FwdSm90 {
     const bool leader = threadIdx.x % 32 == 0;
     typename Jobs::Position job_at;
     typename RingV::Position at, partial_at;
-    for (Job job; (job = shared.rings.jobs.take(job_at)).tile != Jobs::kNoTile;) {
+    for (Job job; (job = shared.rings.jobs.take(job_at)).tile != Job::kNoTile;) {
       const int head_kv = job.head / problem.group_size();
       Blocks::for_each(options, problem, job, [&](const Options&, int block, bool) {
         const bool partial = is_partial(job, block);
@@ -207,11 +207,11 @@ struct FwdSm90 {
 
   // Run by two more warps: they copy arrays of pairs, and the first clears values that do not belong to a sequence.
   static __device__ __forceinline__ void help(const FwdParams& params, const Options& options, Shared& shared) {
-    const bool first_warp = Jobs::uniform(threadIdx.x / 32) == 0, leader = threadIdx.x % 32 == 0;
+    const bool first_warp = uniform(threadIdx.x / 32) == 0, leader = threadIdx.x % 32 == 0;
     typename Jobs::Position job_at;
     typename RingV::Position v_at, partial_at;
     typename RingPairs::Position pairs_at;
-    for (Job job; (job = shared.rings.jobs.take(job_at)).tile != Jobs::kNoTile;) {
+    for (Job job; (job = shared.rings.jobs.take(job_at)).tile != Job::kNoTile;) {
       Blocks::for_each(options, params.problem, job, [&](const Options& here, int block, bool) {
         if (first_warp && is_partial(job, block)) {
           shared.rings.partial.wait_full(partial_at);
@@ -273,7 +273,7 @@ struct FwdSm90 {
   static __device__ __forceinline__ void consume(const Arrays& arrays, const FwdParams& params, const Options& options,
                                                  Shared& shared) {
     const Problem& problem = params.problem;
-    const int consumer = Jobs::uniform(threadIdx.x / 128 - 1);
+    const int consumer = uniform(threadIdx.x / 128 - 1);
     const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
     const bool leader = lane == 0;
     const Turn turn = {consumer};
@@ -297,7 +297,7 @@ struct FwdSm90 {
 
     if (consumer == kNumConsumers - 1) turn.pass_on();
     Job job = shared.rings.jobs.take(job_at);
-    if (job.tile == Jobs::kNoTile) return;
+    if (job.tile == Job::kNoTile) return;
     shared.rings.q.wait_full(q_at);
     shared.rings.k.wait_full(k_at);
     turn.begin();
@@ -310,17 +310,17 @@ struct FwdSm90 {
       const int job_query = job.tile * kBlockM, warpgroup_query = job_query + consumer * 64;
       const int warp_query = warpgroup_query + warp * 16, first_query = warp_query + lane / 4, first_col = lane % 4 * 2;
       const Blocks blocks(band, job_query, {warpgroup_query, warpgroup_query + 64});
-      const int begin = Jobs::uniform(blocks.begin);
-      const int full_begin = Jobs::uniform(blocks.full_begin), full_end = Jobs::uniform(blocks.full_end);
+      const int begin = uniform(blocks.begin);
+      const int full_begin = uniform(blocks.full_begin), full_end = uniform(blocks.full_end);
       const bool hides_pairs = Options::kHidesPairs || full_begin > begin || full_end < blocks.end;
-      const bool idle = Jobs::uniform(warpgroup_query >= sequence.seqlen_q);
+      const bool idle = uniform(warpgroup_query >= sequence.seqlen_q);
       Options here = options;
       here.enter(sequence, job.head);
       const Pairs<Options> pairs = {here, band, problem.softmax_scale};
 
       RowPair rows;
       float factor[2];
-      int block = Blocks::visited(here, job_query, Jobs::uniform(blocks.end - 1), begin);
+      int block = Blocks::visited(here, job_query, uniform(blocks.end - 1), begin);
       const auto release_pairs = [&] {
         if constexpr (kLoadsPairs) {
           __syncwarp();
@@ -368,7 +368,7 @@ struct FwdSm90 {
         weights.round(scores);
         if (__any_sync(kFullMask, factor[0] != 1.0f || factor[1] != 1.0f)) {
 #pragma unroll
-          for (int i = 0; i < Output::kNumElements; ++i) output.x[i] *= factor[Output::row_of(i)];
+          for (int i = 0; i < Output::kNumElements; ++i) output.x[i] *= factor[row_of_element(i)];
         }
       };
       // Without a row inside the sequence nothing is to be done, but the others wait for this consumer.
@@ -419,10 +419,11 @@ struct FwdSm90 {
       if constexpr (kOverlapsJobs) start_scores();
       turn.pass_on();
 
-      float inverse[2];
+      float inverse[2], shift[2];
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         float sum = rows.total(r), survivors = here.survivor_factor();
+        shift[r] = rows.softmax[r].shift();
         if constexpr (Options::kHasSinks) survivors *= rows.softmax[r].join(here.sink(), sum);
         inverse[r] = sum == 0.0f ? 0.0f : __fdividef(survivors, sum);
         const int row = first_query + 8 * r;
@@ -438,7 +439,8 @@ struct FwdSm90 {
       const bool finite = store(out, output, inverse, first_query);
       // 0 * NaN is NaN: where pairs are hidden, values that others see may have spoiled all rows.
       if (hides_pairs && __any_sync(kFullMask, !finite)) {
-        mend(arrays, params, options, job, rows, inverse, consumer * 64 + warp * 16,
+        __syncwarp();  // others write again what this lane wrote
+        mend(arrays, params, options, job, shift, inverse, consumer * 64 + warp * 16,
              shared.careful[4 * consumer + warp]);
       }
       if (last) break;
@@ -500,7 +502,7 @@ struct FwdSm90 {
   // Cold. Computes the 16 rows of a warp once more. Each value meets all rows, if only with weight 0: so all are
   // spoiled where one is.
   static __device__ __forceinline__ void mend(const Arrays& arrays, const FwdParams& params, Options options,
-                                              const Job& job, const RowPair& rows, const float (&inverse)[2],
+                                              const Job& job, const float (&shift)[2], const float (&inverse)[2],
                                               int warp_row, typename Careful::Memory& memory) {
     const Problem& problem = params.problem;
     const Sequence& sequence = job.sequence;
@@ -520,9 +522,9 @@ struct FwdSm90 {
     for (int i = 0; i < 16; ++i) {
       const bool second = i >= 8;
       const int row = job.tile * kBlockM + warp_row + i, lane = i % 8 * 4;
-      const float shift = __shfl_sync(kFullMask, second ? rows.softmax[1].shift() : rows.softmax[0].shift(), lane);
+      const float row_shift = __shfl_sync(kFullMask, second ? shift[1] : shift[0], lane);
       const float row_inverse = __shfl_sync(kFullMask, second ? inverse[1] : inverse[0], lane);
-      if (row < sequence.seqlen_q) head.template write_row<kHeadDimV>(row, shift, row_inverse);
+      if (row < sequence.seqlen_q) head.template write_row<kHeadDimV>(row, row_shift, row_inverse);
     }
   }
 };

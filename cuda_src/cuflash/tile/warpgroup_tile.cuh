@@ -6,16 +6,15 @@
 namespace cuflash {
 
 // A lane holds pairs of neighbours: element i is in row lane / 4 + 8 (i / 2 % 2) of its warp's 16 rows, and in column
-// 8 (i / 4) + 2 (lane % 4) + i % 2.
+// 8 (i / 4) + 2 (lane % 4) + i % 2. Which of a lane's two rows that is, and the part of the column that lanes share:
+__device__ __forceinline__ constexpr int row_of_element(int i) { return i / 2 % 2; }
+__device__ __forceinline__ constexpr int col_of_element(int i) { return i / 4 * 8 + i % 2; }
+
 template <int kCols>
 struct WarpgroupTile {
   static constexpr int kNumElements = kCols / 2;
 
   float x[kNumElements];
-
-  // Which of a lane's two rows, and the part of the column that all lanes share.
-  static __device__ __forceinline__ constexpr int row_of(int i) { return i / 2 % 2; }
-  static __device__ __forceinline__ constexpr int col_of(int i) { return i / 4 * 8 + i % 2; }
 
   // The largest magnitude that this lane holds. Two maxima at once: one would wait for itself at every element.
   __device__ __forceinline__ float largest() const {

@@ -1,4 +1,4 @@
-"""Tensor maps, which tell Hopper's copy engine about an array: a function of the driver that CuPy does not have."""
+"""Functions of the CUDA driver that CuPy does not have."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-BYTES = 128  # of a CUtensorMap
+MAP_BYTES = 128  # of a CUtensorMap
 _ALIGNMENT = 64
 
 # Constants of cuda.h: CUtensorMapDataType, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B.
@@ -20,16 +20,26 @@ _PROMOTION_256B = 3
 
 
 @cache
-def _encode() -> Any:
-    """``cuTensorMapEncodeTiled`` of the driver that CuPy has loaded."""
-    library = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
-    return library.cuTensorMapEncodeTiled
+def _driver() -> Any:
+    """The library that CuPy has loaded."""
+    return ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+
+
+def stream_id(stream: int) -> int:
+    """A number of the stream at this address that no other stream of the process ever has (``cuStreamGetId``)."""
+    number = ctypes.c_ulonglong()
+    error = _driver().cuStreamGetId(ctypes.c_void_p(stream), ctypes.byref(number))
+    if error:
+        raise RuntimeError(f"cuflash: the driver does not know the stream {stream:#x}: CUresult {error}")
+    return number.value
 
 
 def tensor_map(
     address: int, dtype: str, shape: Sequence[int], strides: Sequence[int], box: Sequence[int]
 ) -> np.ndarray[Any, Any]:
-    """The map of a 4-D array of 2-byte elements, copied in boxes whose rows of 128 bytes are swizzled.
+    """What tells Hopper's copy engine about a 4-D array of 2-byte elements (``cuTensorMapEncodeTiled``).
+
+    It is copied in boxes whose rows of 128 bytes are swizzled.
 
     Parameters
     ----------
@@ -49,9 +59,9 @@ def tensor_map(
     numpy.ndarray
         Its 128 bytes.
     """
-    memory = np.zeros(BYTES + _ALIGNMENT, np.uint8)
+    memory = np.zeros(MAP_BYTES + _ALIGNMENT, np.uint8)
     start = -memory.ctypes.data % _ALIGNMENT
-    error = _encode()(
+    error = _driver().cuTensorMapEncodeTiled(
         ctypes.c_void_p(memory.ctypes.data + start),
         _DTYPES[dtype],
         4,
@@ -70,4 +80,4 @@ def tensor_map(
             f"cuflash: the driver cannot map an array at {address:#x} of shape {tuple(shape)}, strides "
             f"{tuple(strides)} (innermost first): CUresult {error}"
         )
-    return memory[start : start + BYTES].copy()
+    return memory[start : start + MAP_BYTES].copy()
