@@ -57,17 +57,20 @@ class Call:
     def chip(self) -> Chip:
         return self.device.chip
 
-    def step(self, made: tuple[Kernel, int], **workspaces: Operand) -> Step:
-        """Compile a kernel, to be launched with so many blocks of threads."""
-        kernel, num_blocks = made
+    def launch(self, kernel: Kernel, num_blocks: int) -> Launch | None:
+        """Compile a kernel, to be launched with so many blocks of threads; None if there are none."""
         problem = self.problem
         if max(problem.batch, problem.num_heads) >= 2**31:
             raise NotImplementedError(f"batch {problem.batch}, heads {problem.num_heads}: kernels count to {2**31 - 1}")
         if num_blocks >= 2**31:
             raise NotImplementedError(f"the call needs {num_blocks} blocks of threads; a GPU takes {2**31 - 1}")
-        launch = self._load(kernel) if num_blocks else None
-        params = fill(kernel.params, problem, {**self.operands, **workspaces})
-        return Step(launch, num_blocks, self.device.struct(params))
+        return self._load(kernel) if num_blocks else None
+
+    def step(self, made: tuple[Kernel, int], **workspaces: Operand) -> Step:
+        """The same with its parameters."""
+        kernel, num_blocks = made
+        params = fill(kernel.params, self.problem, {**self.operands, **workspaces})
+        return Step(self.launch(kernel, num_blocks), num_blocks, self.device.struct(params))
 
     def _load(self, kernel: Kernel) -> Launch:
         try:

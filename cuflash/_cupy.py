@@ -11,7 +11,7 @@ import cupy
 import numpy as np
 
 from ._device import Array, Chip, KernelSource, Launch, TensorBox
-from ._driver import MAP_BYTES, stream_id, tensor_map
+from ._driver import stream_id, tensor_map
 from ._jit.compiler import compile_kernel
 from ._launch import LaunchBackend
 
@@ -27,12 +27,15 @@ class Counters:
 
     def __init__(self) -> None:
         self._of_stream: dict[int, Any] = {}
+        self._of_default: Any = None
         self._unused: list[Any] = []
         self._memory: list[cupy.ndarray] = []
 
     def next(self) -> Any:
         """The address of the counter for a launch on the current stream."""
         stream = cupy.cuda.get_current_stream().ptr
+        if stream == 0 and self._of_default is not None:  # it can neither be captured nor destroyed
+            return self._of_default
         if cupy.cuda.runtime.streamIsCapturing(stream):
             return self._take(in_stock=1)
         number = stream_id(stream)  # the address may come back while the work of a destroyed stream goes on
@@ -41,6 +44,8 @@ class Counters:
             if len(self._of_stream) >= MAX_STREAMS:
                 self._of_stream.clear()  # what they had is not used again
             counter = self._of_stream[number] = self._take(in_stock=512)
+            if stream == 0:
+                self._of_default = counter
         return counter
 
     def _take(self, in_stock: int) -> Any:
@@ -75,12 +80,14 @@ class CupyDevice:
     def pointer(self, array: Array) -> int:
         return int(array.data.ptr)
 
+    def addresses(self, *arrays: Array) -> tuple[int, ...]:
+        return tuple([array.data.ptr for array in arrays])
+
     def struct(self, params: np.ndarray[Any, Any]) -> Any:
         return params[0]  # CuPy passes a scalar faster than an array of size 1
 
-    def tensor_maps(self, arrays: Sequence[TensorBox], dtype: str) -> Any:
-        maps = [tensor_map(address, dtype, shape, strides, box) for address, shape, strides, box in arrays]
-        return np.concatenate(maps).view(np.dtype((np.void, len(maps) * MAP_BYTES)))[0]
+    def tensor_maps(self, arrays: Sequence[TensorBox], dtype: str) -> bytes:
+        return b"".join(tensor_map(address, dtype, shape, strides, box) for address, shape, strides, box in arrays)
 
     def counter(self) -> Any:
         return self._counters.next()

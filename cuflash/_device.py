@@ -59,11 +59,14 @@ class Device(Protocol):
     def pointer(self, array: Array) -> int:
         """The address of an array's first element."""
 
+    def addresses(self, *arrays: Array) -> tuple[int, ...]:
+        """Those of several arrays."""
+
     def struct(self, params: np.ndarray[Any, Any]) -> Any:
         """What to pass for a struct, given as a structured array of size 1."""
 
-    def tensor_maps(self, arrays: Sequence[TensorBox], dtype: str) -> Any:
-        """What to pass for a struct of tensor maps."""
+    def tensor_maps(self, arrays: Sequence[TensorBox], dtype: str) -> bytes:
+        """The tensor maps of arrays, one behind the other."""
 
     def counter(self) -> Any:
         """What to pass for the address of a 0 that the kernel changes back, and that no other uses at the same time."""

@@ -34,9 +34,7 @@ def stream_id(stream: int) -> int:
     return number.value
 
 
-def tensor_map(
-    address: int, dtype: str, shape: Sequence[int], strides: Sequence[int], box: Sequence[int]
-) -> np.ndarray[Any, Any]:
+def tensor_map(address: int, dtype: str, shape: Sequence[int], strides: Sequence[int], box: Sequence[int]) -> bytes:
     """What tells Hopper's copy engine about a 4-D array of 2-byte elements (``cuTensorMapEncodeTiled``).
 
     It is copied in boxes whose rows of 128 bytes are swizzled.
@@ -56,8 +54,8 @@ def tensor_map(
 
     Returns
     -------
-    numpy.ndarray
-        Its 128 bytes.
+    bytes
+        All 128.
     """
     memory = np.zeros(MAP_BYTES + _ALIGNMENT, np.uint8)
     start = -memory.ctypes.data % _ALIGNMENT
@@ -80,4 +78,4 @@ def tensor_map(
             f"cuflash: the driver cannot map an array at {address:#x} of shape {tuple(shape)}, strides "
             f"{tuple(strides)} (innermost first): CUresult {error}"
         )
-    return memory[start : start + MAP_BYTES].copy()
+    return memory[start : start + MAP_BYTES].tobytes()

@@ -31,6 +31,10 @@ PARAMS = {
     "BwdParams": _struct(("q", "k", "v", "out", "dout", "lse", "dlse", "delta", "dq", "dk", "dv")),
     "DbiasParams": _struct(("q", "k", "v", "dout", "lse", "delta", "dbias"), ("batch", "heads", "rows", "cols")),
 }
+# What the Hopper forward takes besides: the inputs and their tensor maps, which lie at a multiple of 64 bytes.
+PARAMS["FwdSm90Params"] = np.dtype(
+    [("fwd", PARAMS["FwdParams"]), *((name, "u8") for name in ("q", "k", "v")), ("gap", "V24"), ("maps", "V384")]
+)
 
 
 def fill(struct: str, problem: Problem, operands: Mapping[str, Operand]) -> np.ndarray[Any, Any]:

@@ -11,6 +11,7 @@ from ._call import Call, Run
 from ._device import Array, Chip
 from ._kernel import NUMBERS, Kernel, padded_head_dims
 from ._options import PLAIN, Options
+from ._params import PARAMS, fill
 from ._problem import Operand, Problem, ceil_div
 from ._wgmma import wgmma
 
@@ -58,7 +59,7 @@ PAIR_TILES: dict[tuple[int, int], tuple[Tile, ...]] = {
     (256, 256): (Tile(128, 64, 1, 2, 2, 1), Tile(128, 64, 1, 1, 1, 1)),
 }
 LONG_CAUSAL = 2048
-FRUGAL = {"sinks", "alibi"}  # options for which three consumers have registers enough
+FRUGAL = {"sinks"}  # options for which three consumers have registers enough
 HUNGRY = {"dropout", "mod"}  # options that take the smaller tile
 
 
@@ -152,11 +153,8 @@ def forward(problem: Problem, options: Options, number: str, chip: Chip) -> tupl
         header="fwd_sm90",
         symbol="_".join(("cuflash_fwd_sm90", short, f"d{dims[0]}x{dims[1]}", *options.names)),
         arguments=(f"cuflash::{name}", options.type, *dims, *tile),
-        pointers=(
-            *("const __grid_constant__ cuflash::QkvMaps maps", "Element* out", "float* lse", "unsigned* counter"),
-            *("const Element* q", "const Element* k", "const Element* v"),
-        ),
-        params="FwdParams",
+        pointers=("Element* out", "float* lse", "unsigned* counter"),
+        params="FwdSm90Params",
         num_threads=128 * (1 + tile.block_m // 64),
         shared_bytes=_shared_bytes(dims, tile, options),
         options=options,
@@ -179,29 +177,33 @@ def plan_forward(call: Call) -> Run:
     kernel, tile, num_jobs = forward(call.problem, call.options, call.number, call.chip)
     if num_jobs >= 2**31 - call.chip.multiprocessors:  # blocks ask once in vain
         raise NotImplementedError(f"the call needs {num_jobs} jobs; the kernel counts to {2**31 - 1}")
-    step = call.step((kernel, min(num_jobs, call.chip.multiprocessors)))
+    num_blocks = min(num_jobs, call.chip.multiprocessors)
+    launch = call.launch(kernel, num_blocks)
+    assert launch is not None, "there is a query"
     rows = {"q": tile.block_m, "k": tile.block_n, "v": tile.block_n}
+    params = np.zeros(1, PARAMS["FwdSm90Params"])
+    params["fwd"] = fill("FwdParams", call.problem, operands)
     kept: dict[tuple[int, ...], Any] = {}
 
-    def maps_of(*arrays: Array) -> Any:
-        """The tensor maps of q, k and v, which depend on where the arrays are."""
-        addresses = tuple(map(device.pointer, arrays))
-        maps = kept.get(addresses)
-        if maps is None:
-            if len(kept) >= MAX_MAPS:
-                kept.clear()
-            maps = kept[addresses] = device.tensor_maps(
-                [
-                    (address, _map_shape(operands[name]), _map_strides(operands[name]), (PANEL, rows[name]))
-                    for address, name in zip(addresses, rows, strict=True)
-                ],
-                call.number,
-            )
-        return maps
+    def params_of(addresses: tuple[int, ...]) -> Any:
+        """The parameters with the tensor maps, which depend on where the arrays are."""
+        filled = params.copy()
+        boxes = []
+        for address, (name, block) in zip(addresses, rows.items(), strict=True):
+            filled[name] = address
+            boxes.append((address, _map_shape(operands[name]), _map_strides(operands[name]), (PANEL, block)))
+        filled["maps"] = device.tensor_maps(boxes, call.number)
+        return device.struct(filled)
 
     def run(q: Array, k: Array, v: Array, out: Array, lse: Array | None, **extras: Any) -> None:
+        addresses = device.addresses(q, k, v)
+        struct = kept.get(addresses)
+        if struct is None:
+            if len(kept) >= MAX_MAPS:
+                kept.clear()
+            struct = kept[addresses] = params_of(addresses)
         lse = device.null if lse is None else lse
-        step(maps_of(q, k, v), out, lse, device.counter(), q, k, v, options=call.options_argument(extras))
+        launch(num_blocks, (out, lse, device.counter(), struct, *call.options_argument(extras)))
 
     return run
 

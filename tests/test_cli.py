@@ -696,8 +696,11 @@ class _Recorder:
     def struct(self, params):
         return params
 
+    def addresses(self, *arrays):
+        return tuple(map(self.pointer, arrays))
+
     def tensor_maps(self, arrays, dtype):
-        return None
+        return bytes(128 * len(arrays))
 
     def counter(self):
         return None

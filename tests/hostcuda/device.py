@@ -79,7 +79,10 @@ class HostDevice:
         """What to pass for a struct, given as a structured array of size 1."""
         return params
 
-    def tensor_maps(self, arrays: Sequence[TensorBox], dtype: str) -> Any:
+    def addresses(self, *arrays: np.ndarray[Any, Any]) -> tuple[int, ...]:
+        return tuple(map(self.pointer, arrays))
+
+    def tensor_maps(self, arrays: Sequence[TensorBox], dtype: str) -> bytes:
         raise HostCudaError("TMA is not emulated")
 
     def counter(self) -> Any:

@@ -18,6 +18,13 @@ struct QkvMaps {
   ptx::TensorMap q, k, v;
 };
 
+// One struct, because each argument costs the host time (mirrored in cuflash/_params.py).
+struct FwdSm90Params {
+  FwdParams fwd;
+  const void *q, *k, *v;
+  QkvMaps maps;
+};
+
 // A block stays on its multiprocessor and takes one job after another: kBlockM rows of one head's output. Two warps
 // copy Q, K and V to shared memory, ahead of the consumers: kBlockM / 64 warpgroups with 64 rows each. A consumer
 // starts the next product Q K^T before the softmax of the one at hand, also across jobs; and consumers take turns, so
@@ -84,15 +91,20 @@ struct FwdSm90 {
 
   static_assert(kBlockM % 64 == 0 && kNumConsumers >= 1 && kNumConsumers <= 3 && kBlockN % 16 == 0);
 
-  struct Arrays {
-    const QkvMaps& maps;
+  struct Results {
     Element* out;
     float* lse;         // may be null
     unsigned* counter;  // 0 before and after the kernel
+  };
+  struct Arrays : Results {
+    const QkvMaps& maps;
     const Element *q, *k, *v;
   };
 
-  static __device__ __forceinline__ void run(const Arrays& arrays, const FwdParams& params, Options options) {
+  static __device__ __forceinline__ void run(const Results& results, const FwdSm90Params& all, Options options) {
+    const FwdParams& params = all.fwd;
+    const Arrays arrays = {results, all.maps, static_cast<const Element*>(all.q), static_cast<const Element*>(all.k),
+                           static_cast<const Element*>(all.v)};
     Shared& shared = *reinterpret_cast<Shared*>(dynamic_shared_memory());
     if (threadIdx.x == 0) {
       ptx::tma_prefetch(&arrays.maps.q);
