@@ -145,14 +145,17 @@ class Options:
         if "block_mask" in self.names:
             looks.append(f"block_mask.template look_at<kBlockM, kBlockN>({place});")
         loads = [
-            f"{array.name}.template load<kBlockM, kBlockN, kNumThreads>(memory + {offset}, {place});"
+            f"{array.name}.template load<kBlockM, kBlockN, kNumThreads>(memory + {offset}, {place}, thread);"
             for array, offset in zip(arrays, offsets, strict=False)
         ]
         lines = []
         if loads:
             lines += [f"  {tile}", f"  static constexpr int kTileBytes = {offsets[-1]};"]
             lines += ["  template <int kBlockM, int kBlockN, int kNumThreads>"]
-            lines += _method("void load(unsigned char* memory, int first_query, int first_key) const", loads)
+            lines += _method(
+                "void load(unsigned char* memory, int first_query, int first_key, int thread = threadIdx.x) const",
+                loads,
+            )
         if looks:
             lines += [f"  {tile}"]
             lines += _method("void look_at(const unsigned char* memory, int first_query, int first_key)", looks)

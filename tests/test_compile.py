@@ -113,7 +113,7 @@ MAY_PARK = {
     "fwd_sm90_bf16_d64x64_mod": {90: 128},
     "fwd_sm90_bf16_d128x128_mod": {90: 32},
     "fwd_wmma_bf16_d128x128_alibi": {90: 160},
-    "fwd_wmma_bf16_d128x128_bias": {80: 224, 90: 256},
+    "fwd_wmma_bf16_d128x128_bias": {80: 224, 90: 192},
     "fwd_wmma_bf16_d128x128_dropout": {90: 64},
     "fwd_wmma_bf16_d128x128_mask": {80: 224, 90: 256},
     "fwd_wmma_bf16_d128x128_mod": {80: 96, 90: 352, 100: 32},

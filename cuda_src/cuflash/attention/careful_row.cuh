@@ -32,7 +32,7 @@ struct CarefulHead {
 #pragma unroll 1
     for (int first_key = keys.begin / 32 * 32; first_key < keys.end; first_key += 32) {
       Options here = options;
-      here.template load<1, 32, 32>(memory.pairs, row, first_key);
+      here.template load<1, 32, 32>(memory.pairs, row, first_key, lane);
       ptx::cp_async_commit();
       ptx::cp_async_wait<0>();
       __syncwarp();

@@ -27,7 +27,7 @@ struct PlainOptions : BatchedSequences {
   template <int kBlockM, int kBlockN>
   static constexpr int kTileBytes = 0;
   template <int kBlockM, int kBlockN, int kNumThreads>
-  __device__ __forceinline__ void load(unsigned char*, int, int) const {}
+  __device__ __forceinline__ void load(unsigned char*, int, int, int = 0) const {}
 
   // Prepares for that tile; what follows may be asked of its pairs alone. The memory is read when the copies are there.
   template <int kBlockM, int kBlockN>

@@ -25,11 +25,10 @@ struct PairArray {
   }
 
   template <int kBlockM, int kBlockN, int kNumThreads>
-  __device__ __forceinline__ void load(unsigned char* memory, int first_query, int first_key) const {
+  __device__ __forceinline__ void load(unsigned char* memory, int first_query, int first_key, int thread) const {
     const Strides within = {0, 0, strides.row, strides.col};
     const Matrix<const T> pairs(data + first_key * strides.col, within, 0, 0, 0, seqlen_q, seqlen_k - first_key);
-    load_tile<kBlockM, kBlockN, kNumThreads>(reinterpret_cast<T*>(memory), pairs, first_query,
-                                             threadIdx.x % kNumThreads);
+    load_tile<kBlockM, kBlockN, kNumThreads>(reinterpret_cast<T*>(memory), pairs, first_query, thread);
   }
 
   template <int kBlockN>
