@@ -7,8 +7,8 @@
 #include <cuflash/attention/key_blocks.cuh>
 #include <cuflash/attention/register_softmax.cuh>
 #include <cuflash/common/shared_memory.cuh>
-#include <cuflash/ptx/store.cuh>
 #include <cuflash/ptx/warpgroup.cuh>
+#include <cuflash/tile/row_store.cuh>
 #include <cuflash/tile/swizzled_tile.cuh>
 
 namespace cuflash {
@@ -114,7 +114,7 @@ struct FwdSm90 {
       shared.rings.q.init(num_warps);
       shared.rings.k.init(num_warps);
       shared.rings.v.init(num_warps);
-      shared.rings.pairs.init(num_warps, 2);
+      shared.rings.pairs.init(num_warps, 64);  // every lane copies
       shared.rings.partial.init(1);
       shared.rings.jobs.init(num_warps + (kHelps ? 3 : 1));
       ptx::barrier_init_fence();
@@ -240,8 +240,7 @@ struct FwdSm90 {
                                                    block * kBlockN);
           ptx::cp_async_commit();
           ptx::cp_async_wait<0>();
-          __syncwarp();
-          if (leader) shared.rings.pairs.fill(pairs_at);
+          shared.rings.pairs.fill(pairs_at);
           pairs_at.advance();
         }
       });
@@ -448,7 +447,7 @@ struct FwdSm90 {
                                 sequence.seqlen_q, problem.head_dim_v);
       ptx::wgmma_wait<kOverlapsJobs ? 1 : 0>();
       release(shared.rings.v, v_at);
-      const bool finite = store(out, output, inverse, first_query);
+      const bool finite = store_rows(out, output, inverse, first_query);
       // 0 * NaN is NaN: where pairs are hidden, values that others see may have spoiled all rows.
       if (hides_pairs && __any_sync(kFullMask, !finite)) {
         __syncwarp();  // others write again what this lane wrote
@@ -468,48 +467,6 @@ struct FwdSm90 {
   }
 
   // ---- Epilogue
-
-  // The four lanes of a row exchange their pairs, so that each writes 16 bytes. Returns whether the
-  // first of this lane's rows is finite.
-  static __device__ __forceinline__ bool store(const Matrix<Element>& out, const Output& output,
-                                               const float (&inverse)[2], int first_query) {
-    const int lane = threadIdx.x % 4;
-    const bool odd = lane & 1, high = lane & 2;
-    unsigned zeros = 0;
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const int row = first_query + 8 * r;
-      Element* const target = out.at(row, 0) + 8 * lane;
-#pragma unroll
-      for (int col = 0; col < kHeadDimV; col += 32) {
-        unsigned word[4];
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          const int i = (col / 8 + j) * 4 + 2 * r;
-          word[j] = Weights::packed(output.x[i] * inverse[r], output.x[i + 1] * inverse[r]);
-          if (r == 0) note_non_finite<Element>(zeros, word[j]);
-        }
-#pragma unroll
-        for (int j = 0; j < 4; j += 2) exchange(word[j], word[j + 1], odd, 1);
-#pragma unroll
-        for (int j = 0; j < 2; ++j) exchange(word[j], word[j + 2], high, 2);
-        if (row < out.rows && col + 8 * lane < out.cols) {
-          ptx::store_16(target + col, word[0], word[1], word[2], word[3]);
-        }
-      }
-    }
-    return zeros == 0;
-  }
-
-  // One of two lanes gives its x for the other's y.
-  static __device__ __forceinline__ void exchange(unsigned& x, unsigned& y, bool second, int distance) {
-    const unsigned other = __shfl_xor_sync(kFullMask, second ? x : y, distance);
-    if (second) {
-      x = other;
-    } else {
-      y = other;
-    }
-  }
 
   // Cold. Computes the 16 rows of a warp once more. Each value meets all rows, if only with weight 0: so all are
   // spoiled where one is.

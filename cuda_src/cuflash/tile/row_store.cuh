@@ -1,0 +1,54 @@
+// Tiles in the registers of a warpgroup to rows of a matrix in global memory.
+#pragma once
+
+#include <cuflash/ptx/store.cuh>
+#include <cuflash/tile/matrix.cuh>
+#include <cuflash/tile/warpgroup_tile.cuh>
+
+namespace cuflash {
+
+// One of two lanes gives its x for the other's y.
+__device__ __forceinline__ void exchange(unsigned& x, unsigned& y, bool second, int distance) {
+  const unsigned other = __shfl_xor_sync(kFullMask, second ? x : y, distance);
+  if (second) {
+    x = other;
+  } else {
+    y = other;
+  }
+}
+
+// Writes a tile times a factor for each of the two rows of which this lane has a part: the first is out's `first_row`,
+// the second 8 further. Four lanes exchange their pairs, so that each writes 16 bytes. Returns whether this lane's part
+// of the first row is finite.
+template <class Element, int kCols>
+__device__ __forceinline__ bool store_rows(const Matrix<Element>& out, const WarpgroupTile<kCols>& tile,
+                                           const float (&factor)[2], int first_row, int first_col = 0) {
+  const int lane = threadIdx.x % 4;
+  const bool odd = lane & 1, high = lane & 2;
+  unsigned zeros = 0;
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const int row = first_row + 8 * r;
+    Element* const target = out.at(row, first_col) + 8 * lane;
+#pragma unroll
+    for (int col = 0; col < kCols; col += 32) {
+      unsigned word[4];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const int i = (col / 8 + j) * 4 + 2 * r;
+        word[j] = WarpgroupFactor<Element, 16>::packed(tile.x[i] * factor[r], tile.x[i + 1] * factor[r]);
+        if (r == 0) note_non_finite<Element>(zeros, word[j]);
+      }
+#pragma unroll
+      for (int j = 0; j < 4; j += 2) exchange(word[j], word[j + 1], odd, 1);
+#pragma unroll
+      for (int j = 0; j < 2; ++j) exchange(word[j], word[j + 2], high, 2);
+      if (row < out.rows && first_col + col + 8 * lane < out.cols) {
+        ptx::store_16(target + col, word[0], word[1], word[2], word[3]);
+      }
+    }
+  }
+  return zeros == 0;
+}
+
+}  // namespace cuflash
