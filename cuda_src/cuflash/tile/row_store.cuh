@@ -19,8 +19,8 @@ __device__ __forceinline__ void exchange(unsigned& x, unsigned& y, bool second, 
 
 // Writes a tile times a factor for each of the two rows of which this lane has a part: the first is out's `first_row`,
 // the second 8 further. Four lanes exchange their pairs, so that each writes 16 bytes. Returns whether this lane's part
-// of the first row is finite.
-template <class Element, int kCols>
+// of the first row is finite, or of both.
+template <bool kLooksAtBoth = false, class Element, int kCols>
 __device__ __forceinline__ bool store_rows(const Matrix<Element>& out, const WarpgroupTile<kCols>& tile,
                                            const float (&factor)[2], int first_row, int first_col = 0) {
   const int lane = threadIdx.x % 4;
@@ -37,7 +37,7 @@ __device__ __forceinline__ bool store_rows(const Matrix<Element>& out, const War
       for (int j = 0; j < 4; ++j) {
         const int i = (col / 8 + j) * 4 + 2 * r;
         word[j] = WarpgroupFactor<Element, 16>::packed(tile.x[i] * factor[r], tile.x[i + 1] * factor[r]);
-        if (r == 0) note_non_finite<Element>(zeros, word[j]);
+        if (r == 0 || kLooksAtBoth) note_non_finite<Element>(zeros, word[j]);
       }
 #pragma unroll
       for (int j = 0; j < 4; j += 2) exchange(word[j], word[j + 1], odd, 1);

@@ -24,10 +24,10 @@ struct alignas(1024) SwizzledTile {
     }
   }
 
-  // Writes zeros to all rows from this one, by a warp.
-  __device__ __forceinline__ void clear_from(int row) {
+  // Writes zeros to rows [first, end), by a warp.
+  __device__ __forceinline__ void clear(int first, int end) {
     for (int panel = 0; panel < kPanels; ++panel) {
-      for (int byte = row * 128 + threadIdx.x % 32 * 16; byte < kRows * 128; byte += 32 * 16) {
+      for (int byte = first * 128 + threadIdx.x % 32 * 16; byte < end * 128; byte += 32 * 16) {
         *reinterpret_cast<uint4*>(data + panel * kRows * 128 + byte) = make_uint4(0, 0, 0, 0);
       }
     }
