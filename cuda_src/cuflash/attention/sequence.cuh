@@ -40,9 +40,10 @@ struct HeadTile {
     return 8 * (num_tiles < 8 ? 4 : num_tiles < 16 ? 2 : 1);
   }
 
-  // With tiles of keys few groups are better: all blocks that work on a head add to the same sums.
+  // With tiles of keys, of long sequences fewer: all blocks that work on a head add to the same sums.
   static __device__ __forceinline__ int group_of_keys(int num_tiles, bool alike) {
-    return clamp((alike ? 256 : 512) / num_tiles, 1, group(num_tiles));
+    const int jobs = alike ? 2 * num_tiles : num_tiles;
+    return jobs < 128 ? group(num_tiles) : jobs < 256 ? 4 : 2;
   }
 };
 

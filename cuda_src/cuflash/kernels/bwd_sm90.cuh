@@ -43,7 +43,8 @@ struct BwdSm90 {
   static constexpr int kNumConsumers = kBlockN / 64;
   static constexpr int kNumThreads = 128 * (1 + kNumConsumers);
   // Of each thread. The kernel starts with as many for all as fit into the 64 K of a multiprocessor.
-  static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
+  static constexpr int kProducerRegisters = kHeadDim <= 64 && kBlockM == 64 ? 40 : 24;
+  static constexpr int kConsumerRegisters = 256 - (kProducerRegisters + 8) / 2;
 
   using Gradients = ScoreGradients<Element, Options, kBlockM>;
   using Scores = typename Gradients::Scores;
@@ -179,6 +180,7 @@ struct BwdSm90 {
                                      along(params.v.batch, sequence.batch));
       }
       kv_at.advance();
+#pragma unroll 1
       for (Walk walk(options, problem, job, band_of(problem, job)); !walk.done(); walk.advance()) {
         if (leader) {
           const int first_query = sequence.first_query + walk.block * kBlockM, stage = at.stage();
