@@ -64,7 +64,7 @@ def _shared_bytes(dim: int, tile: Tile, options: Options) -> int:
     pairs = tile.stages_pairs * max(options.tile_bytes(tile.block_m, tile.block_n), 16)
     rows = tile.stages * 8 * tile.block_m
     stages_of_jobs = 2 * tile.stages_kv
-    stages = tile.stages_kv + 3 * tile.stages + 1 + tile.stages_pairs + stages_of_jobs
+    stages = tile.stages_kv + 2 * tile.stages + 1 + tile.stages_pairs + stages_of_jobs
     rings = 16 * stages + ceil_div(JOB_BYTES * stages_of_jobs, 8) * 8
     return tiles + gradients + pairs + rows + rings
 

@@ -81,7 +81,7 @@ struct BwdSm90 {
   };
   struct Rings {
     RingKv kv;
-    Ring q, dout, rows;
+    Ring q, dout;  // statistics of rows come and go with Q
     Pipeline<1> partial;  // queries of which only a part is kept
     RingPairs pairs;
     Jobs jobs;
@@ -122,9 +122,8 @@ struct BwdSm90 {
       ptx::tma_prefetch(&maps.dout);
       const int num_warps = 4 * kNumConsumers;  // wgmma ends warp by warp: each releases what it has read
       shared.rings.kv.init(num_warps);
-      shared.rings.q.init(num_warps);
+      shared.rings.q.init(num_warps, 1 + 32);
       shared.rings.dout.init(num_warps);
-      shared.rings.rows.init(num_warps, 32);
       shared.rings.pairs.init(num_warps, 64);  // every lane copies
       shared.rings.partial.init(1);
       shared.rings.jobs.init(num_warps + (kHelps ? 3 : 1));
@@ -215,7 +214,7 @@ struct BwdSm90 {
     for (Job job; (job = shared.rings.jobs.template take<Options>(job_at, problem)).tile != Job::kNoTile;) {
       for (Walk walk(options, problem, job, band_of(problem, job)); !walk.done(); walk.advance()) {
         const RowStatistics statistics(arrays.lse, arrays.delta, params, job.sequence, walk.head);
-        shared.rings.rows.wait_empty(at);
+        shared.rings.q.wait_empty(at);
         Rows& rows = shared.rows[at.stage()];
 #pragma unroll
         for (int i = 0; i < kBlockM; i += 32) {
@@ -223,7 +222,7 @@ struct BwdSm90 {
           rows.lse_log2[row] = statistics.lse_of(walk.block * kBlockM + row) * kLog2e;
           rows.delta[row] = statistics.delta_of(walk.block * kBlockM + row);
         }
-        shared.rings.rows.fill(at);
+        shared.rings.q.fill(at);
         at.advance();
       }
     }
@@ -366,7 +365,6 @@ struct BwdSm90 {
         ptx::wgmma_wait<0>();
         shared.rings.dout.wait_full(at);
         multiply<kHeadDimV>(dscores, v, 64 * consumer, shared.dout[stage]);
-        shared.rings.rows.wait_full(at);
         if constexpr (kLoadsPairs) shared.rings.pairs.wait_full(pairs_at);
         here.template look_at<kBlockM, kBlockN>(shared.pairs[pairs_at.stage()].memory, first_query, job.tile * kBlockN);
         const bool all_visible =
@@ -383,8 +381,6 @@ struct BwdSm90 {
         add(dv, weights, shared.dout[stage]);
         ptx::wgmma_wait<1>();
         gradients.differentiate(dscores, scores, weights, survivors);
-        __syncwarp();
-        release(shared.rings.rows, at);
         factor.round(dscores);
         store(shared.ds[at.count() % 2], factor, 64 * consumer + 16 * warp);
         ptx::async_proxy_fence();
