@@ -36,8 +36,8 @@ class Tile(NamedTuple):
 # (docs/notes/sm90_backward.md). A consumer holds 64 keys: dK and dV of 128 columns leave registers for 64 queries,
 # those of 64 columns for 128. A second place for K and V lets the next job's come beside the epilogue.
 TILES: dict[int, tuple[Tile, ...]] = {
-    64: (Tile(128, 128, 2, 2), Tile(64, 128, 2, 4), Tile(64, 128, 1, 2)),
-    128: (Tile(64, 128, 2, 2), Tile(64, 128, 1, 2), Tile(64, 128, 1, 1)),
+    64: (Tile(128, 128, 2, 2), Tile(64, 128, 2, 4)),
+    128: (Tile(64, 128, 2, 2), Tile(64, 128, 1, 2)),
 }
 HUNGRY = {"softcap", "mod", "dropout", "bias"}  # options for which 128 queries are too many
 

@@ -115,7 +115,7 @@ def test_200_repetitions_give_the_same_bits(gpu: Any, dtype: str, kernel: str) -
     for _ in range(200):
         with other:
             noise @ noise
-        out, vjp = cuflash.attention_vjp(q, k, v, causal=True, kernel=kernel)
+        out, vjp = cuflash.attention_vjp(q, k, v, causal=True, kernel=kernel, deterministic=True)
         results = (out, *vjp(dout))
         bits = [x.view("uint16" if dtype == "float16" else "uint32") for x in results]
         first = first or bits
@@ -278,7 +278,9 @@ def test_a_graph_is_replayed_with_other_lengths_and_another_seed(gpu: Any) -> No
 
     def step() -> Any:
         out, lse = cuflash.attention_varlen(q, k, v, cu_seqlens, cu_seqlens, return_lse=True, **options)
-        gradients = cuflash.attention_varlen_backward(dout, q, k, v, out, lse, cu_seqlens, cu_seqlens, **options)
+        gradients = cuflash.attention_varlen_backward(
+            dout, q, k, v, out, lse, cu_seqlens, cu_seqlens, **options, deterministic=True
+        )
         return out, lse, *gradients
 
     stream = gpu.cuda.Stream(non_blocking=True)
@@ -330,7 +332,7 @@ def test_variants_give_the_same_bits_again(gpu: Any, kernel: str) -> None:
     first = None
     differing = gpu.zeros((), "int64")
     for _ in range(100):
-        out, vjp = cuflash.attention_vjp(q, k, v, **options, return_dbias=True, return_dsinks=True)
+        out, vjp = cuflash.attention_vjp(q, k, v, **options, return_dbias=True, return_dsinks=True, deterministic=True)
         bits = [x.view("uint16" if x.itemsize == 2 else "uint32") for x in (out, *vjp(dout))]
         first = first or bits
         for x, y in zip(bits, first, strict=True):
