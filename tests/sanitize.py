@@ -62,13 +62,6 @@ HOPPER = [
     AttentionProblem((2, 300, 128), (1, 400, 128), (1, 400, 128), "bfloat16", causal=True, dropout_p=0.2),
     AttentionProblem((2, 300, 64), (2, 300, 64), (2, 300, 64), "float16", mask_mod="document", block_mask=True),
 ]  # fmt: skip
-HOPPER_PACKED = [
-    PackedProblem(
-        (30, 0, 300, 129), (90, 5, 400, 260), heads=(4, 2), head_dims=(head_dim, head_dim), tails=(7, 9),
-        dtype="bfloat16", causal=True,
-    )
-    for head_dim in (64, 128)
-]  # fmt: skip
 
 
 def check_sm90(problem: AttentionProblem | PackedProblem, *, poison: bool = False) -> None:
@@ -97,11 +90,11 @@ def check_sm90(problem: AttentionProblem | PackedProblem, *, poison: bool = Fals
 
 def check_hopper() -> int:
     """Run the problems of the family sm90, and count them."""
-    for problem in (*HOPPER, *HOPPER_PACKED):
+    for problem in HOPPER:
         check_sm90(problem)
     for problem in HOPPER[:2]:
         check_sm90(problem, poison=True)
-    return len(HOPPER) + len(HOPPER_PACKED) + 2
+    return len(HOPPER) + 2
 
 
 def main() -> None:
