@@ -71,8 +71,6 @@ def why_not(
         return f"it needs compute capability 9.0, {chip.name} has {chip.capability[0]}.{chip.capability[1]}"
     if number not in ("float16", "bfloat16"):
         return f"it multiplies float16 and bfloat16, not {problem.dtype}"
-    if problem.packed:
-        return "it takes no packed sequences: short ones can stop the kernel (docs/notes/sm90.md)"
     if min(problem.batch, problem.seqlen_q, problem.seqlen_k) == 0:
         return "it takes at least one sequence, query and key"
     if problem.softmax_scale < MIN_SCALE:

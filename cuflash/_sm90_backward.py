@@ -44,6 +44,8 @@ HUNGRY = {"softcap", "mod", "dropout", "bias"}  # options for which 128 queries 
 
 def why_not(problem: Problem, options: Options, chip: Chip) -> str | None:
     """The reason why there is no kernel for a problem that the forward can do, or None if there is one."""
+    if problem.packed:
+        return "its backward takes no packed sequences: short ones can stop it (docs/notes/sm90_backward.md)"
     if max(problem.head_dim, problem.head_dim_v) > MAX_HEAD_DIM:
         return f"its backward takes head_dim up to {MAX_HEAD_DIM}, not {max(problem.head_dim, problem.head_dim_v)}"
     if _tile(problem, options, chip) is None:

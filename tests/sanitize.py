@@ -62,10 +62,17 @@ HOPPER = [
     AttentionProblem((2, 300, 128), (1, 400, 128), (1, 400, 128), "bfloat16", causal=True, dropout_p=0.2),
     AttentionProblem((2, 300, 64), (2, 300, 64), (2, 300, 64), "float16", mask_mod="document", block_mask=True),
 ]  # fmt: skip
+HOPPER_PACKED = [
+    PackedProblem(
+        (30, 0, 300, 129), (90, 5, 400, 260), heads=(4, 2), head_dims=(head_dim, head_dim), tails=(7, 9),
+        dtype="bfloat16", causal=True,
+    )
+    for head_dim in (64, 128)
+]  # fmt: skip
 
 
 def check_sm90(problem: AttentionProblem | PackedProblem, *, poison: bool = False) -> None:
-    """Run kernel="sm90" forward and, up to its widest head_dim, backward, in any order and in a fixed one.
+    """Run kernel="sm90" forward and, as far as it has gradients, backward, in any order and in a fixed one.
 
     With NaN in a value that only the last rows of a causal problem see, if asked for.
     """
@@ -80,7 +87,7 @@ def check_sm90(problem: AttentionProblem | PackedProblem, *, poison: bool = Fals
     assert_backward = assert_gradients_varlen_accurate if packed else assert_gradients_accurate
     out, lse = forward(q, k, v, *cu_seqlens, kernel="sm90", return_lse=True, **options)
     assert_forward(q, k, v, *cu_seqlens, out, lse, **problem.options)
-    if max(q.shape[-1], v.shape[-1]) > MAX_HEAD_DIM:
+    if packed or max(q.shape[-1], v.shape[-1]) > MAX_HEAD_DIM:
         return
     for deterministic in (False, True):
         arrays = dout, q, k, v, out, lse, *cu_seqlens
@@ -90,11 +97,11 @@ def check_sm90(problem: AttentionProblem | PackedProblem, *, poison: bool = Fals
 
 def check_hopper() -> int:
     """Run the problems of the family sm90, and count them."""
-    for problem in HOPPER:
+    for problem in (*HOPPER, *HOPPER_PACKED):
         check_sm90(problem)
     for problem in HOPPER[:2]:
         check_sm90(problem, poison=True)
-    return len(HOPPER) + 2
+    return len(HOPPER) + len(HOPPER_PACKED) + 2
 
 
 def main() -> None:

@@ -752,7 +752,7 @@ class TestCompilingAhead:
             for cell in (*variant.cells(sizes, "bfloat16"), *variant.plain_cells(sizes, "bfloat16")):
                 for op in variant.ops:
                     for family in FAMILIES_OF[op]:
-                        if variant.packed and family == "sm90":
+                        if variant.packed and op == "backward" and family == "sm90":
                             continue
                         variant.prepare(machine, op, cell, family)().call()
         assert len(compiled) > 80
