@@ -81,7 +81,7 @@ struct BwdSm90 {
   };
   struct Rings {
     RingKv kv;
-    Ring q, dout;  // statistics of rows come and go with Q
+    Ring q, dout;         // statistics of rows come and go with Q
     Pipeline<1> partial;  // queries of which only a part is kept
     RingPairs pairs;
     Jobs jobs;
