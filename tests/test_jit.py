@@ -379,11 +379,31 @@ def compile_probe(struct: str, dtype: np.dtype[Any]) -> None:
     cubin.compile_for(KernelSource(struct, "\n".join(lines), 32, 0), "sm_80")
 
 
+WITH_MAPS = {"FwdSm90Params": "fwd_sm90", "BwdSm90Params": "bwd_sm90"}
+
+
 @pytest.mark.compile
-@pytest.mark.parametrize("struct", _params.PARAMS)
+@pytest.mark.parametrize("struct", [struct for struct in _params.PARAMS if struct not in WITH_MAPS])
 def test_structs_mirror_those_of_the_kernels(struct: str) -> None:
     assert len(list(fields(_params.PARAMS[struct]))) >= 30
     compile_probe(struct, _params.PARAMS[struct])
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("struct", WITH_MAPS)
+def test_structs_with_tensor_maps_mirror_those_of_the_kernels(struct: str) -> None:
+    pytest.importorskip("cupy")
+    dtype = _params.PARAMS[struct]
+    sizes = {name: field.itemsize for name, (field, _) in (dtype.fields or {}).items() if name != "gap"}
+    assert len(sizes) >= 5
+    assert (dtype.fields or {})["maps"][1] % 64 == 0
+    lines = [
+        f"#include <cuflash/kernels/{WITH_MAPS[struct]}.cuh>",
+        f"using Params = cuflash::{struct};",
+        f"static_assert(sizeof(Params) == {dtype.itemsize} && alignof(decltype(Params::maps)) == 64);",
+        *(f"static_assert(sizeof(Params::{name}) == {size});" for name, size in sizes.items()),
+    ]
+    cubin.compile_for(KernelSource(struct, "\n".join(lines), 32, 0), "sm_90")
 
 
 @pytest.mark.compile
