@@ -206,7 +206,7 @@ class _TiledKernel:
         return kernel, self.num_blocks(problem, tile)
 
 
-def _num_jobs(problem: Problem, num_rows: int, block: int) -> int:
+def num_jobs(problem: Problem, num_rows: int, block: int) -> int:
     """The blocks of threads that a head takes (attention/sequence.cuh, attention/packed.cuh)."""
     if problem.packed:
         return num_rows // block + problem.batch + 1 if num_rows else 0
@@ -215,12 +215,12 @@ def _num_jobs(problem: Problem, num_rows: int, block: int) -> int:
 
 def _query_blocks(problem: Problem, tile: Tile) -> int:
     """A block of threads owns as many queries of a head as the first number of its tile says."""
-    return _num_jobs(problem, problem.seqlen_q, tile[0]) * problem.num_heads
+    return num_jobs(problem, problem.seqlen_q, tile[0]) * problem.num_heads
 
 
 def _key_blocks(problem: Problem, tile: Tile) -> int:
     """A block of threads owns as many keys of a key/value head as the second number of its tile says."""
-    return _num_jobs(problem, problem.seqlen_k, tile[1]) * problem.num_heads_kv
+    return num_jobs(problem, problem.seqlen_k, tile[1]) * problem.num_heads_kv
 
 
 _BACKWARD_INPUTS = (

@@ -248,6 +248,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 RINGS = [
     pytest.param(("numpy", "auto"), marks=pytest.mark.numpy, id="numpy"),
     pytest.param(("host", "wmma"), marks=pytest.mark.host, id="host-wmma"),
+    pytest.param(("host", "auto"), marks=pytest.mark.host, id="host-auto"),
     pytest.param(("gpu", "wmma"), marks=pytest.mark.gpu, id="gpu-wmma"),
     pytest.param(("gpu", "auto"), marks=pytest.mark.gpu, id="gpu-auto"),
 ]

@@ -27,7 +27,7 @@ PYTHON_LAYERS = [
     {"_kernel"},
     {"_call", "_wgmma"},
     {"_sm90", "_wmma"},
-    {"_fa1", "_naive"},
+    {"_fa1", "_naive", "_sm80"},
     {"_launch"},
     {"_cupy"},
     {"_backends"},

@@ -70,6 +70,19 @@ struct CarefulHead {
     }
   }
 
+  // Writes the 16 rows of a warp from this one, of which lanes 4 r hold the numbers for rows r and r + 8.
+  template <int kHeadDimV>
+  __device__ __forceinline__ void write_rows(int first_row, const float (&shift)[2], const float (&inverse)[2]) const {
+#pragma unroll 1
+    for (int i = 0; i < 16; ++i) {
+      const bool second = i >= 8;
+      const int row = first_row + i, lane = i % 8 * 4;
+      const float row_shift = __shfl_sync(kFullMask, second ? shift[1] : shift[0], lane);
+      const float row_inverse = __shfl_sync(kFullMask, second ? inverse[1] : inverse[0], lane);
+      if (row < out.rows) write_row<kHeadDimV>(row, row_shift, row_inverse);
+    }
+  }
+
  private:
   // Lanes draw the bits of a 16 x 16 tile (attention/dropout.cuh): each asks the one that drew its own.
   static __device__ __forceinline__ bool survives(const Options& options, int row, int key) {

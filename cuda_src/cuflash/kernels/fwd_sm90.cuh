@@ -7,8 +7,8 @@
 #include <cuflash/attention/key_blocks.cuh>
 #include <cuflash/attention/register_softmax.cuh>
 #include <cuflash/common/shared_memory.cuh>
-#include <cuflash/ptx/store.cuh>
 #include <cuflash/ptx/warpgroup.cuh>
+#include <cuflash/tile/row_store.cuh>
 #include <cuflash/tile/swizzled_tile.cuh>
 
 namespace cuflash {
@@ -448,7 +448,7 @@ struct FwdSm90 {
                                 sequence.seqlen_q, problem.head_dim_v);
       ptx::wgmma_wait<kOverlapsJobs ? 1 : 0>();
       release(shared.rings.v, v_at);
-      const bool finite = store(out, output, inverse, first_query);
+      const bool finite = store_rows_16(out, output, inverse, first_query);
       // 0 * NaN is NaN: where pairs are hidden, values that others see may have spoiled all rows.
       if (hides_pairs && __any_sync(kFullMask, !finite)) {
         __syncwarp();  // others write again what this lane wrote
@@ -469,48 +469,6 @@ struct FwdSm90 {
 
   // ---- Epilogue
 
-  // The four lanes of a row exchange their pairs, so that each writes 16 bytes. Returns whether the
-  // first of this lane's rows is finite.
-  static __device__ __forceinline__ bool store(const Matrix<Element>& out, const Output& output,
-                                               const float (&inverse)[2], int first_query) {
-    const int lane = threadIdx.x % 4;
-    const bool odd = lane & 1, high = lane & 2;
-    unsigned zeros = 0;
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const int row = first_query + 8 * r;
-      Element* const target = out.at(row, 0) + 8 * lane;
-#pragma unroll
-      for (int col = 0; col < kHeadDimV; col += 32) {
-        unsigned word[4];
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          const int i = (col / 8 + j) * 4 + 2 * r;
-          word[j] = Weights::packed(output.x[i] * inverse[r], output.x[i + 1] * inverse[r]);
-          if (r == 0) note_non_finite<Element>(zeros, word[j]);
-        }
-#pragma unroll
-        for (int j = 0; j < 4; j += 2) exchange(word[j], word[j + 1], odd, 1);
-#pragma unroll
-        for (int j = 0; j < 2; ++j) exchange(word[j], word[j + 2], high, 2);
-        if (row < out.rows && col + 8 * lane < out.cols) {
-          ptx::store_16(target + col, word[0], word[1], word[2], word[3]);
-        }
-      }
-    }
-    return zeros == 0;
-  }
-
-  // One of two lanes gives its x for the other's y.
-  static __device__ __forceinline__ void exchange(unsigned& x, unsigned& y, bool second, int distance) {
-    const unsigned other = __shfl_xor_sync(kFullMask, second ? x : y, distance);
-    if (second) {
-      x = other;
-    } else {
-      y = other;
-    }
-  }
-
   // Cold. Computes the 16 rows of a warp once more. Each value meets all rows, if only with weight 0: so all are
   // spoiled where one is.
   static __device__ __forceinline__ void mend(const Arrays& arrays, const FwdParams& params, Options options,
@@ -530,14 +488,7 @@ struct FwdSm90 {
     const Matrix<Element> out(arrays.out, params.out, sequence.batch, job.head, sequence.first_query, sequence.seqlen_q,
                               problem.head_dim_v);
     const Careful head = {q, k, v, out, options, band, problem.softmax_scale, memory};
-#pragma unroll 1
-    for (int i = 0; i < 16; ++i) {
-      const bool second = i >= 8;
-      const int row = job.tile * kBlockM + warp_row + i, lane = i % 8 * 4;
-      const float row_shift = __shfl_sync(kFullMask, second ? shift[1] : shift[0], lane);
-      const float row_inverse = __shfl_sync(kFullMask, second ? inverse[1] : inverse[0], lane);
-      if (row < sequence.seqlen_q) head.template write_row<kHeadDimV>(row, row_shift, row_inverse);
-    }
+    head.template write_rows<kHeadDimV>(job.tile * kBlockM + warp_row, shift, inverse);
   }
 };
 

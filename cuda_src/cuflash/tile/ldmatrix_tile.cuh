@@ -1,0 +1,100 @@
+// A tile in shared memory as cp.async writes it and ldmatrix reads it.
+#pragma once
+
+#include <cuflash/ptx/ldmatrix.cuh>
+#include <cuflash/tile/matrix.cuh>
+
+namespace cuflash {
+
+// Rows follow each other; the 16-byte pieces of a row are swizzled, so that the same piece of 8 rows lies in all 32
+// banks of shared memory: piece p of row r is at place p XOR r % 8. Where rows are an odd number of 64 bytes, two of
+// them fill the banks, and the piece is at p XOR r / 2 % 4.
+template <class Element, int kRows, int kCols>
+struct alignas(128) LdmatrixTile {
+  static constexpr int kPiece = 8;  // elements of 16 bytes
+  static constexpr int kPieces = kCols % 64 == 0 ? 8 : 4;   // that change places with each other
+  static constexpr int kGroup = kPieces * kPiece;           // their columns
+  static constexpr int kPitch = kCols * sizeof(Element);    // bytes
+
+  static_assert(sizeof(Element) == 2 && kCols % 32 == 0 && kRows % 16 == 0);
+
+  Element data[kRows * kCols];
+
+  // Where an element is, in elements.
+  static __device__ __forceinline__ int offset(int row, int col) {
+    const int place = col / kPiece ^ row / (8 / kPieces) % kPieces;
+    return row * kCols + place * kPiece + col % kPiece;
+  }
+
+  // Starts to copy rows [first_row, first_row + kRows) of a matrix; whatever lies outside of it becomes 0.
+  // Complete after cp_async_wait and a barrier. `thread` counts the kNumThreads threads that share the work.
+  template <int kNumThreads>
+  __device__ __forceinline__ void load(const Matrix<const Element>& source, int first_row, int thread = threadIdx.x) {
+    // Each thread copies the same piece of every kRowStep-th row, so that it stays at the same place.
+    constexpr int kRowStep = kNumThreads / kPieces;
+    static_assert(kRowStep % 8 == 0);
+    if (source.vectorized) {
+      const int row = thread / kPieces, col = thread % kPieces * kPiece;
+      Element* const target = data + offset(row, col);
+      const Element* const address = source.at(first_row + row, col);
+      const long long step = kRowStep * source.row_stride;
+      if (kRows % kRowStep == 0 && first_row + kRows <= source.rows && source.cols == kCols) {
+        const Element* of_row = address;
+#pragma unroll
+        for (int i = 0; i < kRows / kRowStep; ++i) {
+#pragma unroll
+          for (int group = 0; group < kCols; group += kGroup) {
+            ptx::cp_async_16(target + i * kRowStep * kCols + group, of_row + group, true);
+          }
+          of_row += step;
+        }
+      } else {
+        const Element* of_row = address;
+#pragma unroll 1
+        for (int i = 0; row + i * kRowStep < kRows; ++i) {
+          const bool inside = first_row + row + i * kRowStep < source.rows;
+#pragma unroll 1
+          for (int group = 0; group < kCols; group += kGroup) {
+            const bool valid = inside && col + group < source.cols;
+            ptx::cp_async_16(target + i * kRowStep * kCols + group, valid ? of_row + group : source.data, valid);
+          }
+          of_row += step;
+        }
+      }
+    } else {
+#pragma unroll 1  // the rare path leaves the registers to the others
+      for (int index = thread; index < kRows * kCols; index += kNumThreads) {
+        const int row = index / kCols, col = index % kCols;
+        const bool inside = first_row + row < source.rows && col < source.cols;
+        data[offset(row, col)] = inside ? *source.at(first_row + row, col) : from_float<Element>(0.0f);
+      }
+    }
+  }
+};
+
+// How a lane reads 16 x 16 elements of such a tile by ldmatrix: it gives row lane % 16, the left or the right half.
+// Of the four 8 x 8 matrices, x[0] and x[1] are the left ones, x[2] and x[3] the right ones.
+template <class Tile>
+struct TileReader {
+  int start;  // bytes
+
+  __device__ __forceinline__ TileReader()
+      : start(2 * Tile::offset(threadIdx.x % 16, threadIdx.x % 32 / 16 * Tile::kPiece)) {}
+
+  // The corner is at multiples of 16.
+  __device__ __forceinline__ void load(unsigned (&x)[4], const Tile& tile, int row, int col) const {
+    ptx::ldmatrix(x, at(tile, row, col));
+  }
+  __device__ __forceinline__ void load_transposed(unsigned (&x)[4], const Tile& tile, int row, int col) const {
+    ptx::ldmatrix_transposed(x, at(tile, row, col));
+  }
+
+ private:
+  // A piece keeps its place from 16 rows to the next; columns change it by XOR.
+  __device__ __forceinline__ const void* at(const Tile& tile, int row, int col) const {
+    return reinterpret_cast<const unsigned char*>(tile.data) + (start ^ 2 * (col % Tile::kGroup)) + row * Tile::kPitch +
+           2 * (col / Tile::kGroup * Tile::kGroup);
+  }
+};
+
+}  // namespace cuflash

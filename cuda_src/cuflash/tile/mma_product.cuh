@@ -1,0 +1,57 @@
+// Products of a warp by mma.sync: sums in registers, factors by ldmatrix or in registers already.
+#pragma once
+
+#include <cuflash/ptx/mma.cuh>
+#include <cuflash/tile/ldmatrix_tile.cuh>
+#include <cuflash/tile/warpgroup_tile.cuh>
+
+namespace cuflash {
+
+// sums[m] += A[m] B^T over kDepth columns, for rows of B from `row` on: first_factor(x, m, col) loads 16 x 16 elements
+// of A.
+template <int kDepth, int kTilesM, int kCols, class Element, int kRowsB, int kColsB, class FirstFactor>
+__device__ __forceinline__ void add_product_along(WarpgroupTile<kCols> (&sums)[kTilesM], FirstFactor first_factor,
+                                                  const LdmatrixTile<Element, kRowsB, kColsB>& b, int row = 0) {
+  const TileReader<LdmatrixTile<Element, kRowsB, kColsB>> reader;
+#pragma unroll
+  for (int k = 0; k < kDepth; k += 16) {
+    unsigned factor[kTilesM][4];
+#pragma unroll
+    for (int m = 0; m < kTilesM; ++m) first_factor(factor[m], m, k);
+#pragma unroll
+    for (int n = 0; n < kCols; n += 16) {
+      unsigned x[4];
+      reader.load(x, b, row + n, k);
+#pragma unroll
+      for (int m = 0; m < kTilesM; ++m) {
+        ptx::mma<Element>(sums[m].x + n / 2, factor[m], x[0], x[2]);
+        ptx::mma<Element>(sums[m].x + n / 2 + 4, factor[m], x[1], x[3]);
+      }
+    }
+  }
+}
+
+// sums[m] += A[m] B over kDepth rows of B, for its columns from `col` on.
+template <int kDepth, int kTilesM, int kCols, class Element, int kRowsB, int kColsB, class FirstFactor>
+__device__ __forceinline__ void add_product_across(WarpgroupTile<kCols> (&sums)[kTilesM], FirstFactor first_factor,
+                                                   const LdmatrixTile<Element, kRowsB, kColsB>& b, int col = 0) {
+  const TileReader<LdmatrixTile<Element, kRowsB, kColsB>> reader;
+#pragma unroll
+  for (int k = 0; k < kDepth; k += 16) {
+    unsigned factor[kTilesM][4];
+#pragma unroll
+    for (int m = 0; m < kTilesM; ++m) first_factor(factor[m], m, k);
+#pragma unroll
+    for (int n = 0; n < kCols; n += 16) {
+      unsigned x[4];
+      reader.load_transposed(x, b, k, col + n);
+#pragma unroll
+      for (int m = 0; m < kTilesM; ++m) {
+        ptx::mma<Element>(sums[m].x + n / 2, factor[m], x[0], x[1]);
+        ptx::mma<Element>(sums[m].x + n / 2 + 4, factor[m], x[2], x[3]);
+      }
+    }
+  }
+}
+
+}  // namespace cuflash
