@@ -33,6 +33,41 @@ struct FwdSm80 {
   using Blocks = KeyBlocks<kBlockM, kBlockN>;
   using Careful = CarefulHead<Element, Options>;
 
+  struct Arrays {
+    const Element *q, *k, *v;
+    Element* out;
+    float* lse;  // may be null
+  };
+
+  // What a block knows of its job. In shared memory, since it is looked at once a tile and registers are few.
+  struct alignas(16) Work {
+    Matrix<const Element> q, k, v;
+    Matrix<Element> out;
+    Matrix<float> lse;
+    Band band;
+    Blocks blocks;
+    int first_query;
+
+    __device__ __forceinline__ Work(const Arrays& arrays, const FwdParams& params, const Job& job)
+        : Work(arrays, params, job, job.sequence, job.head / params.problem.group_size()) {}
+
+   private:
+    __device__ __forceinline__ Work(const Arrays& arrays, const FwdParams& params, const Job& job,
+                                    const Sequence& sequence, int head_kv)
+        : q(arrays.q, params.q, sequence.batch, job.head, sequence.first_query, sequence.seqlen_q,
+            params.problem.head_dim),
+          k(arrays.k, params.k, sequence.batch, head_kv, sequence.first_key, sequence.seqlen_k,
+            params.problem.head_dim),
+          v(arrays.v, params.v, sequence.batch, head_kv, sequence.first_key, sequence.seqlen_k,
+            params.problem.head_dim_v),
+          out(arrays.out, params.out, sequence.batch, job.head, sequence.first_query, sequence.seqlen_q,
+              params.problem.head_dim_v),
+          lse(arrays.lse, params.lse, sequence.batch, job.head, sequence.first_query),
+          band(params.problem.band(sequence.seqlen_q, sequence.seqlen_k)),
+          blocks(band, job.tile * kBlockM, {job.tile * kBlockM, (job.tile + 1) * kBlockM}),
+          first_query(job.tile * kBlockM) {}
+  };
+
   static constexpr int kPairBytes = Options::template kTileBytes<kBlockM, kBlockN>;
   struct alignas(16) TileOfArrays {
     unsigned char memory[larger(kPairBytes, 16)];
@@ -43,68 +78,49 @@ struct FwdSm80 {
     TileV v[kStages];
     TileOfArrays pairs[kStages];
     typename Careful::Memory careful[kNumWarps];
+    Work work;
   };
   // Without the padding at the end of the struct.
   static constexpr int kSharedBytes = sizeof(TileQ) + kStages * (sizeof(TileK) + sizeof(TileV) + sizeof(TileOfArrays)) +
-                                      sizeof(Shared::careful);
-  // Kernels multiply by the scale only after the maxima of products, as long as it is positive and not a denormal.
-  static constexpr float kMinScale = 1.17549435e-38f;
+                                      sizeof(Shared::careful) + sizeof(Work);
 
   static_assert(kBlockM % (16 * kNumWarps) == 0 && kBlockN % 16 == 0 && kStages >= 1);
 
-  struct Arrays {
-    const Element *q, *k, *v;
-    Element* out;
-    float* lse;  // may be null
-  };
-
   static __device__ __forceinline__ void run(const Arrays& arrays, const FwdParams& params, Options options) {
-    const Problem& problem = params.problem;
-    const Job job = options.template query_job<kBlockM>(problem, blockIdx.x);
-    const Sequence& sequence = job.sequence;
-    const int block_query = job.tile * kBlockM;
-    if (block_query >= sequence.seqlen_q || job.tile < 0) return;
-    const int batch = sequence.batch, head_kv = job.head / problem.group_size();
-    const Band band = problem.band(sequence.seqlen_q, sequence.seqlen_k);
-    options.enter(sequence, job.head);
-    const Pairs<Options> pairs = {options, band, problem.softmax_scale};
-
-    const Matrix<const Element> q(arrays.q, params.q, batch, job.head, sequence.first_query, sequence.seqlen_q,
-                                  problem.head_dim);
-    const Matrix<const Element> k(arrays.k, params.k, batch, head_kv, sequence.first_key, sequence.seqlen_k,
-                                  problem.head_dim);
-    const Matrix<const Element> v(arrays.v, params.v, batch, head_kv, sequence.first_key, sequence.seqlen_k,
-                                  problem.head_dim_v);
+    const Job job = options.template query_job<kBlockM>(params.problem, blockIdx.x);
+    if (job.tile * kBlockM >= job.sequence.seqlen_q || job.tile < 0) return;
+    options.enter(job.sequence, job.head);
 
     Shared& shared = *reinterpret_cast<Shared*>(dynamic_shared_memory());
-    const int warp = uniform(threadIdx.x / 32), lane = threadIdx.x % 32;
-    const int warp_query = block_query + warp * kWarpM;
-    const int first_query = warp_query + lane / 4, first_col = lane % 4 * 2;
-    const Blocks blocks(band, block_query, {block_query, block_query + kBlockM});
-    const auto next = [&](int block) { return Blocks::visited(options, block_query, block - 1, blocks.begin); };
+    if (threadIdx.x == 0) shared.work = Work(arrays, params, job);
+    __syncthreads();
+    const Work& work = shared.work;
+    const Pairs<Options> pairs = {options, work.band, params.problem.softmax_scale};
+    const int warp_row = threadIdx.x / 32 * kWarpM;
 
+    const auto next = [&](int block) {
+      return Blocks::visited(options, work.first_query, block - 1, work.blocks.begin);
+    };
     const auto load_keys = [&](int stage, int block) {
-      shared.k[stage].template load<kNumThreads>(k, block * kBlockN);
-      options.template load<kBlockM, kBlockN, kNumThreads>(shared.pairs[stage].memory, block_query, block * kBlockN);
+      shared.k[stage].template load<kNumThreads>(work.k, block * kBlockN);
+      options.template load<kBlockM, kBlockN, kNumThreads>(shared.pairs[stage].memory, work.first_query,
+                                                           block * kBlockN);
     };
     const auto load_values = [&](int stage, int block) {
-      shared.v[stage].template load<kNumThreads>(v, block * kBlockN);
+      shared.v[stage].template load<kNumThreads>(work.v, block * kBlockN);
     };
-    int block = next(blocks.end), ahead = block;  // at hand, and the next to be loaded
-    int stage = 0, stage_ahead = 0;               // that hold them
-    const auto advance = [](int& stage) { stage = stage + 1 == kStages ? 0 : stage + 1; };
-    const auto load_ahead = [&] {
-      if (ahead >= blocks.begin) {
-        load_keys(stage_ahead, ahead);
-        if (kStages > 1) load_values(stage_ahead, ahead);
-        ahead = next(ahead);
-        advance(stage_ahead);
+    const auto load = [&](int stage, int block) {
+      if (block >= work.blocks.begin) {
+        load_keys(stage, block);
+        if (kStages > 1) load_values(stage, block);
       }
       ptx::cp_async_commit();
     };
-    shared.q.template load<kNumThreads>(q, block_query);
+    constexpr int kAhead = larger(1, kStages - 1);  // tiles on their way
+    int block = next(work.blocks.end);
+    shared.q.template load<kNumThreads>(work.q, work.first_query);
 #pragma unroll
-    for (int i = 0; i < larger(1, kStages - 1); ++i) load_ahead();
+    for (int i = 0, ahead = block; i < kAhead; ++i, ahead = next(ahead)) load(i, ahead);
 
     Scores scores[kTilesM];
     Weights weights[kTilesM];
@@ -114,32 +130,47 @@ struct FwdSm80 {
 #pragma unroll
     for (int m = 0; m < kTilesM; ++m) output[m].clear();
 
-    const TileReader<TileQ> reader_q;
+    using ReaderQ = TileReader<TileQ, Order::kByColumns>;
     unsigned kept_q[kKeepsQ ? kHeadDim / 16 : 1][kTilesM][4];
-    const auto load_q = [&](unsigned(&x)[4], int m, int col) {
-      if constexpr (kKeepsQ) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) x[i] = kept_q[col / 16][m][i];
-      } else {
-        reader_q.load(x, shared.q, warp * kWarpM + 16 * m, col);
-      }
-    };
     if constexpr (kKeepsQ) {
       ptx::cp_async_wait<0>();
       __syncthreads();
+      const ReaderQ reader(warp_row);
 #pragma unroll
       for (int col = 0; col < kHeadDim; col += 16) {
 #pragma unroll
-        for (int m = 0; m < kTilesM; ++m) reader_q.load(kept_q[col / 16][m], shared.q, warp * kWarpM + 16 * m, col);
+        for (int m = 0; m < kTilesM; ++m) reader.load(kept_q[col / 16][m], shared.q, 16 * m, col);
       }
     }
 
-    // One tile of keys. A warp whose rows see nothing of it only helps to load.
-    const auto visit = [&](bool sees, const auto& hide_by_band) {
+    // Whether the rows of this warp see any key of a tile.
+    const auto sees_any = [&](int first_key) {
+      const int warp_query = work.first_query + warp_row;
+      const Range keys = work.band.keys_of({warp_query, warp_query + kWarpM});
+      return warp_query < work.band.seqlen_q && first_key < keys.end && keys.begin < first_key + kBlockN;
+    };
+#pragma unroll 1
+    for (int stage = 0; block >= work.blocks.begin; block = next(block), stage = (stage + 1) % kStages) {
+      const int first_key = block * kBlockN;
+      const auto tile_at = [&](int m) {
+        unsigned lane = threadIdx.x % 32;
+        ptx::make_opaque(lane);  // as in TileReader
+        return TileOfPairs<Options>{pairs, work.first_query + warp_row + 16 * m + static_cast<int>(lane / 4),
+                                    first_key + static_cast<int>(lane % 4 * 2)};
+      };
+      const bool masked = block < work.blocks.full_begin || block >= work.blocks.full_end;
+      const bool sees = !masked || uniform(sees_any(first_key));  // if not, the warp only helps to load
+
       ptx::cp_async_wait<larger(0, kStages - 2)>();
       __syncthreads();  // this stage has arrived, and the one before is no longer read
+      const auto load_ahead = [&](int stage) {
+        int ahead = block;
+#pragma unroll
+        for (int i = 0; i < kAhead; ++i) ahead = next(ahead);
+        load(stage, ahead);
+      };
       if constexpr (kStages > 1) {
-        load_ahead();
+        load_ahead((stage + kAhead) % kStages);
       } else {
         load_values(0, block);
         ptx::cp_async_commit();
@@ -148,34 +179,42 @@ struct FwdSm80 {
       if (sees) {
 #pragma unroll
         for (int m = 0; m < kTilesM; ++m) scores[m].clear();
+        const ReaderQ reader(warp_row);
+        const auto load_q = [&](unsigned(&x)[4], int m, int col) {
+          if constexpr (kKeepsQ) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) x[i] = kept_q[col / 16][m][i];
+          } else {
+            reader.load(x, shared.q, 16 * m, col);
+          }
+        };
         add_product_along<kHeadDim>(scores, load_q, shared.k[stage]);
-        options.template look_at<kBlockM, kBlockN>(shared.pairs[stage].memory, block_query, block * kBlockN);
+        options.template look_at<kBlockM, kBlockN>(shared.pairs[stage].memory, work.first_query, first_key);
 #pragma unroll
         for (int m = 0; m < kTilesM; ++m) {
-          const TileOfPairs<Options> tile = {pairs, first_query + 16 * m, block * kBlockN + first_col};
+          const TileOfPairs<Options> tile = tile_at(m);
           scale = tile.change(scores[m]);
-          if (!Options::kChangesScores && pairs.scale < kMinScale) {
-            scale = 1.0f;
-#pragma unroll
-            for (int i = 0; i < Scores::kNumElements; ++i) scores[m].x[i] *= pairs.scale;
-          }
-          hide_by_band(tile, scores[m]);
+          if (masked) tile.template hide_by_band<Hidden::kAround>(scores[m]);
           tile.hide_by_options(scores[m]);
         }
       }
       if constexpr (kStages == 1) {
         ptx::cp_async_wait<0>();
         __syncthreads();  // V has arrived, and K is no longer read
-        load_ahead();
+        load_ahead(0);
       }
       if (sees) {
+        bool grown = false;
 #pragma unroll
         for (int m = 0; m < kTilesM; ++m) {
           rows[m].weigh(scores[m], scale, factor[m]);
-          const TileOfPairs<Options> tile = {pairs, first_query + 16 * m, block * kBlockN + first_col};
-          tile.drop(scores[m], warp_query + 16 * m, block * kBlockN);
+          tile_at(m).drop(scores[m], work.first_query + warp_row + 16 * m, first_key);
           weights[m].round(scores[m]);
-          if (__any_sync(kFullMask, factor[m][0] != 1.0f || factor[m][1] != 1.0f)) {
+          grown = grown || factor[m][0] != 1.0f || factor[m][1] != 1.0f;
+        }
+        if (__any_sync(kFullMask, grown)) {
+#pragma unroll
+          for (int m = 0; m < kTilesM; ++m) {
 #pragma unroll
             for (int i = 0; i < Output::kNumElements; ++i) output[m].x[i] *= factor[m][row_of_element(i)];
           }
@@ -186,33 +225,14 @@ struct FwdSm80 {
         };
         add_product_across<kBlockN>(output, weights_of, shared.v[stage]);
       }
-      advance(stage);
-    };
-
-    const Range warp_keys = band.keys_of({warp_query, warp_query + kWarpM});
-    const auto visit_with_mask = [&] {
-      const int first_key = block * kBlockN;
-      const bool sees = uniform(warp_query < sequence.seqlen_q && first_key < warp_keys.end &&
-                                first_key + kBlockN > warp_keys.begin);
-      visit(sees, [](const auto& tile, Scores& scores) { tile.template hide_by_band<Hidden::kAround>(scores); });
-    };
-    const auto visit_without_mask = [&] { visit(true, [](const auto&, Scores&) {}); };
-#pragma unroll 1
-    for (; block >= blocks.begin; block = next(block)) {
-      if (block < blocks.full_begin || block >= blocks.full_end) {
-        visit_with_mask();
-      } else {
-        visit_without_mask();
-      }
     }
-    ptx::cp_async_wait<0>();
 
-    const Matrix<Element> out(arrays.out, params.out, batch, job.head, sequence.first_query, sequence.seqlen_q,
-                              problem.head_dim_v);
     const bool hides_pairs =
-        Options::kHidesPairs || blocks.full_begin > blocks.begin || blocks.full_end < blocks.end;
+        Options::kHidesPairs || work.blocks.full_begin > work.blocks.begin || work.blocks.full_end < work.blocks.end;
+    const int lane = threadIdx.x % 32;
 #pragma unroll
     for (int m = 0; m < kTilesM; ++m) {
+      const int first_row = work.first_query + warp_row + 16 * m, lane_row = first_row + lane / 4;
       float inverse[2], shift[2];
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
@@ -220,18 +240,19 @@ struct FwdSm80 {
         shift[r] = rows[m].softmax[r].shift();
         if constexpr (Options::kHasSinks) survivors *= rows[m].softmax[r].join(options.sink(), sum);
         inverse[r] = sum == 0.0f ? 0.0f : __fdividef(survivors, sum);
-        const int row = first_query + 16 * m + 8 * r;
-        if (arrays.lse != nullptr && lane % 4 == 0 && row < sequence.seqlen_q) {
-          *Matrix<float>(arrays.lse, params.lse, batch, job.head, sequence.first_query).at(row, 0) =
-              rows[m].softmax[r].lse(sum);
+        const int row = lane_row + 8 * r;
+        if (arrays.lse != nullptr && lane % 4 == 0 && row < work.out.rows) {
+          *work.lse.at(row, 0) = rows[m].softmax[r].lse(sum);
         }
       }
-      const bool finite = store_rows(out, output[m], inverse, first_query + 16 * m);
-      // 0 * NaN is NaN: where pairs are hidden, values that others see may have spoiled all rows.
+      const Matrix<Element> out = work.out;
+      const bool finite = store_rows(out, output[m], inverse, lane_row);
+      // 0 * NaN is NaN: each value meets all rows, if only with weight 0, and may have spoiled rows that do not see it.
       if (hides_pairs && __any_sync(kFullMask, !finite)) {
         __syncwarp();  // others write again what this lane wrote
-        const Careful head = {q, k, v, out, options, band, problem.softmax_scale, shared.careful[warp]};
-        head.template write_rows<kHeadDimV>(warp_query + 16 * m, shift, inverse);
+        const Careful head = {work.q,  work.k,    work.v,      work.out,
+                              options, work.band, pairs.scale, shared.careful[threadIdx.x / 32]};
+        head.template write_rows<kHeadDimV>(first_row, shift, inverse);
       }
     }
   }

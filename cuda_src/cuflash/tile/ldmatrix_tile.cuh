@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cuflash/ptx/ldmatrix.cuh>
+#include <cuflash/ptx/opaque.cuh>
 #include <cuflash/tile/matrix.cuh>
 
 namespace cuflash {
@@ -29,7 +30,9 @@ struct alignas(128) LdmatrixTile {
   // Starts to copy rows [first_row, first_row + kRows) of a matrix; whatever lies outside of it becomes 0.
   // Complete after cp_async_wait and a barrier. `thread` counts the kNumThreads threads that share the work.
   template <int kNumThreads>
-  __device__ __forceinline__ void load(const Matrix<const Element>& source, int first_row, int thread = threadIdx.x) {
+  __device__ __forceinline__ void load(const Matrix<const Element>& source, int first_row,
+                                       unsigned thread = threadIdx.x) {
+    ptx::make_opaque(thread);  // places are found anew for each tile: the registers belong to the products
     // Each thread copies the same piece of every kRowStep-th row, so that it stays at the same place.
     constexpr int kRowStep = kNumThreads / kPieces;
     static_assert(kRowStep % 8 == 0);
@@ -56,14 +59,14 @@ struct alignas(128) LdmatrixTile {
 #pragma unroll 1
           for (int group = 0; group < kCols; group += kGroup) {
             const bool valid = inside && col + group < source.cols;
-            ptx::cp_async_16(target + i * kRowStep * kCols + group, valid ? of_row + group : source.data, valid);
+            ptx::cp_async_16(target + i * kRowStep * kCols + group, of_row + group, valid);
           }
           of_row += step;
         }
       }
     } else {
 #pragma unroll 1  // the rare path leaves the registers to the others
-      for (int index = thread; index < kRows * kCols; index += kNumThreads) {
+      for (int index = static_cast<int>(thread); index < kRows * kCols; index += kNumThreads) {
         const int row = index / kCols, col = index % kCols;
         const bool inside = first_row + row < source.rows && col < source.cols;
         data[offset(row, col)] = inside ? *source.at(first_row + row, col) : from_float<Element>(0.0f);
@@ -72,14 +75,24 @@ struct alignas(128) LdmatrixTile {
   }
 };
 
-// How a lane reads 16 x 16 elements of such a tile by ldmatrix: it gives row lane % 16, the left or the right half.
-// Of the four 8 x 8 matrices, x[0] and x[1] are the left ones, x[2] and x[3] the right ones.
-template <class Tile>
+// The order in which ldmatrix loads the four 8 x 8 matrices of 16 x 16 elements: by columns, so that x[1] is the lower
+// left one, or by rows, so that it is the upper right one. mma takes registers in a row: a first factor along the rows
+// of memory and a second factor across them come by columns, the other two by rows.
+enum class Order { kByColumns, kByRows };
+
+// How a lane reads such a tile by ldmatrix, from a multiple of 16 rows on: it gives the address of one row of one
+// matrix. Make one where it is needed: that takes less time than the registers of an old one would cost.
+template <class Tile, Order kOrder>
 struct TileReader {
   int start;  // bytes
 
-  __device__ __forceinline__ TileReader()
-      : start(2 * Tile::offset(threadIdx.x % 16, threadIdx.x % 32 / 16 * Tile::kPiece)) {}
+  __device__ __forceinline__ explicit TileReader(int first_row = 0) {
+    unsigned thread = threadIdx.x;
+    ptx::make_opaque(thread);
+    const int lane = thread % 32, first = lane / 8 % 2 * 8, second = lane / 16 * 8;
+    const bool by_rows = kOrder == Order::kByRows;
+    start = 2 * Tile::offset(first_row + lane % 8 + (by_rows ? second : first), by_rows ? first : second);
+  }
 
   // The corner is at multiples of 16.
   __device__ __forceinline__ void load(unsigned (&x)[4], const Tile& tile, int row, int col) const {

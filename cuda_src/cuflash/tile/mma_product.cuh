@@ -12,7 +12,7 @@ namespace cuflash {
 template <int kDepth, int kTilesM, int kCols, class Element, int kRowsB, int kColsB, class FirstFactor>
 __device__ __forceinline__ void add_product_along(WarpgroupTile<kCols> (&sums)[kTilesM], FirstFactor first_factor,
                                                   const LdmatrixTile<Element, kRowsB, kColsB>& b, int row = 0) {
-  const TileReader<LdmatrixTile<Element, kRowsB, kColsB>> reader;
+  const TileReader<LdmatrixTile<Element, kRowsB, kColsB>, Order::kByRows> reader;
 #pragma unroll
   for (int k = 0; k < kDepth; k += 16) {
     unsigned factor[kTilesM][4];
@@ -24,8 +24,8 @@ __device__ __forceinline__ void add_product_along(WarpgroupTile<kCols> (&sums)[k
       reader.load(x, b, row + n, k);
 #pragma unroll
       for (int m = 0; m < kTilesM; ++m) {
-        ptx::mma<Element>(sums[m].x + n / 2, factor[m], x[0], x[2]);
-        ptx::mma<Element>(sums[m].x + n / 2 + 4, factor[m], x[1], x[3]);
+        ptx::mma<Element>(sums[m].x + n / 2, factor[m], x[0], x[1]);
+        ptx::mma<Element>(sums[m].x + n / 2 + 4, factor[m], x[2], x[3]);
       }
     }
   }
@@ -35,7 +35,7 @@ __device__ __forceinline__ void add_product_along(WarpgroupTile<kCols> (&sums)[k
 template <int kDepth, int kTilesM, int kCols, class Element, int kRowsB, int kColsB, class FirstFactor>
 __device__ __forceinline__ void add_product_across(WarpgroupTile<kCols> (&sums)[kTilesM], FirstFactor first_factor,
                                                    const LdmatrixTile<Element, kRowsB, kColsB>& b, int col = 0) {
-  const TileReader<LdmatrixTile<Element, kRowsB, kColsB>> reader;
+  const TileReader<LdmatrixTile<Element, kRowsB, kColsB>, Order::kByColumns> reader;
 #pragma unroll
   for (int k = 0; k < kDepth; k += 16) {
     unsigned factor[kTilesM][4];
