@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,10 +13,7 @@ from ._device import Array, Chip
 from ._kernel import NUMBERS, Kernel, padded_head_dims
 from ._options import PLAIN, Options
 from ._problem import Operand, Problem
-from ._wmma import num_jobs, why_no_backward
-from ._wmma import plan_backward as plan_backward
-
-__all__ = ["forward", "plan_backward", "plan_forward", "why_no_backward", "why_not"]
+from ._wmma import BACKWARD_INPUTS, num_jobs, plan_gradients
 
 CAPABILITY = (8, 0)
 WORK_BYTES = 240  # what a block knows of its job
@@ -23,7 +21,7 @@ MIN_SCALE = float(np.finfo(np.float32).tiny)  # less is 0 for kernels, and maxim
 
 
 class Tile(NamedTuple):
-    """Queries of a block of threads, keys of a step, warps, stages of K and V, and whether Q stays in registers."""
+    """Forward: queries of a block of threads, keys of a step, warps, stages of K and V, and whether Q stays in registers."""
 
     block_m: int
     block_n: int
@@ -32,11 +30,30 @@ class Tile(NamedTuple):
     keeps_q: bool = False
 
 
+class DkDvTile(NamedTuple):
+    """Queries of a step, keys of a block of threads, warps, warps that share their keys, stages of Q and dO."""
+
+    block_m: int
+    block_n: int
+    warps: int
+    splits: int
+    stages: int
+
+
+class DqTile(NamedTuple):
+    """Queries of a block of threads, keys of a step, warps, stages of K and V."""
+
+    block_m: int
+    block_n: int
+    warps: int
+    stages: int
+
+
 # By (head_dim, head_dim_v), and by the KiB of shared memory that a block may use: those of the largest class that a
 # chip reaches. The first that suits the call and fits is taken, so further ones are for calls with arrays of pairs.
 # A multiprocessor has 64 K registers: two blocks of 4 warps at 255, or one of 8, and shared memory for two of
 # 113 KiB (sm_90), 81 (sm_80) or 50 (sm_86, 89, 120).
-Tiles = dict[tuple[int, int], dict[int, tuple[Tile, ...]]]
+Tiles = dict[tuple[int, int], dict[int, tuple[Any, ...]]]
 
 SMALLEST = Tile(64, 32, 4, 1)  # fits everywhere
 FORWARD_TILES: Tiles = {
@@ -69,6 +86,33 @@ FORWARD_TILES: Tiles = {
         227: (Tile(128, 64, 8, 2), Tile(128, 64, 8, 1), SMALLEST),
     },
 }
+# Gradients of K and V. A warp holds its keys' dK and dV, and their scores and gradients of weights of a step.
+DKDV_TILES: Tiles = {
+    (32, 32): {99: (DkDvTile(64, 128, 4, 1, 2), DkDvTile(32, 64, 4, 1, 1))},
+    (64, 64): {99: (DkDvTile(32, 128, 4, 1, 2), DkDvTile(32, 64, 4, 1, 1))},
+    (96, 96): {99: (DkDvTile(64, 64, 4, 1, 1), DkDvTile(32, 64, 4, 1, 1))},
+    (128, 128): {
+        99: (DkDvTile(32, 64, 4, 1, 2), DkDvTile(32, 64, 4, 1, 1)),
+        163: (DkDvTile(64, 128, 8, 1, 2), DkDvTile(32, 64, 4, 1, 1)),
+    },
+    (192, 128): {99: (DkDvTile(32, 64, 4, 1, 1),)},
+    (192, 192): {99: (DkDvTile(32, 64, 4, 1, 1), DkDvTile(32, 32, 2, 1, 1))},
+    # 512 columns of dK and dV do not fit the registers of one warp.
+    (256, 256): {99: (DkDvTile(16, 64, 8, 2, 1), DkDvTile(16, 32, 4, 2, 1)), 163: (DkDvTile(32, 64, 8, 2, 1),)},
+}
+# Gradient of Q.
+DQ_TILES: Tiles = {
+    (32, 32): {99: (DqTile(128, 64, 4, 2), DqTile(64, 32, 4, 1))},
+    (64, 64): {99: (DqTile(128, 32, 4, 2), DqTile(64, 32, 4, 1))},
+    (96, 96): {99: (DqTile(64, 64, 4, 1), DqTile(64, 32, 4, 1))},
+    (128, 128): {
+        99: (DqTile(64, 64, 4, 1), DqTile(64, 32, 4, 1)),
+        163: (DqTile(128, 32, 4, 1), DqTile(64, 32, 4, 1)),
+    },
+    (192, 128): {99: (DqTile(64, 32, 4, 1),)},
+    (192, 192): {99: (DqTile(64, 32, 4, 1), DqTile(32, 32, 2, 1))},
+    (256, 256): {99: (DqTile(64, 16, 4, 1), DqTile(32, 32, 2, 1)), 163: (DqTile(64, 32, 4, 1),)},
+}
 
 
 def why_not(
@@ -84,7 +128,7 @@ def why_not(
         return f"it multiplies float16 and bfloat16, not {problem.dtype}"
     if problem.softmax_scale < MIN_SCALE:
         return f"it takes scales from {MIN_SCALE:.3g}, not {problem.softmax_scale}"
-    if _tile(FORWARD_TILES, _forward_bytes, problem, options, chip) is None:
+    if any(kernel.tile(problem, options, chip) is None for kernel in (forward, backward_dkdv, backward_dq)):
         return f"{chip.name} has too little shared memory for a tile with {', '.join(options.arguments)}"
     return None
 
@@ -96,38 +140,100 @@ def _forward_bytes(dims: tuple[int, int], tile: Tile, options: Options) -> int:
     return 2 * tile.block_m * dims[0] + tile.stages * stage + tile.warps * max(careful, 16) + WORK_BYTES
 
 
-def _tile(tiles: Tiles, shared_bytes: Any, problem: Problem, options: Options, chip: Chip) -> Tile | None:
-    """The tile that suits a call, or None if none fits the shared memory."""
-    dims = padded_head_dims(problem)
-    classes = tiles[dims]
-    of_chip = max((kib for kib in classes if kib * 1024 <= chip.shared_memory), default=min(classes))
-    return next(
-        (
-            tile
-            for tile in classes[of_chip]
-            if options.allows_tile(*tile[:2]) and shared_bytes(dims, tile, options) <= chip.shared_memory
-        ),
-        None,
-    )
+def _dkdv_bytes(dims: tuple[int, int], tile: DkDvTile, options: Options) -> int:
+    stage = 2 * tile.block_m * sum(dims) + max(options.tile_bytes(*tile[:2]), 16)
+    return 2 * tile.block_n * sum(dims) + tile.stages * stage + 16 * tile.block_m + _careful_bytes(tile.warps, options)
 
 
-def forward(problem: Problem, options: Options, number: str, chip: Chip) -> tuple[Kernel, int]:
-    """The kernel to launch, and the number of its blocks."""
-    name, short, _ = NUMBERS[number]
-    dims, tile = padded_head_dims(problem), _tile(FORWARD_TILES, _forward_bytes, problem, options, chip)
-    assert tile is not None, "why_not has found one"
-    kernel = Kernel(
-        template="FwdSm80",
-        header="fwd_sm80",
-        symbol="_".join(("cuflash_fwd_sm80", short, f"d{dims[0]}x{dims[1]}", *options.names)),
-        arguments=(f"cuflash::{name}", options.type, *dims, *tile[:4], str(tile.keeps_q).lower()),
-        pointers=("const Element* q", "const Element* k", "const Element* v", "Element* out", "float* lse"),
-        params="FwdParams",
-        num_threads=32 * tile.warps,
-        shared_bytes=_forward_bytes(dims, tile, options),
-        options=options,
-    )
-    return kernel, num_jobs(problem, problem.seqlen_q, tile.block_m) * problem.num_heads
+def _dq_bytes(dims: tuple[int, int], tile: DqTile, options: Options) -> int:
+    stage = 2 * tile.block_n * sum(dims) + max(options.tile_bytes(*tile[:2]), 16)
+    return 2 * tile.block_m * sum(dims) + tile.stages * stage + _careful_bytes(tile.warps, options)
+
+
+def _careful_bytes(warps: int, options: Options) -> int:
+    """Of attention/careful_gradient.cuh."""
+    return warps * max(options.tile_bytes(1, 32), options.tile_bytes(32, 16), 16)
+
+
+@dataclass(frozen=True)
+class _TiledKernel:
+    """A kernel template; called for a problem, it gives the kernel to launch and the number of its blocks."""
+
+    template: str
+    header: str
+    tiles: Tiles
+    shared_bytes: Callable[[tuple[int, int], Any, Options], int]
+    num_blocks: Callable[[Problem, Any], int]
+    pointers: tuple[str, ...]
+    params: str
+
+    def tile(self, problem: Problem, options: Options, chip: Chip) -> Any:
+        """The tile that suits a call, or None if none fits the shared memory."""
+        dims = padded_head_dims(problem)
+        classes = self.tiles[dims]
+        of_chip = max((kib for kib in classes if kib * 1024 <= chip.shared_memory), default=min(classes))
+        return next(
+            (
+                tile
+                for tile in classes[of_chip]
+                if options.allows_tile(*tile[:2]) and self.shared_bytes(dims, tile, options) <= chip.shared_memory
+            ),
+            None,
+        )
+
+    def __call__(self, problem: Problem, options: Options, number: str, chip: Chip) -> tuple[Kernel, int]:
+        name, short, _ = NUMBERS[number]
+        dims, tile = padded_head_dims(problem), self.tile(problem, options, chip)
+        assert tile is not None, "why_not has found one"
+        kernel = Kernel(
+            template=self.template,
+            header=self.header,
+            symbol="_".join(("cuflash", self.header, short, f"d{dims[0]}x{dims[1]}", *options.names)),
+            arguments=(f"cuflash::{name}", options.type, *dims, *(str(x).lower() for x in tile)),
+            pointers=self.pointers,
+            params=self.params,
+            num_threads=32 * tile.warps,
+            shared_bytes=self.shared_bytes(dims, tile, options),
+            options=options,
+        )
+        return kernel, self.num_blocks(problem, tile)
+
+
+def _query_blocks(problem: Problem, tile: Tile | DqTile) -> int:
+    return num_jobs(problem, problem.seqlen_q, tile.block_m) * problem.num_heads
+
+
+def _key_blocks(problem: Problem, tile: DkDvTile) -> int:
+    return num_jobs(problem, problem.seqlen_k, tile.block_n) * problem.num_heads_kv
+
+
+forward = _TiledKernel(
+    template="FwdSm80",
+    header="fwd_sm80",
+    tiles=FORWARD_TILES,
+    shared_bytes=_forward_bytes,
+    num_blocks=_query_blocks,
+    pointers=("const Element* q", "const Element* k", "const Element* v", "Element* out", "float* lse"),
+    params="FwdParams",
+)
+backward_dkdv = _TiledKernel(
+    template="BwdSm80DkDv",
+    header="bwd_sm80_dkdv",
+    tiles=DKDV_TILES,
+    shared_bytes=_dkdv_bytes,
+    num_blocks=_key_blocks,
+    pointers=(*BACKWARD_INPUTS, "Element* dk", "Element* dv"),
+    params="BwdParams",
+)
+backward_dq = _TiledKernel(
+    template="BwdSm80Dq",
+    header="bwd_sm80_dq",
+    tiles=DQ_TILES,
+    shared_bytes=_dq_bytes,
+    num_blocks=_query_blocks,
+    pointers=(*BACKWARD_INPUTS, "Element* dq"),
+    params="BwdParams",
+)
 
 
 def plan_forward(call: Call) -> Run:
@@ -139,3 +245,13 @@ def plan_forward(call: Call) -> Run:
         step(q, k, v, out, null if lse is None else lse, options=call.options_argument(extras))
 
     return run
+
+
+def why_no_backward() -> str | None:
+    """None: it can compute gradients."""
+    return None
+
+
+def plan_backward(call: Call) -> Run:
+    """A function of (dout, q, k, v, out, lse, dq, dk, dv) and the arrays of the options that computes gradients."""
+    return plan_gradients(call, backward_dkdv, backward_dq)

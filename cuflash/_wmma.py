@@ -223,7 +223,7 @@ def _key_blocks(problem: Problem, tile: Tile) -> int:
     return num_jobs(problem, problem.seqlen_k, tile[1]) * problem.num_heads_kv
 
 
-_BACKWARD_INPUTS = (
+BACKWARD_INPUTS = (
     *("const Element* q", "const Element* k", "const Element* v", "const Element* dout"),
     *("const float* lse", "const float* delta"),
 )
@@ -245,7 +245,7 @@ backward_dkdv = _TiledKernel(
     shared_bytes=_dkdv_bytes,
     num_warps=lambda tile: tile[2] * tile[3],
     num_blocks=_key_blocks,
-    pointers=(*_BACKWARD_INPUTS, "Element* dk", "Element* dv"),
+    pointers=(*BACKWARD_INPUTS, "Element* dk", "Element* dv"),
     params="BwdParams",
 )
 backward_dq = _TiledKernel(
@@ -255,7 +255,7 @@ backward_dq = _TiledKernel(
     shared_bytes=_dq_bytes,
     num_warps=lambda tile: tile[2] * tile[3],
     num_blocks=_query_blocks,
-    pointers=(*_BACKWARD_INPUTS, "Element* dq"),
+    pointers=(*BACKWARD_INPUTS, "Element* dq"),
     params="BwdParams",
 )
 
@@ -270,7 +270,7 @@ def backward_dbias(problem: Problem, options: Options, number: str, chip: Chip, 
         shared_bytes=_dbias_bytes,
         num_warps=lambda tile: tile[2],
         num_blocks=lambda problem, tile: batch * heads * ceil_div(rows, tile[0]) * ceil_div(cols, tile[1]),
-        pointers=(*_BACKWARD_INPUTS, f"{ELEMENTS[dbias.dtype]}* dbias"),
+        pointers=(*BACKWARD_INPUTS, f"{ELEMENTS[dbias.dtype]}* dbias"),
         params="DbiasParams",
     )
     return make(problem, options, number, chip)
@@ -327,14 +327,22 @@ def plan_forward(call: Call) -> Run:
 
 def plan_backward(call: Call) -> Run:
     """A function of (dout, q, k, v, out, lse, dq, dk, dv) and the arrays of the options that computes gradients."""
+    return plan_gradients(call, backward_dkdv, backward_dq)
+
+
+MakeKernel = Callable[[Problem, Options, str, Chip], tuple[Kernel, int]]
+
+
+def plan_gradients(call: Call, make_dkdv: MakeKernel, make_dq: MakeKernel) -> Run:
+    """The backward pass of a family, by its kernels for dk and dv, and for dq; the others are shared."""
     device, problem, operands = call.device, call.problem, call.operands
     of_call = problem, call.options, call.number, call.chip
     delta_shape = (1 if problem.packed else problem.batch, problem.num_heads, problem.seqlen_q)
     batch_stride = 0 if problem.packed else problem.num_heads * problem.seqlen_q
     delta_operand = Operand((*delta_shape, 1), (batch_stride, problem.seqlen_q, 1, 0))
     delta_step = call.step(delta(problem, call.number), delta=delta_operand)
-    dkdv_step = call.step(backward_dkdv(*of_call), delta=delta_operand)
-    dq_step = call.step(backward_dq(*of_call), delta=delta_operand)
+    dkdv_step = call.step(make_dkdv(*of_call), delta=delta_operand)
+    dq_step = call.step(make_dq(*of_call), delta=delta_operand)
     dbias_step = dsinks_step = None
     rows = problem.batch * problem.seqlen_q  # without any there is nothing to sum, and no sequence to look at
     if "dbias" in operands and rows * problem.seqlen_k:

@@ -130,16 +130,15 @@ struct FwdSm80 {
 #pragma unroll
     for (int m = 0; m < kTilesM; ++m) output[m].clear();
 
-    using ReaderQ = TileReader<TileQ, Order::kByColumns>;
-    unsigned kept_q[kKeepsQ ? kHeadDim / 16 : 1][kTilesM][4];
+    WarpgroupFactor<Element, kHeadDim> kept_q[kTilesM];
     if constexpr (kKeepsQ) {
       ptx::cp_async_wait<0>();
       __syncthreads();
-      const ReaderQ reader(warp_row);
+      const RowsOf rows_of_q(shared.q, warp_row);
 #pragma unroll
-      for (int col = 0; col < kHeadDim; col += 16) {
+      for (int m = 0; m < kTilesM; ++m) {
 #pragma unroll
-        for (int m = 0; m < kTilesM; ++m) reader.load(kept_q[col / 16][m], shared.q, 16 * m, col);
+        for (int col = 0; col < kHeadDim; col += 16) rows_of_q(kept_q[m].x[col / 16], m, col);
       }
     }
 
@@ -179,16 +178,11 @@ struct FwdSm80 {
       if (sees) {
 #pragma unroll
         for (int m = 0; m < kTilesM; ++m) scores[m].clear();
-        const ReaderQ reader(warp_row);
-        const auto load_q = [&](unsigned(&x)[4], int m, int col) {
-          if constexpr (kKeepsQ) {
-#pragma unroll
-            for (int i = 0; i < 4; ++i) x[i] = kept_q[col / 16][m][i];
-          } else {
-            reader.load(x, shared.q, 16 * m, col);
-          }
-        };
-        add_product_along<kHeadDim>(scores, load_q, shared.k[stage]);
+        if constexpr (kKeepsQ) {
+          add_product_along<kHeadDim>(scores, registers_of(kept_q), shared.k[stage]);
+        } else {
+          add_product_along<kHeadDim>(scores, RowsOf(shared.q, warp_row), shared.k[stage]);
+        }
         options.template look_at<kBlockM, kBlockN>(shared.pairs[stage].memory, work.first_query, first_key);
 #pragma unroll
         for (int m = 0; m < kTilesM; ++m) {
@@ -219,11 +213,7 @@ struct FwdSm80 {
             for (int i = 0; i < Output::kNumElements; ++i) output[m].x[i] *= factor[m][row_of_element(i)];
           }
         }
-        const auto weights_of = [&](unsigned(&x)[4], int m, int row) {
-#pragma unroll
-          for (int i = 0; i < 4; ++i) x[i] = weights[m].x[row / 16][i];
-        };
-        add_product_across<kBlockN>(output, weights_of, shared.v[stage]);
+        add_product_across<kBlockN>(output, registers_of(weights), shared.v[stage]);
       }
     }
 

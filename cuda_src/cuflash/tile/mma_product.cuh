@@ -7,6 +7,36 @@
 
 namespace cuflash {
 
+// The first factor of a product, 16 x 16 elements at a time: rows of a tile in shared memory from this one on,
+template <class Tile>
+struct RowsOf {
+  const Tile& tile;
+  TileReader<Tile, Order::kByColumns> reader;
+
+  __device__ __forceinline__ RowsOf(const Tile& tile, int row) : tile(tile), reader(row) {}
+
+  __device__ __forceinline__ void operator()(unsigned (&x)[4], int m, int col) const {
+    reader.load(x, tile, 16 * m, col);
+  }
+};
+
+// or what registers hold already.
+template <class Element, int kCols, int kTilesM>
+struct RegistersOf {
+  const WarpgroupFactor<Element, kCols> (&factors)[kTilesM];
+
+  __device__ __forceinline__ void operator()(unsigned (&x)[4], int m, int col) const {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) x[i] = factors[m].x[col / 16][i];
+  }
+};
+
+template <class Element, int kCols, int kTilesM>
+__device__ __forceinline__ RegistersOf<Element, kCols, kTilesM> registers_of(
+    const WarpgroupFactor<Element, kCols> (&factors)[kTilesM]) {
+  return {factors};
+}
+
 // sums[m] += A[m] B^T over kDepth columns, for rows of B from `row` on: first_factor(x, m, col) loads 16 x 16 elements
 // of A.
 template <int kDepth, int kTilesM, int kCols, class Element, int kRowsB, int kColsB, class FirstFactor>

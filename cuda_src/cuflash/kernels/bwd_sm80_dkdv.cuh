@@ -1,0 +1,246 @@
+// FlashAttention-2 backward on mma.sync: the gradients of K and V.
+#pragma once
+
+#include <cuflash/attention/careful_gradient.cuh>
+#include <cuflash/attention/register_gradient.cuh>
+#include <cuflash/common/shared_memory.cuh>
+#include <cuflash/tile/mma_product.cuh>
+#include <cuflash/tile/row_store.cuh>
+
+namespace cuflash {
+
+// A block owns kBlockN keys of one key/value head and walks over the queries that see them, in tiles of kBlockM, for
+// every query head of the group. Scores are computed transposed (keys are rows): so the weights and the gradients of
+// scores that a warp has in registers are the first factors of P^T dO and dS^T Q. Where the registers do not hold all
+// columns of dK and dV, kSplits warps share the same keys: each computes their scores, and a part of the columns.
+template <class Number, class Options, int kHeadDim, int kHeadDimV, int kBlockM, int kBlockN, int kNumWarps,
+          int kSplits, int kStages>
+struct BwdSm80DkDv {
+  using Element = typename Number::Element;
+
+  static constexpr int kNumThreads = 32 * kNumWarps;
+  static constexpr int kWarpN = kBlockN / (kNumWarps / kSplits);
+  static constexpr int kTilesN = kWarpN / 16;
+  static constexpr int kCols = kHeadDim / kSplits, kColsV = kHeadDimV / kSplits;
+
+  using Scores = WarpgroupTile<kBlockM>;
+  using Weights = WarpgroupFactor<Element, kBlockM>;
+  using TileK = LdmatrixTile<Element, kBlockN, kHeadDim>;
+  using TileV = LdmatrixTile<Element, kBlockN, kHeadDimV>;
+  using TileQ = LdmatrixTile<Element, kBlockM, kHeadDim>;
+  using TileDout = LdmatrixTile<Element, kBlockM, kHeadDimV>;
+  using Gradients = GradientTile<Options, true>;
+  using Careful = CarefulGradient<Element, Options>;
+
+  struct Arrays {
+    const Element *q, *k, *v, *dout;
+    const float *lse, *delta;
+    Element *dk, *dv;
+  };
+
+  static constexpr int kPairBytes = Options::template kTileBytes<kBlockM, kBlockN>;
+  struct alignas(16) TileOfArrays {
+    unsigned char memory[larger(kPairBytes, 16)];
+  };
+  struct alignas(16) Statistics {
+    float lse[kBlockM], delta[kBlockM];
+  };
+  struct Shared {
+    TileK k;
+    TileV v;
+    TileQ q[kStages];
+    TileDout dout[kStages];
+    TileOfArrays pairs[kStages];
+    Statistics rows[2];
+    typename Careful::Memory careful[kNumWarps];
+  };
+  // Without the padding at the end of the struct.
+  static constexpr int kSharedBytes = sizeof(TileK) + sizeof(TileV) +
+                                      kStages * (sizeof(TileQ) + sizeof(TileDout) + sizeof(TileOfArrays)) +
+                                      sizeof(Shared::rows) + sizeof(Shared::careful);
+
+  static_assert(kNumWarps % kSplits == 0 && kBlockN % (16 * (kNumWarps / kSplits)) == 0);
+  static_assert(kCols % 32 == 0 && kColsV % 32 == 0 && (kStages == 1 || kStages == 2));
+  static_assert(kBlockM <= kNumThreads, "one thread fetches the statistics of one row");
+
+  static __device__ __forceinline__ void run(const Arrays& arrays, const BwdParams& params, const Options& options) {
+    const Problem& problem = params.problem;
+    const Job job = options.template key_job<kBlockN>(problem);
+    const Sequence& sequence = job.sequence;
+    const int first_key = job.tile * kBlockN;
+    if (first_key >= sequence.num_keys || job.tile < 0) return;
+    const int batch = sequence.batch, head_kv = job.head;
+    const Band band = problem.band(sequence.seqlen_q, sequence.seqlen_k);
+    Shared& shared = *reinterpret_cast<Shared*>(dynamic_shared_memory());
+
+    const int warp = threadIdx.x / 32, warp_row = warp / kSplits * kWarpN, split = warp % kSplits;
+    const Range queries = band.queries_of({first_key, first_key + kBlockN});
+    const int m_begin = queries.begin / kBlockM;
+    const int num_m_blocks = larger(0, ceil_div(queries.end, kBlockM) - m_begin);
+    const int num_steps = num_m_blocks * problem.group_size();
+
+    // A step is one tile of queries of one head of the group.
+    const auto head_of = [&](int step) { return head_kv * problem.group_size() + step / num_m_blocks; };
+    const auto first_query_of = [&](int step) { return (m_begin + step % num_m_blocks) * kBlockM; };
+    const auto skip_hidden = [&](int step) {
+      if constexpr (Options::kSkipsBlocks) {
+        for (; step < num_steps; ++step) {
+          Options there = options;
+          there.enter(sequence, head_of(step));
+          there.template look_at<kBlockM, kBlockN>(nullptr, first_query_of(step), first_key);
+          if (!there.hides_all()) break;
+        }
+      }
+      return step;
+    };
+    const auto queries_of = [&](const Element* array, const Strides& strides, int head, int cols) {
+      return Matrix<const Element>(array, strides, batch, head, sequence.first_query, sequence.seqlen_q, cols);
+    };
+    const auto keys_of = [&](auto* array, const Strides& strides, int num_rows, int cols) {
+      return Matrix(array, strides, batch, head_kv, sequence.first_key, num_rows, cols);
+    };
+    float next_lse = 0.0f, next_delta = 0.0f;  // of one row, on the way to shared memory
+    const auto load = [&](int stage, int step) {
+      const int head = head_of(step), first_query = first_query_of(step);
+      shared.q[stage].template load<kNumThreads>(queries_of(arrays.q, params.q, head, problem.head_dim), first_query);
+      shared.dout[stage].template load<kNumThreads>(queries_of(arrays.dout, params.dout, head, problem.head_dim_v),
+                                                    first_query);
+      Options there = options;
+      there.enter(sequence, head);
+      there.template load<kBlockM, kBlockN, kNumThreads>(shared.pairs[stage].memory, first_query, first_key);
+      if (threadIdx.x < kBlockM) {
+        const RowStatistics rows(arrays.lse, arrays.delta, params, sequence, head);
+        next_lse = rows.lse_of(first_query + threadIdx.x) * Gradients::kLseUnit;
+        next_delta = rows.delta_of(first_query + threadIdx.x);
+      }
+    };
+    const auto put_statistics = [&](int place) {
+      if (threadIdx.x < kBlockM) {
+        shared.rows[place].lse[threadIdx.x] = next_lse;
+        shared.rows[place].delta[threadIdx.x] = next_delta;
+      }
+    };
+
+    WarpgroupTile<kCols> dk[kTilesN];
+    WarpgroupTile<kColsV> dv[kTilesN];
+#pragma unroll
+    for (int n = 0; n < kTilesN; ++n) {
+      dk[n].clear();
+      dv[n].clear();
+    }
+    int step = skip_hidden(0);
+    shared.k.template load<kNumThreads>(keys_of(arrays.k, params.k, sequence.seqlen_k, problem.head_dim), first_key);
+    shared.v.template load<kNumThreads>(keys_of(arrays.v, params.v, sequence.seqlen_k, problem.head_dim_v), first_key);
+    if (step < num_steps) load(0, step);
+    ptx::cp_async_commit();
+    put_statistics(0);
+
+    bool hides_pairs = Options::kHidesPairs;
+#pragma unroll 1
+    for (int turn = 0, following; step < num_steps; step = following, turn ^= 1) {
+      following = skip_hidden(step + 1);
+      const int stage = kStages == 1 ? 0 : turn;
+      ptx::cp_async_wait<0>();
+      __syncthreads();  // this stage has arrived, and the previous one is no longer read
+      if (kStages > 1 && following < num_steps) load(turn ^ 1, following);
+      ptx::cp_async_commit();
+
+      const int first_query = first_query_of(step);
+      Options here = options;
+      here.enter(sequence, head_of(step));
+      here.template look_at<kBlockM, kBlockN>(shared.pairs[stage].memory, first_query, first_key);
+      const Pairs<Options> pairs = {here, band, problem.softmax_scale};
+      const bool masked = first_query + kBlockM > band.seqlen_q ||
+                          !band.all_visible({first_query, first_query + kBlockM}, {first_key, first_key + kBlockN});
+      hides_pairs = hides_pairs || masked;
+
+      Scores scores[kTilesN], dweights[kTilesN];
+#pragma unroll
+      for (int n = 0; n < kTilesN; ++n) {
+        scores[n].clear();
+        dweights[n].clear();
+      }
+      add_product_along<kHeadDim>(scores, RowsOf(shared.k, warp_row), shared.q[stage]);
+      add_product_along<kHeadDimV>(dweights, RowsOf(shared.v, warp_row), shared.dout[stage]);
+
+      Weights weights[kTilesN], dscores[kTilesN];
+      const Statistics& rows = shared.rows[turn];
+#pragma unroll
+      for (int n = 0; n < kTilesN; ++n) {
+        unsigned lane = threadIdx.x % 32;
+        ptx::make_opaque(lane);  // as in TileReader
+        const int first_col = lane % 4 * 2, key = first_key + warp_row + 16 * n;
+        const Gradients tile = {pairs, first_query + first_col, key + static_cast<int>(lane / 4)};
+        const Survivors<Options, kBlockM, true> survives(here, first_query, key);
+        tile.differentiate(
+            scores[n], dweights[n], [&](int i) { return rows.lse[first_col + col_of_element(i)]; },
+            [&](int i) { return rows.delta[first_col + col_of_element(i)]; }, survives);
+        if (masked) tile.hide_by_band(scores[n], dweights[n]);
+        tile.hide_by_options(scores[n], dweights[n]);
+        weights[n].round(scores[n]);
+        dscores[n].round(dweights[n]);
+      }
+      add_product_across<kBlockM>(dv, registers_of(weights), shared.dout[stage], split * kColsV);
+      add_product_across<kBlockM>(dk, registers_of(dscores), shared.q[stage], split * kCols);
+
+      if (kStages == 1 && following < num_steps) {
+        __syncthreads();  // the only stage is no longer read
+        load(0, following);
+        ptx::cp_async_commit();
+      }
+      put_statistics(turn ^ 1);
+    }
+
+    const float scale[2] = {problem.softmax_scale, problem.softmax_scale}, one[2] = {1.0f, 1.0f};
+    auto target_k = keys_of(arrays.dk, params.dk, sequence.num_keys, problem.head_dim);
+    auto target_v = keys_of(arrays.dv, params.dv, sequence.num_keys, problem.head_dim_v);
+    bool finite = true;
+#pragma unroll
+    for (int n = 0; n < kTilesN; ++n) {
+      const int row = first_key + warp_row + 16 * n + threadIdx.x % 32 / 4;
+      finite = store_rows(target_k, dk[n], scale, row, split * kCols) && finite;
+      finite = store_rows(target_v, dv[n], one, row, split * kColsV) && finite;
+    }
+    // 0 * NaN is NaN: each query meets all keys, if only with weight 0, and may have spoiled those that do not
+    // see it.
+    if (hides_pairs && __syncthreads_or(!finite)) {
+      if (split == 0) mend(arrays, params, options, job, warp_row, target_k, target_v, shared.careful[warp]);
+    }
+  }
+
+  // Cold. Computes the keys of a warp once more.
+  static __device__ __forceinline__ void mend(const Arrays& arrays, const BwdParams& params, const Options& options,
+                                              const Job& job, int warp_row, const Matrix<Element>& target_k,
+                                              const Matrix<Element>& target_v, typename Careful::Memory& memory) {
+    const Problem& problem = params.problem;
+    const Sequence& sequence = job.sequence;
+    const Band band = problem.band(sequence.seqlen_q, sequence.seqlen_k);
+    const Matrix<const Element> k(arrays.k, params.k, sequence.batch, job.head, sequence.first_key, sequence.seqlen_k,
+                                  problem.head_dim);
+    const Matrix<const Element> v(arrays.v, params.v, sequence.batch, job.head, sequence.first_key, sequence.seqlen_k,
+                                  problem.head_dim_v);
+#pragma unroll 1
+    for (int row = 0; row < kWarpN; ++row) {
+      const int key = job.tile * kBlockN + warp_row + row;
+      if (key >= sequence.seqlen_k) break;
+      typename Careful::template Row<kHeadDim> dk;
+      typename Careful::template Row<kHeadDimV> dv;
+#pragma unroll 1
+      for (int head = job.head * problem.group_size(); head < (job.head + 1) * problem.group_size(); ++head) {
+        const Matrix<const Element> q(arrays.q, params.q, sequence.batch, head, sequence.first_query, sequence.seqlen_q,
+                                      problem.head_dim);
+        const Matrix<const Element> dout(arrays.dout, params.dout, sequence.batch, head, sequence.first_query,
+                                         sequence.seqlen_q, problem.head_dim_v);
+        const RowStatistics rows(arrays.lse, arrays.delta, params, sequence, head);
+        Options here = options;
+        here.enter(sequence, head);
+        const Careful careful = {q, k, v, dout, here, band, problem.softmax_scale, rows, memory};
+        careful.add_key(dk, dv, key);
+      }
+      dk.write(target_k, key, problem.softmax_scale);
+      dv.write(target_v, key, 1.0f);
+    }
+  }
+};
+
+}  // namespace cuflash
