@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -38,6 +38,7 @@ class DkDvTile(NamedTuple):
     warps: int
     splits: int
     stages: int
+    adds_dq: bool = False  # to sums in global memory
 
 
 class DqTile(NamedTuple):
@@ -128,7 +129,7 @@ def why_not(
         return f"it multiplies float16 and bfloat16, not {problem.dtype}"
     if problem.softmax_scale < MIN_SCALE:
         return f"it takes scales from {MIN_SCALE:.3g}, not {problem.softmax_scale}"
-    if any(kernel.tile(problem, options, chip) is None for kernel in (forward, backward_dkdv, backward_dq)):
+    if any(kernel.tile(problem, options, chip) is None for kernel in (forward, backward, backward_dkdv, backward_dq)):
         return f"{chip.name} has too little shared memory for a tile with {', '.join(options.arguments)}"
     return None
 
@@ -142,7 +143,8 @@ def _forward_bytes(dims: tuple[int, int], tile: Tile, options: Options) -> int:
 
 def _dkdv_bytes(dims: tuple[int, int], tile: DkDvTile, options: Options) -> int:
     stage = 2 * tile.block_m * sum(dims) + max(options.tile_bytes(*tile[:2]), 16)
-    return 2 * tile.block_n * sum(dims) + tile.stages * stage + 16 * tile.block_m + _careful_bytes(tile.warps, options)
+    scores = 2 * (tile.block_n * tile.block_m if tile.adds_dq else 16 * 32)
+    return 2 * tile.block_n * sum(dims) + scores + tile.stages * stage + 16 * tile.block_m + _careful_bytes(tile.warps, options) + 80
 
 
 def _dq_bytes(dims: tuple[int, int], tile: DqTile, options: Options) -> int:
@@ -166,6 +168,8 @@ class _TiledKernel:
     num_blocks: Callable[[Problem, Any], int]
     pointers: tuple[str, ...]
     params: str
+    change: Callable[[Any], Any] = lambda tile: tile
+    name: str = ""  # if not that of the header
 
     def tile(self, problem: Problem, options: Options, chip: Chip) -> Any:
         """The tile that suits a call, or None if none fits the shared memory."""
@@ -175,7 +179,7 @@ class _TiledKernel:
         return next(
             (
                 tile
-                for tile in classes[of_chip]
+                for tile in map(self.change, classes[of_chip])
                 if options.allows_tile(*tile[:2]) and self.shared_bytes(dims, tile, options) <= chip.shared_memory
             ),
             None,
@@ -188,7 +192,7 @@ class _TiledKernel:
         kernel = Kernel(
             template=self.template,
             header=self.header,
-            symbol="_".join(("cuflash", self.header, short, f"d{dims[0]}x{dims[1]}", *options.names)),
+            symbol="_".join(("cuflash", self.name or self.header, short, f"d{dims[0]}x{dims[1]}", *options.names)),
             arguments=(f"cuflash::{name}", options.type, *dims, *(str(x).lower() for x in tile)),
             pointers=self.pointers,
             params=self.params,
@@ -222,9 +226,10 @@ backward_dkdv = _TiledKernel(
     tiles=DKDV_TILES,
     shared_bytes=_dkdv_bytes,
     num_blocks=_key_blocks,
-    pointers=(*BACKWARD_INPUTS, "Element* dk", "Element* dv"),
+    pointers=(*BACKWARD_INPUTS, "Element* dk", "Element* dv", "float* dq_sums"),
     params="BwdParams",
 )
+backward = replace(backward_dkdv, name="bwd_sm80", change=lambda tile: tile._replace(adds_dq=True))
 backward_dq = _TiledKernel(
     template="BwdSm80Dq",
     header="bwd_sm80_dq",
@@ -252,6 +257,35 @@ def why_no_backward() -> str | None:
     return None
 
 
+def finish(problem: Problem, options: Options, number: str, chip: Chip) -> tuple[Kernel, int]:
+    """The kernel that rounds the sums of dq, and the number of its blocks."""
+    name, short, _ = NUMBERS[number]
+    dims, tile = padded_head_dims(problem), backward.tile(problem, options, chip)
+    kernel = Kernel(
+        template="BwdSm80Finish",
+        header="bwd_sm80_finish",
+        symbol="_".join(("cuflash_bwd_sm80_finish", short, f"d{dims[0]}x{dims[1]}", *options.names)),
+        arguments=(f"cuflash::{name}", options.type, *dims, tile.block_m, tile.warps),
+        pointers=(*BACKWARD_INPUTS, "Element* dq", "const float* dq_sums"),
+        params="BwdParams",
+        num_threads=32 * tile.warps,
+        shared_bytes=_careful_bytes(tile.warps, options),
+        options=options,
+    )
+    return kernel, _query_blocks(problem, tile)
+
+
 def plan_backward(call: Call) -> Run:
     """A function of (dout, q, k, v, out, lse, dq, dk, dv) and the arrays of the options that computes gradients."""
-    return plan_gradients(call, backward_dkdv, backward_dq)
+    problem, device = call.problem, call.device
+    if problem.deterministic:
+        return plan_gradients(call, backward_dkdv, backward_dq, lambda: ((device.null,), ()))
+    tile = backward.tile(problem, call.options, call.chip)
+    num_sums = _query_blocks(problem, tile) * tile.block_m * padded_head_dims(problem)[0]
+
+    def sums() -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        array = device.empty((max(num_sums, 1),), "float32")
+        array[...] = 0
+        return (array,), (array,)
+
+    return plan_gradients(call, backward, finish, sums)

@@ -333,8 +333,16 @@ def plan_backward(call: Call) -> Run:
 MakeKernel = Callable[[Problem, Options, str, Chip], tuple[Kernel, int]]
 
 
-def plan_gradients(call: Call, make_dkdv: MakeKernel, make_dq: MakeKernel) -> Run:
-    """The backward pass of a family, by its kernels for dk and dv, and for dq; the others are shared."""
+def plan_gradients(
+    call: Call,
+    make_dkdv: MakeKernel,
+    make_dq: MakeKernel,
+    workspaces: Callable[[], tuple[tuple[Any, ...], tuple[Any, ...]]] = lambda: ((), ()),
+) -> Run:
+    """The backward pass of a family, by its kernels for dk and dv, and for dq; the others are shared.
+
+    `workspaces` makes what the two kernels of a run take besides.
+    """
     device, problem, operands = call.device, call.problem, call.operands
     of_call = problem, call.options, call.number, call.chip
     delta_shape = (1 if problem.packed else problem.batch, problem.num_heads, problem.seqlen_q)
@@ -368,8 +376,9 @@ def plan_gradients(call: Call, make_dkdv: MakeKernel, make_dq: MakeKernel) -> Ru
         delta = device.empty(delta_shape, "float32")
         options = call.options_argument(extras)
         delta_step(out, dout, device.null if dlse is None else dlse, delta)
-        dkdv_step(q, k, v, dout, lse, delta, dk, dv, options=options)
-        dq_step(q, k, v, dout, lse, delta, dq, options=options)
+        of_dkdv, of_dq = workspaces()
+        dkdv_step(q, k, v, dout, lse, delta, dk, dv, *of_dkdv, options=options)
+        dq_step(q, k, v, dout, lse, delta, dq, *of_dq, options=options)
         if dbias_step is not None:
             dbias_step(q, k, v, dout, lse, delta, dbias, options=options)
         elif dbias is not None:

@@ -150,6 +150,18 @@ class Ring:
         assert actual.dtype == expected.dtype
         np.testing.assert_array_equal(actual.astype(np.float64), expected.astype(np.float64))
 
+    def assert_untouched(self, result: Any, expected: Any, poison: float = np.nan) -> None:
+        """Hold a result beside a hidden poison against the one without it: the same bits.
+
+        Tuned kernels compute rows beside NaN in another way, and may round them otherwise.
+        """
+        if self.kernel == "auto" and np.isnan(poison):
+            eps = 2.0**-8 if "bfloat16" in str(result.dtype) else 2.0**-11
+            result, expected = self.numpy(result).astype(np.float64), self.numpy(expected).astype(np.float64)
+            np.testing.assert_allclose(result, expected, rtol=0, atol=2 * eps * np.abs(expected).max())
+        else:
+            self.assert_same_bits(result, expected)
+
 
 ALL_HEAD_DIM_PAIRS = (
     *((1, 1), (3, 8), (16, 16), (17, 32), (32, 17), (33, 64), (64, 64), (80, 80), (96, 64), (128, 128)),

@@ -92,7 +92,7 @@ struct CarefulGradient {
     return pair_gradient(pairs, product, dweight, rows.lse_of(query), rows.delta_of(query), query, key, survives);
   }
 
-  // Calls use(lane, weight, dscore) for the pairs of all lanes that are visible.
+  // Calls use(lane, weight, dscore) for the pairs of all lanes that are visible, rounded as for the tensor cores.
   template <class Use>
   static __device__ __forceinline__ void for_each_visible(const PairGradient& mine, Use use) {
     const unsigned visible = __ballot_sync(kFullMask, mine.weight != kHidden);
@@ -100,7 +100,7 @@ struct CarefulGradient {
     for (int other = 0; other < 32; ++other) {
       const float weight = __shfl_sync(kFullMask, mine.weight, other);
       const float dscore = __shfl_sync(kFullMask, mine.dscore, other);
-      if (visible >> other & 1) use(other, weight, dscore);
+      if (visible >> other & 1) use(other, to_float(from_float<Element>(weight)), to_float(from_float<Element>(dscore)));
     }
   }
 

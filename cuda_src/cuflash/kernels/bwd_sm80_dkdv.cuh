@@ -1,11 +1,13 @@
-// FlashAttention-2 backward on mma.sync: the gradients of K and V.
+// FlashAttention-2 backward on mma.sync: the gradients of K and V, and those of Q in the same pass.
 #pragma once
 
 #include <cuflash/attention/careful_gradient.cuh>
+#include <cuflash/attention/gradient_sums.cuh>
 #include <cuflash/attention/register_gradient.cuh>
 #include <cuflash/common/shared_memory.cuh>
 #include <cuflash/tile/mma_product.cuh>
 #include <cuflash/tile/row_store.cuh>
+#include <cuflash/tile/shared_sums.cuh>
 
 namespace cuflash {
 
@@ -13,8 +15,10 @@ namespace cuflash {
 // every query head of the group. Scores are computed transposed (keys are rows): so the weights and the gradients of
 // scores that a warp has in registers are the first factors of P^T dO and dS^T Q. Where the registers do not hold all
 // columns of dK and dV, kSplits warps share the same keys: each computes their scores, and a part of the columns.
+// With kAddsDq the block also adds dS K to sums of dQ in global memory, which bwd_sm80_finish.cuh rounds: 5 products
+// where two kernels take 7, but the order of the sums changes from run to run.
 template <class Number, class Options, int kHeadDim, int kHeadDimV, int kBlockM, int kBlockN, int kNumWarps,
-          int kSplits, int kStages>
+          int kSplits, int kStages, bool kAddsDq>
 struct BwdSm80DkDv {
   using Element = typename Number::Element;
 
@@ -29,6 +33,9 @@ struct BwdSm80DkDv {
   using TileV = LdmatrixTile<Element, kBlockN, kHeadDimV>;
   using TileQ = LdmatrixTile<Element, kBlockM, kHeadDim>;
   using TileDout = LdmatrixTile<Element, kBlockM, kHeadDimV>;
+  // Gradients of scores, transposed as well.
+  using TileDs = LdmatrixTile<Element, kAddsDq ? kBlockN : 16, kAddsDq ? kBlockM : 32>;
+  using DqSums = SharedSums<kBlockM, kHeadDim, kNumWarps>;
   using Gradients = GradientTile<Options, true>;
   using Careful = CarefulGradient<Element, Options>;
 
@@ -36,6 +43,7 @@ struct BwdSm80DkDv {
     const Element *q, *k, *v, *dout;
     const float *lse, *delta;
     Element *dk, *dv;
+    float* dq_sums;  // may be null without kAddsDq
   };
 
   static constexpr int kPairBytes = Options::template kTileBytes<kBlockM, kBlockN>;
@@ -45,19 +53,45 @@ struct BwdSm80DkDv {
   struct alignas(16) Statistics {
     float lse[kBlockM], delta[kBlockM];
   };
+  // What a block knows of its job. In shared memory, since it is looked at once a step and registers are few.
+  struct alignas(16) Work {
+    Job job;
+    Band band;
+    int first_key, m_begin, num_m_blocks, num_steps;
+
+    __device__ __forceinline__ Work(const Job& job, const Problem& problem)
+        : job(job),
+          band(problem.band(job.sequence.seqlen_q, job.sequence.seqlen_k)),
+          first_key(job.tile * kBlockN) {
+      const Range queries = band.queries_of({first_key, first_key + kBlockN});
+      m_begin = queries.begin / kBlockM;
+      num_m_blocks = larger(0, ceil_div(queries.end, kBlockM) - m_begin);
+      num_steps = num_m_blocks * problem.group_size();
+    }
+
+    // A step is one tile of queries of one head of the group.
+    __device__ __forceinline__ int head_of(int step, const Problem& problem) const {
+      return job.head * problem.group_size() + step / num_m_blocks;
+    }
+    __device__ __forceinline__ int first_query_of(int step) const {
+      return (m_begin + step % num_m_blocks) * kBlockM;
+    }
+  };
   struct Shared {
     TileK k;
     TileV v;
     TileQ q[kStages];
     TileDout dout[kStages];
+    TileDs ds;
     TileOfArrays pairs[kStages];
     Statistics rows[2];
     typename Careful::Memory careful[kNumWarps];
+    Work work;
   };
   // Without the padding at the end of the struct.
-  static constexpr int kSharedBytes = sizeof(TileK) + sizeof(TileV) +
+  static constexpr int kSharedBytes = sizeof(TileK) + sizeof(TileV) + sizeof(TileDs) +
                                       kStages * (sizeof(TileQ) + sizeof(TileDout) + sizeof(TileOfArrays)) +
-                                      sizeof(Shared::rows) + sizeof(Shared::careful);
+                                      sizeof(Shared::rows) + sizeof(Shared::careful) + sizeof(Work);
 
   static_assert(kNumWarps % kSplits == 0 && kBlockN % (16 * (kNumWarps / kSplits)) == 0);
   static_assert(kCols % 32 == 0 && kColsV % 32 == 0 && (kStages == 1 || kStages == 2));
@@ -66,48 +100,41 @@ struct BwdSm80DkDv {
   static __device__ __forceinline__ void run(const Arrays& arrays, const BwdParams& params, const Options& options) {
     const Problem& problem = params.problem;
     const Job job = options.template key_job<kBlockN>(problem);
-    const Sequence& sequence = job.sequence;
-    const int first_key = job.tile * kBlockN;
-    if (first_key >= sequence.num_keys || job.tile < 0) return;
-    const int batch = sequence.batch, head_kv = job.head;
-    const Band band = problem.band(sequence.seqlen_q, sequence.seqlen_k);
+    if (job.tile * kBlockN >= job.sequence.num_keys || job.tile < 0) return;
     Shared& shared = *reinterpret_cast<Shared*>(dynamic_shared_memory());
-
+    if (threadIdx.x == 0) shared.work = Work(job, problem);
+    __syncthreads();
+    const Work& work = shared.work;
+    const Sequence& sequence = work.job.sequence;
     const int warp = threadIdx.x / 32, warp_row = warp / kSplits * kWarpN, split = warp % kSplits;
-    const Range queries = band.queries_of({first_key, first_key + kBlockN});
-    const int m_begin = queries.begin / kBlockM;
-    const int num_m_blocks = larger(0, ceil_div(queries.end, kBlockM) - m_begin);
-    const int num_steps = num_m_blocks * problem.group_size();
 
-    // A step is one tile of queries of one head of the group.
-    const auto head_of = [&](int step) { return head_kv * problem.group_size() + step / num_m_blocks; };
-    const auto first_query_of = [&](int step) { return (m_begin + step % num_m_blocks) * kBlockM; };
     const auto skip_hidden = [&](int step) {
       if constexpr (Options::kSkipsBlocks) {
-        for (; step < num_steps; ++step) {
+        for (; step < work.num_steps; ++step) {
           Options there = options;
-          there.enter(sequence, head_of(step));
-          there.template look_at<kBlockM, kBlockN>(nullptr, first_query_of(step), first_key);
+          there.enter(sequence, work.head_of(step, problem));
+          there.template look_at<kBlockM, kBlockN>(nullptr, work.first_query_of(step), work.first_key);
           if (!there.hides_all()) break;
         }
       }
       return step;
     };
     const auto queries_of = [&](const Element* array, const Strides& strides, int head, int cols) {
-      return Matrix<const Element>(array, strides, batch, head, sequence.first_query, sequence.seqlen_q, cols);
+      return Matrix<const Element>(array, strides, sequence.batch, head, sequence.first_query, sequence.seqlen_q, cols);
     };
     const auto keys_of = [&](auto* array, const Strides& strides, int num_rows, int cols) {
-      return Matrix(array, strides, batch, head_kv, sequence.first_key, num_rows, cols);
+      return Matrix(array, strides, sequence.batch, work.job.head, sequence.first_key, num_rows, cols);
     };
     float next_lse = 0.0f, next_delta = 0.0f;  // of one row, on the way to shared memory
     const auto load = [&](int stage, int step) {
-      const int head = head_of(step), first_query = first_query_of(step);
+      const int head = work.head_of(step, problem), first_query = work.first_query_of(step);
       shared.q[stage].template load<kNumThreads>(queries_of(arrays.q, params.q, head, problem.head_dim), first_query);
       shared.dout[stage].template load<kNumThreads>(queries_of(arrays.dout, params.dout, head, problem.head_dim_v),
                                                     first_query);
       Options there = options;
       there.enter(sequence, head);
-      there.template load<kBlockM, kBlockN, kNumThreads>(shared.pairs[stage].memory, first_query, first_key);
+      there.template load<kBlockM, kBlockN, kNumThreads>(shared.pairs[stage].memory, first_query,
+                                                         work.first_key);
       if (threadIdx.x < kBlockM) {
         const RowStatistics rows(arrays.lse, arrays.delta, params, sequence, head);
         next_lse = rows.lse_of(first_query + threadIdx.x) * Gradients::kLseUnit;
@@ -129,29 +156,29 @@ struct BwdSm80DkDv {
       dv[n].clear();
     }
     int step = skip_hidden(0);
-    shared.k.template load<kNumThreads>(keys_of(arrays.k, params.k, sequence.seqlen_k, problem.head_dim), first_key);
-    shared.v.template load<kNumThreads>(keys_of(arrays.v, params.v, sequence.seqlen_k, problem.head_dim_v), first_key);
-    if (step < num_steps) load(0, step);
+    shared.k.template load<kNumThreads>(keys_of(arrays.k, params.k, sequence.seqlen_k, problem.head_dim), work.first_key);
+    shared.v.template load<kNumThreads>(keys_of(arrays.v, params.v, sequence.seqlen_k, problem.head_dim_v), work.first_key);
+    if (step < work.num_steps) load(0, step);
     ptx::cp_async_commit();
     put_statistics(0);
 
     bool hides_pairs = Options::kHidesPairs;
 #pragma unroll 1
-    for (int turn = 0, following; step < num_steps; step = following, turn ^= 1) {
+    for (int turn = 0, following; step < work.num_steps; step = following, turn ^= 1) {
       following = skip_hidden(step + 1);
       const int stage = kStages == 1 ? 0 : turn;
       ptx::cp_async_wait<0>();
       __syncthreads();  // this stage has arrived, and the previous one is no longer read
-      if (kStages > 1 && following < num_steps) load(turn ^ 1, following);
+      if (kStages > 1 && following < work.num_steps) load(turn ^ 1, following);
       ptx::cp_async_commit();
 
-      const int first_query = first_query_of(step);
+      const int first_query = work.first_query_of(step), first_key = work.first_key;
       Options here = options;
-      here.enter(sequence, head_of(step));
+      here.enter(sequence, work.head_of(step, problem));
       here.template look_at<kBlockM, kBlockN>(shared.pairs[stage].memory, first_query, first_key);
-      const Pairs<Options> pairs = {here, band, problem.softmax_scale};
-      const bool masked = first_query + kBlockM > band.seqlen_q ||
-                          !band.all_visible({first_query, first_query + kBlockM}, {first_key, first_key + kBlockN});
+      const Pairs<Options> pairs = {here, work.band, problem.softmax_scale};
+      const bool masked = first_query + kBlockM > work.band.seqlen_q ||
+                          !work.band.all_visible({first_query, first_query + kBlockM}, {first_key, first_key + kBlockN});
       hides_pairs = hides_pairs || masked;
 
       Scores scores[kTilesN], dweights[kTilesN];
@@ -179,14 +206,33 @@ struct BwdSm80DkDv {
         tile.hide_by_options(scores[n], dweights[n]);
         weights[n].round(scores[n]);
         dscores[n].round(dweights[n]);
+        if (kAddsDq && split == 0) {
+#pragma unroll
+          for (int i = 0; i < kBlockM / 4; ++i) {
+            const int row = warp_row + 16 * n + static_cast<int>(lane / 4) + 8 * (i % 2);
+            shared.ds.store_pair(row, i / 2 * 8 + first_col, dscores[n].x[i / 4][i % 4]);
+          }
+        }
       }
       add_product_across<kBlockM>(dv, registers_of(weights), shared.dout[stage], split * kColsV);
       add_product_across<kBlockM>(dk, registers_of(dscores), shared.q[stage], split * kCols);
 
-      if (kStages == 1 && following < num_steps) {
-        __syncthreads();  // the only stage is no longer read
+      if (kAddsDq || (kStages == 1 && following < work.num_steps)) {
+        __syncthreads();  // dS is there, and the only stage is no longer read
+      }
+      if (kStages == 1 && following < work.num_steps) {
         load(0, following);
         ptx::cp_async_commit();
+      }
+      if constexpr (kAddsDq) {
+        const DqSums sums;
+        typename DqSums::Tile dq[DqSums::kTilesM];
+#pragma unroll
+        for (int m = 0; m < DqSums::kTilesM; ++m) dq[m].clear();
+        add_product_across<kBlockN>(dq, ColumnsOf(shared.ds, sums.row), shared.k, sums.col);
+        const int tile = first_tile_of_sums<kBlockM, Options>(problem, sequence) + first_query / kBlockM;
+        const long long place = static_cast<long long>(tile) * problem.num_heads + work.head_of(step, problem);
+        sums.add(arrays.dq_sums + place * (kBlockM * kHeadDim), dq);
       }
       put_statistics(turn ^ 1);
     }
@@ -197,14 +243,14 @@ struct BwdSm80DkDv {
     bool finite = true;
 #pragma unroll
     for (int n = 0; n < kTilesN; ++n) {
-      const int row = first_key + warp_row + 16 * n + threadIdx.x % 32 / 4;
+      const int row = work.first_key + warp_row + 16 * n + threadIdx.x % 32 / 4;
       finite = store_rows(target_k, dk[n], scale, row, split * kCols) && finite;
       finite = store_rows(target_v, dv[n], one, row, split * kColsV) && finite;
     }
     // 0 * NaN is NaN: each query meets all keys, if only with weight 0, and may have spoiled those that do not
     // see it.
     if (hides_pairs && __syncthreads_or(!finite)) {
-      if (split == 0) mend(arrays, params, options, job, warp_row, target_k, target_v, shared.careful[warp]);
+      if (split == 0) mend(arrays, params, options, work.job, warp_row, target_k, target_v, shared.careful[warp]);
     }
   }
 

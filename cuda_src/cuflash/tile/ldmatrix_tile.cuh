@@ -27,6 +27,11 @@ struct alignas(128) LdmatrixTile {
     return row * kCols + place * kPiece + col % kPiece;
   }
 
+  // Stores two neighbours of a row, the first in an even column.
+  __device__ __forceinline__ void store_pair(int row, int col, unsigned pair) {
+    *reinterpret_cast<unsigned*>(data + offset(row, col)) = pair;
+  }
+
   // Starts to copy rows [first_row, first_row + kRows) of a matrix; whatever lies outside of it becomes 0.
   // Complete after cp_async_wait and a barrier. `thread` counts the kNumThreads threads that share the work.
   template <int kNumThreads>
@@ -94,7 +99,7 @@ struct TileReader {
     start = 2 * Tile::offset(first_row + lane % 8 + (by_rows ? second : first), by_rows ? first : second);
   }
 
-  // The corner is at multiples of 16.
+  // The corner is at multiples of 16; a column that is no constant takes an instruction more.
   __device__ __forceinline__ void load(unsigned (&x)[4], const Tile& tile, int row, int col) const {
     ptx::ldmatrix(x, at(tile, row, col));
   }

@@ -20,6 +20,20 @@ struct RowsOf {
   }
 };
 
+// the same of the transposed tile: its columns from this one on,
+template <class Tile>
+struct ColumnsOf {
+  const Tile& tile;
+  int col;
+  TileReader<Tile, Order::kByRows> reader;
+
+  __device__ __forceinline__ ColumnsOf(const Tile& tile, int col) : tile(tile), col(col) {}
+
+  __device__ __forceinline__ void operator()(unsigned (&x)[4], int m, int row) const {
+    reader.load_transposed(x, tile, row, col + 16 * m);
+  }
+};
+
 // or what registers hold already.
 template <class Element, int kCols, int kTilesM>
 struct RegistersOf {
