@@ -23,8 +23,14 @@ struct RowStatistics {
   // Rows that see no key, or lie beyond the end, get +infinity: their weights become 0 without a mask.
   __device__ __forceinline__ float lse_of(int row) const {
     if (row >= seqlen_q) return infinity();
-    const float value = lse[row * lse_stride];
-    return value == -infinity() ? infinity() : value;
+    return lse_of_value(lse[row * lse_stride]);
+  }
+  static __device__ __forceinline__ float lse_of_value(float value) { return value == -infinity() ? infinity() : value; }
+
+  // Starts to copy both, as they are, to shared memory; 0 for rows beyond the end.
+  __device__ __forceinline__ void start_to_copy(int row, float* to_lse, float* to_delta) const {
+    ptx::cp_async_4(to_lse, lse + row * lse_stride, row < seqlen_q);
+    ptx::cp_async_4(to_delta, delta + row, row < seqlen_q);
   }
 
   __device__ __forceinline__ float delta_of(int row) const { return row < seqlen_q ? delta[row] : 0.0f; }

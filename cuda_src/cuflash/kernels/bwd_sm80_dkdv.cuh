@@ -57,12 +57,15 @@ struct BwdSm80DkDv {
   struct alignas(16) Work {
     Job job;
     Band band;
-    int first_key, m_begin, num_m_blocks, num_steps;
+    int first_key, first_head, m_begin, num_m_blocks, num_steps;
+    int first_tile;  // of the sums of dQ
 
     __device__ __forceinline__ Work(const Job& job, const Problem& problem)
         : job(job),
           band(problem.band(job.sequence.seqlen_q, job.sequence.seqlen_k)),
-          first_key(job.tile * kBlockN) {
+          first_key(job.tile * kBlockN),
+          first_head(job.head * problem.group_size()),
+          first_tile(first_tile_of_sums<kBlockM, Options>(problem, job.sequence)) {
       const Range queries = band.queries_of({first_key, first_key + kBlockN});
       m_begin = queries.begin / kBlockM;
       num_m_blocks = larger(0, ceil_div(queries.end, kBlockM) - m_begin);
@@ -70,9 +73,7 @@ struct BwdSm80DkDv {
     }
 
     // A step is one tile of queries of one head of the group.
-    __device__ __forceinline__ int head_of(int step, const Problem& problem) const {
-      return job.head * problem.group_size() + step / num_m_blocks;
-    }
+    __device__ __forceinline__ int head_of(int step) const { return first_head + step / num_m_blocks; }
     __device__ __forceinline__ int first_query_of(int step) const {
       return (m_begin + step % num_m_blocks) * kBlockM;
     }
@@ -112,7 +113,7 @@ struct BwdSm80DkDv {
       if constexpr (Options::kSkipsBlocks) {
         for (; step < work.num_steps; ++step) {
           Options there = options;
-          there.enter(sequence, work.head_of(step, problem));
+          there.enter(sequence, work.head_of(step));
           there.template look_at<kBlockM, kBlockN>(nullptr, work.first_query_of(step), work.first_key);
           if (!there.hides_all()) break;
         }
@@ -125,9 +126,8 @@ struct BwdSm80DkDv {
     const auto keys_of = [&](auto* array, const Strides& strides, int num_rows, int cols) {
       return Matrix(array, strides, sequence.batch, work.job.head, sequence.first_key, num_rows, cols);
     };
-    float next_lse = 0.0f, next_delta = 0.0f;  // of one row, on the way to shared memory
-    const auto load = [&](int stage, int step) {
-      const int head = work.head_of(step, problem), first_query = work.first_query_of(step);
+    const auto load = [&](int stage, int place, int step) {
+      const int head = work.head_of(step), first_query = work.first_query_of(step);
       shared.q[stage].template load<kNumThreads>(queries_of(arrays.q, params.q, head, problem.head_dim), first_query);
       shared.dout[stage].template load<kNumThreads>(queries_of(arrays.dout, params.dout, head, problem.head_dim_v),
                                                     first_query);
@@ -137,14 +137,15 @@ struct BwdSm80DkDv {
                                                          work.first_key);
       if (threadIdx.x < kBlockM) {
         const RowStatistics rows(arrays.lse, arrays.delta, params, sequence, head);
-        next_lse = rows.lse_of(first_query + threadIdx.x) * Gradients::kLseUnit;
-        next_delta = rows.delta_of(first_query + threadIdx.x);
+        rows.start_to_copy(first_query + threadIdx.x, shared.rows[place].lse + threadIdx.x,
+                           shared.rows[place].delta + threadIdx.x);
       }
     };
-    const auto put_statistics = [&](int place) {
+    // What a thread has copied it sees before the others do.
+    const auto finish_statistics = [&](int place) {
       if (threadIdx.x < kBlockM) {
-        shared.rows[place].lse[threadIdx.x] = next_lse;
-        shared.rows[place].delta[threadIdx.x] = next_delta;
+        float& lse = shared.rows[place].lse[threadIdx.x];
+        lse = RowStatistics::lse_of_value(lse) * Gradients::kLseUnit;
       }
     };
 
@@ -158,28 +159,29 @@ struct BwdSm80DkDv {
     int step = skip_hidden(0);
     shared.k.template load<kNumThreads>(keys_of(arrays.k, params.k, sequence.seqlen_k, problem.head_dim), work.first_key);
     shared.v.template load<kNumThreads>(keys_of(arrays.v, params.v, sequence.seqlen_k, problem.head_dim_v), work.first_key);
-    if (step < work.num_steps) load(0, step);
+    if (step < work.num_steps) load(0, 0, step);
     ptx::cp_async_commit();
-    put_statistics(0);
 
-    bool hides_pairs = Options::kHidesPairs;
 #pragma unroll 1
-    for (int turn = 0, following; step < work.num_steps; step = following, turn ^= 1) {
-      following = skip_hidden(step + 1);
+    for (int turn = 0; step < work.num_steps; step = skip_hidden(step + 1), turn ^= 1) {
+      const auto load_following = [&](int stage) {
+        const int following = skip_hidden(step + 1);
+        if (following < work.num_steps) load(stage, turn ^ 1, following);
+        ptx::cp_async_commit();
+      };
       const int stage = kStages == 1 ? 0 : turn;
       ptx::cp_async_wait<0>();
+      finish_statistics(turn);
       __syncthreads();  // this stage has arrived, and the previous one is no longer read
-      if (kStages > 1 && following < work.num_steps) load(turn ^ 1, following);
-      ptx::cp_async_commit();
+      if (kStages > 1) load_following(turn ^ 1);
 
       const int first_query = work.first_query_of(step), first_key = work.first_key;
       Options here = options;
-      here.enter(sequence, work.head_of(step, problem));
+      here.enter(sequence, work.head_of(step));
       here.template look_at<kBlockM, kBlockN>(shared.pairs[stage].memory, first_query, first_key);
       const Pairs<Options> pairs = {here, work.band, problem.softmax_scale};
       const bool masked = first_query + kBlockM > work.band.seqlen_q ||
                           !work.band.all_visible({first_query, first_query + kBlockM}, {first_key, first_key + kBlockN});
-      hides_pairs = hides_pairs || masked;
 
       Scores scores[kTilesN], dweights[kTilesN];
 #pragma unroll
@@ -217,24 +219,20 @@ struct BwdSm80DkDv {
       add_product_across<kBlockM>(dv, registers_of(weights), shared.dout[stage], split * kColsV);
       add_product_across<kBlockM>(dk, registers_of(dscores), shared.q[stage], split * kCols);
 
-      if (kAddsDq || (kStages == 1 && following < work.num_steps)) {
-        __syncthreads();  // dS is there, and the only stage is no longer read
-      }
-      if (kStages == 1 && following < work.num_steps) {
-        load(0, following);
-        ptx::cp_async_commit();
-      }
+      if (kAddsDq || kStages == 1) __syncthreads();  // dS is there, and the only stage is no longer read
+      if (kStages == 1) load_following(0);
       if constexpr (kAddsDq) {
         const DqSums sums;
         typename DqSums::Tile dq[DqSums::kTilesM];
 #pragma unroll
         for (int m = 0; m < DqSums::kTilesM; ++m) dq[m].clear();
-        add_product_across<kBlockN>(dq, ColumnsOf(shared.ds, sums.row), shared.k, sums.col);
-        const int tile = first_tile_of_sums<kBlockM, Options>(problem, sequence) + first_query / kBlockM;
-        const long long place = static_cast<long long>(tile) * problem.num_heads + work.head_of(step, problem);
+        add_product_across<kBlockN, kBlockN / 32>(dq, ColumnsOf(shared.ds, sums.row), shared.k, sums.col);
+        unsigned same_step = step;
+        ptx::make_opaque(same_step);  // divided again: the registers belong to the products
+        const int tile = work.first_tile + work.first_query_of(same_step) / kBlockM;
+        const long long place = static_cast<long long>(tile) * problem.num_heads + work.head_of(same_step);
         sums.add(arrays.dq_sums + place * (kBlockM * kHeadDim), dq);
       }
-      put_statistics(turn ^ 1);
     }
 
     const float scale[2] = {problem.softmax_scale, problem.softmax_scale}, one[2] = {1.0f, 1.0f};
@@ -249,6 +247,8 @@ struct BwdSm80DkDv {
     }
     // 0 * NaN is NaN: each query meets all keys, if only with weight 0, and may have spoiled those that do not
     // see it.
+    const bool hides_pairs = Options::kHidesPairs || !work.band.all_visible({0, work.band.seqlen_q},
+                                                                             {work.first_key, work.first_key + kBlockN});
     if (hides_pairs && __syncthreads_or(!finite)) {
       if (split == 0) mend(arrays, params, options, work.job, warp_row, target_k, target_v, shared.careful[warp]);
     }

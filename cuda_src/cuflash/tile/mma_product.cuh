@@ -75,12 +75,14 @@ __device__ __forceinline__ void add_product_along(WarpgroupTile<kCols> (&sums)[k
   }
 }
 
-// sums[m] += A[m] B over kDepth rows of B, for its columns from `col` on.
-template <int kDepth, int kTilesM, int kCols, class Element, int kRowsB, int kColsB, class FirstFactor>
+// sums[m] += A[m] B over kDepth rows of B, for its columns from `col` on. The compiler mixes an unrolled product with
+// those before and after it, and keeps the sums of all: kUnroll steps at a time it does not.
+template <int kDepth, int kUnroll = kDepth / 16, int kTilesM, int kCols, class Element, int kRowsB, int kColsB,
+          class FirstFactor>
 __device__ __forceinline__ void add_product_across(WarpgroupTile<kCols> (&sums)[kTilesM], FirstFactor first_factor,
                                                    const LdmatrixTile<Element, kRowsB, kColsB>& b, int col = 0) {
   const TileReader<LdmatrixTile<Element, kRowsB, kColsB>, Order::kByColumns> reader;
-#pragma unroll
+#pragma unroll(kUnroll)
   for (int k = 0; k < kDepth; k += 16) {
     unsigned factor[kTilesM][4];
 #pragma unroll
