@@ -99,7 +99,7 @@ DKDV_TILES: Tiles = {
     (192, 128): {99: (DkDvTile(32, 64, 4, 1, 1),)},
     # 384 columns of dK and dV, and more, do not fit the registers of one warp beside its scores.
     (192, 192): {99: (DkDvTile(32, 32, 4, 2, 1),), 163: (DkDvTile(64, 64, 8, 2, 1), DkDvTile(32, 32, 4, 2, 1))},
-    (256, 256): {99: (DkDvTile(16, 64, 8, 2, 1), DkDvTile(16, 32, 4, 2, 1)), 163: (DkDvTile(32, 64, 8, 2, 1),)},
+    (256, 256): {99: (DkDvTile(32, 32, 4, 2, 1),), 163: (DkDvTile(32, 64, 8, 2, 1), DkDvTile(32, 32, 4, 2, 1))},
 }
 # Gradient of Q.
 DQ_TILES: Tiles = {
