@@ -163,7 +163,8 @@ struct BwdSm80DkDv {
     ptx::cp_async_commit();
 
 #pragma unroll 1
-    for (int turn = 0; step < work.num_steps; step = skip_hidden(step + 1), turn ^= 1) {
+    for (int visited = 0; step < work.num_steps; step = skip_hidden(step + 1), ++visited) {
+      const int turn = (Options::kSkipsBlocks ? visited : step) % 2;
       const auto load_following = [&](int stage) {
         const int following = skip_hidden(step + 1);
         if (following < work.num_steps) load(stage, turn ^ 1, following);
