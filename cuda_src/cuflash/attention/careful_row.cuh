@@ -46,7 +46,8 @@ struct CarefulHead {
         float product = 0.0f;
 #pragma unroll 1
         for (int col = 0; col < q.cols; ++col) product += to_float(*q.at(row, col)) * to_float(*k.at(key, col));
-        weight = softmax_weight(pairs.score(product, row, key).value, shift) * inverse;
+        // Rounded as for the tensor cores.
+        weight = to_float(from_float<Element>(softmax_weight(pairs.score(product, row, key).value, shift)));
       }
       if (!survives(here, row, key)) weight = 0.0f;
 
@@ -66,7 +67,7 @@ struct CarefulHead {
 #pragma unroll
     for (int i = 0; i < kHeadDimV / 32; ++i) {
       const int col = 32 * i + lane;
-      if (col < out.cols) *out.at(row, col) = from_float<Element>(sum[i]);
+      if (col < out.cols) *out.at(row, col) = from_float<Element>(sum[i] * inverse);
     }
   }
 
