@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -87,6 +87,10 @@ FORWARD_TILES: Tiles = {
         227: (Tile(128, 64, 8, 2), Tile(128, 64, 8, 1), SMALLEST),
     },
 }
+# What calls take first if their options take more registers than the first tiles leave.
+HUNGRY = {"alibi", "bias", "mask", "mod", "sinks", "dropout"}
+FRUGAL_TILES = {(128, 128): Tile(128, 32, 4, 2)}
+
 # Gradients of K and V. A warp holds its keys' dK and dV, and their scores and gradients of weights of a step.
 DKDV_TILES: Tiles = {
     (32, 32): {99: (DkDvTile(64, 128, 4, 1, 2), DkDvTile(32, 64, 4, 1, 1))},
@@ -168,6 +172,7 @@ class _TiledKernel:
     num_blocks: Callable[[Problem, Any], int]
     pointers: tuple[str, ...]
     params: str
+    frugal_tiles: dict[tuple[int, int], Any] = field(default_factory=dict)
     change: Callable[[Any], Any] = lambda tile: tile
     name: str = ""  # if not that of the header
 
@@ -176,10 +181,13 @@ class _TiledKernel:
         dims = padded_head_dims(problem)
         classes = self.tiles[dims]
         of_chip = max((kib for kib in classes if kib * 1024 <= chip.shared_memory), default=min(classes))
+        tiles = classes[of_chip]
+        if dims in self.frugal_tiles and HUNGRY.intersection(options.names):
+            tiles = (self.frugal_tiles[dims], *tiles)
         return next(
             (
                 tile
-                for tile in map(self.change, classes[of_chip])
+                for tile in map(self.change, tiles)
                 if options.allows_tile(*tile[:2]) and self.shared_bytes(dims, tile, options) <= chip.shared_memory
             ),
             None,
@@ -219,6 +227,7 @@ forward = _TiledKernel(
     num_blocks=_query_blocks,
     pointers=("const Element* q", "const Element* k", "const Element* v", "Element* out", "float* lse"),
     params="FwdParams",
+    frugal_tiles=FRUGAL_TILES,
 )
 backward_dkdv = _TiledKernel(
     template="BwdSm80DkDv",

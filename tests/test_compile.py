@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from cuflash import _sm90, _wmma
+from cuflash import _sm80, _sm90, _wmma
 from cuflash._device import KernelSource
 from cuflash._kernel import HEAD_DIMS, NUMBERS, Kernel, find_blocks
 from cuflash._options import Options
@@ -68,11 +68,23 @@ def passes(options: Options, number: str, head_dims: tuple[int, int], arch: int)
         yield make(problem(*head_dims), options, number, CHIPS[arch])[0]
 
 
+SM80_PASSES = (_sm80.forward, _sm80.backward, _sm80.finish, _sm80.backward_dkdv, _sm80.backward_dq)
+
+
+def sm80_passes(options: Options, number: str, head_dims: tuple[int, int], arch: int) -> Iterator[Kernel]:
+    """The forward, the backward in one pass with its end, and the deterministic one's two kernels."""
+    for make in SM80_PASSES:
+        yield make(problem(*head_dims), options, number, CHIPS[arch])[0]
+
+
 def plain_kernels(arch: int) -> Iterator[Kernel]:
     for number in numbers(arch):
         yield _wmma.delta(problem(1, 1), number)[0]
         for head_dims in HEAD_DIMS:
             yield from passes(Options(), number, head_dims, arch)
+    if arch >= 80:
+        for number, head_dims in product(HALF, HEAD_DIMS):
+            yield from sm80_passes(Options(), number, head_dims, arch)
     if arch == 90:
         for number, head_dims, causal in product(HALF, _sm90.TILES, (False, True)):  # the tile may differ
             yield sm90_forward(Options(), number, head_dims, causal=causal)
@@ -83,6 +95,7 @@ def kernels_with_options(arch: int) -> Iterator[Kernel]:
     if arch in (80, 90, 100):
         for feature in FEATURES:
             yield from passes(options(feature), "bfloat16", (128, 128), arch)
+            yield from sm80_passes(options(feature), "bfloat16", (128, 128), arch)
     if arch == 90:
         yield find_blocks(options("mask_mod"))
         for feature, head_dims in product(FEATURES, ((64, 64), (128, 128))):
@@ -106,6 +119,17 @@ def cases() -> list[object]:
 # What an option adds to a kernel that takes all 255 registers by itself: the bytes, at most, that ptxas may park for it
 # in memory, by kernel and chip. Plain kernels park nothing anywhere.
 MAY_PARK = {
+    "bwd_sm80_bf16_d128x128_bias": {100: 16},
+    "bwd_sm80_bf16_d128x128_dropout": {100: 16},
+    "bwd_sm80_bf16_d128x128_mod": {90: 16},
+    "bwd_sm80_dkdv_bf16_d128x128_bias": {100: 16},
+    "bwd_sm80_dkdv_bf16_d128x128_dropout": {100: 16},
+    "bwd_sm80_dkdv_bf16_d128x128_mod": {80: 16, 90: 16, 100: 16},
+    "bwd_sm80_dkdv_bf16_d128x128_softcap": {100: 32},
+    "bwd_sm80_dq_bf16_d128x128_dropout": {80: 64, 90: 16, 100: 16},
+    "bwd_sm80_dq_bf16_d128x128_mod": {80: 16, 90: 32, 100: 48},
+    "bwd_sm80_dq_bf16_d128x128_mod_block_mask": {90: 32},
+    "bwd_sm80_dq_bf16_d128x128_packed": {90: 64, 100: 64},
     "bwd_wmma_dkdv_bf16_d128x128_mod": {80: 96, 90: 64, 100: 32},
     "bwd_wmma_dq_bf16_d128x128_mask": {80: 64},
     "bwd_wmma_dq_bf16_d128x128_mod": {100: 64},
@@ -144,7 +168,7 @@ def test_a_kernel_compiles_within_its_registers_and_uses_tensor_cores(kernel: Ke
         assert found["HGMMA"] > 0
         assert found["UTMALDG"] > 0, "tiles must be copied by TMA"
         assert SERIALIZED not in log, log
-    if "wmma" in kernel.header:
+    if "wmma" in kernel.header or "sm80" in kernel.header and "finish" not in kernel.header:
         assert found["HMMA"] > 0
         if "f16" in kernel.symbol:
             assert found["LDSM"] > 0, "factors must come from shared memory by ldmatrix, not word by word"
