@@ -118,11 +118,11 @@ def attention(
         Where to write the result; it must not overlap an input.
     return_lse : bool
         Also return the log of the sum of exponentials of each row of scores.
-    kernel : {"auto", "sm90", "wmma", "fa1", "naive"}
+    kernel : {"auto", "sm90", "sm80", "wmma", "fa1", "naive"}
         Kernel family for CuPy arrays; NumPy arrays take "auto" alone. "auto" is the fastest that can compute the call:
         "sm90" for float16 and bfloat16 on a Hopper GPU, where its copy engine can take the arrays (last axis
-        contiguous, rows that begin at multiples of 16 bytes), else "wmma". A family by name either computes the call or
-        says why not, in a ``NotImplementedError``. "fa1" and "naive" are older ways, to compare with.
+        contiguous, rows that begin at multiples of 16 bytes), "sm80" for them on any GPU since compute capability 8.0,
+        else "wmma". A family by name either computes the call or says why not, in a ``NotImplementedError``. "fa1" and "naive" are older ways, to compare with.
 
     Returns
     -------
@@ -273,15 +273,16 @@ def attention_backward(
         As they were in the forward call.
     score_mod, mask_mod, mod_args, layout
         Likewise.
-    kernel : {"auto", "wmma", "naive"}
-        As for :func:`attention`; it need not be the same. "sm90" and "fa1" have no gradients: "auto" is "wmma", which
-        takes ``out`` and ``lse`` of any family.
+    kernel : {"auto", "sm80", "wmma", "naive"}
+        As for :func:`attention`; it need not be the same: a family takes ``out`` and ``lse`` of any other. "sm90" and
+        "fa1" have no gradients.
     dlse : array, shape (..., Hq, M), optional
         Gradient with respect to ``lse``, in its dtype. Default: 0.
     return_dbias, return_dsinks : bool
         Whether to return the gradients of ``bias`` and of ``sinks`` too.
     deterministic : bool
-        Whether the result must be bitwise the same in every run. All kernels of this version are deterministic.
+        Whether the result must be bitwise the same in every run. "sm80" is slower then: its sums of ``dq`` are
+        otherwise added up in an order that changes.
 
     Returns
     -------

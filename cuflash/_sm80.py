@@ -1,4 +1,4 @@
-"""The sm80 family: FlashAttention-2 by mma.sync, for Ampere and everything since (cuda_src/cuflash/kernels/fwd_sm80.cuh)."""
+"""The sm80 family: FlashAttention-2 by mma.sync, for Ampere and everything since, with its tiles (docs/kernels.md)."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from ._problem import Operand, Problem
 from ._wmma import BACKWARD_INPUTS, num_jobs, plan_gradients
 
 CAPABILITY = (8, 0)
-WORK_BYTES = 240  # what a block knows of its job
+WORK_BYTES, DKDV_WORK_BYTES = 240, 80  # what a block knows of its job
 MIN_SCALE = float(np.finfo(np.float32).tiny)  # less is 0 for kernels, and maxima of products are not those of scores
 
 
 class Tile(NamedTuple):
-    """Forward: queries of a block of threads, keys of a step, warps, stages of K and V, and whether Q stays in registers."""
+    """Forward: queries of a block, keys of a step, warps, stages of K and V, and whether Q stays in registers."""
 
     block_m: int
     block_n: int
@@ -148,7 +148,8 @@ def _forward_bytes(dims: tuple[int, int], tile: Tile, options: Options) -> int:
 def _dkdv_bytes(dims: tuple[int, int], tile: DkDvTile, options: Options) -> int:
     stage = 2 * tile.block_m * sum(dims) + max(options.tile_bytes(*tile[:2]), 16)
     scores = 2 * (tile.block_n * tile.block_m if tile.adds_dq else 16 * 32)
-    return 2 * tile.block_n * sum(dims) + scores + tile.stages * stage + 16 * tile.block_m + _careful_bytes(tile.warps, options) + 80
+    tiles = 2 * tile.block_n * sum(dims) + scores + tile.stages * stage
+    return tiles + 16 * tile.block_m + _careful_bytes(tile.warps, options) + DKDV_WORK_BYTES
 
 
 def _dq_bytes(dims: tuple[int, int], tile: DqTile, options: Options) -> int:

@@ -168,7 +168,7 @@ def test_a_kernel_compiles_within_its_registers_and_uses_tensor_cores(kernel: Ke
         assert found["HGMMA"] > 0
         assert found["UTMALDG"] > 0, "tiles must be copied by TMA"
         assert SERIALIZED not in log, log
-    if "wmma" in kernel.header or "sm80" in kernel.header and "finish" not in kernel.header:
+    if "wmma" in kernel.header or ("sm80" in kernel.header and "finish" not in kernel.header):
         assert found["HMMA"] > 0
         if "f16" in kernel.symbol:
             assert found["LDSM"] > 0, "factors must come from shared memory by ldmatrix, not word by word"

@@ -100,7 +100,8 @@ struct CarefulGradient {
     for (int other = 0; other < 32; ++other) {
       const float weight = __shfl_sync(kFullMask, mine.weight, other);
       const float dscore = __shfl_sync(kFullMask, mine.dscore, other);
-      if (visible >> other & 1) use(other, to_float(from_float<Element>(weight)), to_float(from_float<Element>(dscore)));
+      if (visible >> other & 1)
+        use(other, to_float(from_float<Element>(weight)), to_float(from_float<Element>(dscore)));
     }
   }
 

@@ -1,4 +1,5 @@
-// Where sums of gradients lie that many blocks add to: tiles of rows, one sequence behind the other, each with all heads.
+// Where sums of gradients lie that many blocks add to: tiles of rows, one sequence behind the other, each with all
+// heads.
 #pragma once
 
 #include <cuflash/attention/sequence.cuh>

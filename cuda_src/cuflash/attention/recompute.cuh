@@ -25,7 +25,9 @@ struct RowStatistics {
     if (row >= seqlen_q) return infinity();
     return lse_of_value(lse[row * lse_stride]);
   }
-  static __device__ __forceinline__ float lse_of_value(float value) { return value == -infinity() ? infinity() : value; }
+  static __device__ __forceinline__ float lse_of_value(float value) {
+    return value == -infinity() ? infinity() : value;
+  }
 
   // Starts to copy both, as they are, to shared memory; 0 for rows beyond the end.
   __device__ __forceinline__ void start_to_copy(int row, float* to_lse, float* to_delta) const {

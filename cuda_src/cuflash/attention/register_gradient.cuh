@@ -36,8 +36,8 @@ struct GradientTile {
       use_pairs(pairs, scores, [&](const auto& pairs) {
 #pragma unroll
         for (int i = 0; i < Tile::kNumElements; ++i) {
-          const PairGradient pair = pair_gradient(pairs, scores.x[i], dweights.x[i], lse_of(i), delta_of(i), query(i),
-                                                  key(i), survives(i));
+          const PairGradient pair =
+              pair_gradient(pairs, scores.x[i], dweights.x[i], lse_of(i), delta_of(i), query(i), key(i), survives(i));
           scores.x[i] = pair.weight;
           dweights.x[i] = pair.dscore;
         }
@@ -51,7 +51,8 @@ struct GradientTile {
     const Band& band = pairs.band;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const int row = (kTransposed ? first_key : first_query) + 8 * r, first_col = kTransposed ? first_query : first_key;
+      const int row = (kTransposed ? first_key : first_query) + 8 * r,
+                first_col = kTransposed ? first_query : first_key;
       Range seen;
       if constexpr (kTransposed) {
         seen = row < band.seqlen_k ? Range{row - band.end + 1, min(row - band.begin + 1, band.seqlen_q)} : Range{0, 0};

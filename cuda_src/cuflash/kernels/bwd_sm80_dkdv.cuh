@@ -74,9 +74,7 @@ struct BwdSm80DkDv {
 
     // A step is one tile of queries of one head of the group.
     __device__ __forceinline__ int head_of(int step) const { return first_head + step / num_m_blocks; }
-    __device__ __forceinline__ int first_query_of(int step) const {
-      return (m_begin + step % num_m_blocks) * kBlockM;
-    }
+    __device__ __forceinline__ int first_query_of(int step) const { return (m_begin + step % num_m_blocks) * kBlockM; }
   };
   struct Shared {
     TileK k;
@@ -133,8 +131,7 @@ struct BwdSm80DkDv {
                                                     first_query);
       Options there = options;
       there.enter(sequence, head);
-      there.template load<kBlockM, kBlockN, kNumThreads>(shared.pairs[stage].memory, first_query,
-                                                         work.first_key);
+      there.template load<kBlockM, kBlockN, kNumThreads>(shared.pairs[stage].memory, first_query, work.first_key);
       if (threadIdx.x < kBlockM) {
         const RowStatistics rows(arrays.lse, arrays.delta, params, sequence, head);
         rows.start_to_copy(first_query + threadIdx.x, shared.rows[place].lse + threadIdx.x,
@@ -157,8 +154,10 @@ struct BwdSm80DkDv {
       dv[n].clear();
     }
     int step = skip_hidden(0);
-    shared.k.template load<kNumThreads>(keys_of(arrays.k, params.k, sequence.seqlen_k, problem.head_dim), work.first_key);
-    shared.v.template load<kNumThreads>(keys_of(arrays.v, params.v, sequence.seqlen_k, problem.head_dim_v), work.first_key);
+    shared.k.template load<kNumThreads>(keys_of(arrays.k, params.k, sequence.seqlen_k, problem.head_dim),
+                                        work.first_key);
+    shared.v.template load<kNumThreads>(keys_of(arrays.v, params.v, sequence.seqlen_k, problem.head_dim_v),
+                                        work.first_key);
     if (step < work.num_steps) load(0, 0, step);
     ptx::cp_async_commit();
 
@@ -181,8 +180,9 @@ struct BwdSm80DkDv {
       here.enter(sequence, work.head_of(step));
       here.template look_at<kBlockM, kBlockN>(shared.pairs[stage].memory, first_query, first_key);
       const Pairs<Options> pairs = {here, work.band, problem.softmax_scale};
-      const bool masked = first_query + kBlockM > work.band.seqlen_q ||
-                          !work.band.all_visible({first_query, first_query + kBlockM}, {first_key, first_key + kBlockN});
+      const bool masked =
+          first_query + kBlockM > work.band.seqlen_q ||
+          !work.band.all_visible({first_query, first_query + kBlockM}, {first_key, first_key + kBlockN});
 
       Scores scores[kTilesN], dweights[kTilesN];
 #pragma unroll
@@ -249,7 +249,7 @@ struct BwdSm80DkDv {
     // 0 * NaN is NaN: each query meets all keys, if only with weight 0, and may have spoiled those that do not
     // see it.
     const bool hides_pairs = Options::kHidesPairs || !work.band.all_visible({0, work.band.seqlen_q},
-                                                                             {work.first_key, work.first_key + kBlockN});
+                                                                            {work.first_key, work.first_key + kBlockN});
     if (hides_pairs && __syncthreads_or(!finite)) {
       if (split == 0) mend(arrays, params, options, work.job, warp_row, target_k, target_v, shared.careful[warp]);
     }

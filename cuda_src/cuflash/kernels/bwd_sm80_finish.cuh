@@ -73,8 +73,8 @@ struct BwdSm80Finish {
                                   problem.head_dim);
     const Matrix<const Element> v(arrays.v, params.v, batch, head_kv, sequence.first_key, sequence.seqlen_k,
                                   problem.head_dim_v);
-    const Matrix<const Element> dout(arrays.dout, params.dout, batch, job.head, sequence.first_query,
-                                     sequence.seqlen_q, problem.head_dim_v);
+    const Matrix<const Element> dout(arrays.dout, params.dout, batch, job.head, sequence.first_query, sequence.seqlen_q,
+                                     problem.head_dim_v);
     const RowStatistics rows(arrays.lse, arrays.delta, params, sequence, job.head);
     const Careful careful = {q, k, v, dout, options, band, problem.softmax_scale, rows, memory};
     const int end = min((job.tile + 1) * kBlockM, sequence.seqlen_q);

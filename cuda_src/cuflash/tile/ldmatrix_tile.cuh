@@ -12,10 +12,10 @@ namespace cuflash {
 // them fill the banks, and the piece is at p XOR r / 2 % 4.
 template <class Element, int kRows, int kCols>
 struct alignas(128) LdmatrixTile {
-  static constexpr int kPiece = 8;  // elements of 16 bytes
-  static constexpr int kPieces = kCols % 64 == 0 ? 8 : 4;   // that change places with each other
-  static constexpr int kGroup = kPieces * kPiece;           // their columns
-  static constexpr int kPitch = kCols * sizeof(Element);    // bytes
+  static constexpr int kPiece = 8;                         // elements of 16 bytes
+  static constexpr int kPieces = kCols % 64 == 0 ? 8 : 4;  // that change places with each other
+  static constexpr int kGroup = kPieces * kPiece;          // their columns
+  static constexpr int kPitch = kCols * sizeof(Element);   // bytes
 
   static_assert(sizeof(Element) == 2 && kCols % 32 == 0 && kRows % 16 == 0);
 

@@ -17,8 +17,8 @@ __device__ __forceinline__ void exchange(unsigned& x, unsigned& y, bool second, 
   }
 }
 
-// Writes a tile from this row of a lane and this column on. The four lanes of a row exchange their pairs, so that each writes 16 bytes; the matrix must be `vectorized`.
-// Returns whether the first of this lane's rows is finite.
+// Writes a tile from this row of a lane and this column on. The four lanes of a row exchange their pairs, so that each
+// writes 16 bytes; the matrix must be `vectorized`. Returns whether the first of this lane's rows is finite.
 template <class Element, int kCols>
 __device__ __forceinline__ bool store_rows_16(const Matrix<Element>& target, const WarpgroupTile<kCols>& tile,
                                               const float (&factor)[2], int first_row, int first_col = 0) {

@@ -1,5 +1,5 @@
-// The sums of a tile in global memory, to which many blocks add: float32, in the order of registers, so that a warp adds
-// to whole lines of memory.
+// The sums of a tile in global memory, to which many blocks add: float32, in the order of registers, so that a warp
+// adds to whole lines of memory.
 #pragma once
 
 #include <cuflash/ptx/reduce.cuh>

@@ -13,14 +13,15 @@ inline void load_matrices(unsigned (&x)[4], const void* row, bool transposed, ho
     const void* row;
     const uint16_t* rows[32];
   } argument = {row, {}};
-  hostcuda::warp_operation(hostcuda::kAllLanes, "ldmatrix", site, argument, [&](const hostcuda::Lanes<Argument>& lanes) {
-    if (!lanes.all_present()) {
-      hostcuda::fail("ldmatrix at %s:%d: some lanes of the warp have exited", site.file, site.line);
-    }
-    lanes.for_each([&](int, Argument& mine) {
-      lanes.for_each([&](int other, Argument& its) { mine.rows[other] = static_cast<const uint16_t*>(its.row); });
-    });
-  });
+  hostcuda::warp_operation(
+      hostcuda::kAllLanes, "ldmatrix", site, argument, [&](const hostcuda::Lanes<Argument>& lanes) {
+        if (!lanes.all_present()) {
+          hostcuda::fail("ldmatrix at %s:%d: some lanes of the warp have exited", site.file, site.line);
+        }
+        lanes.for_each([&](int, Argument& mine) {
+          lanes.for_each([&](int other, Argument& its) { mine.rows[other] = static_cast<const uint16_t*>(its.row); });
+        });
+      });
   const int lane = hostcuda::current->lane, row_of = lane / 4, pair = lane % 4 * 2;
   for (int i = 0; i < 4; ++i) {
     const uint16_t* const* const rows = argument.rows + 8 * i;

@@ -24,7 +24,8 @@ inline void mma(float* sum, const unsigned (&a)[4], unsigned b0, unsigned b1,
     double sums[16][8];
     lanes.for_each([&](int lane, const Argument& mine) {
       const int row = lane / 4, pair = lane % 4 * 2;
-      for (int i = 0; i < 8; ++i) factor_a[row + i / 2 % 2 * 8][pair + i / 4 * 8 + i % 2] = half_of(mine.a[i / 2], i % 2);
+      for (int i = 0; i < 8; ++i)
+        factor_a[row + i / 2 % 2 * 8][pair + i / 4 * 8 + i % 2] = half_of(mine.a[i / 2], i % 2);
       for (int i = 0; i < 4; ++i) factor_b[pair + i / 2 * 8 + i % 2][row] = half_of(mine.b[i / 2], i % 2);
       for (int i = 0; i < 4; ++i) sums[row + i / 2 * 8][pair + i % 2] = mine.sum[i];
     });
