@@ -122,7 +122,8 @@ def attention(
         Kernel family for CuPy arrays; NumPy arrays take "auto" alone. "auto" is the fastest that can compute the call:
         "sm90" for float16 and bfloat16 on a Hopper GPU, where its copy engine can take the arrays (last axis
         contiguous, rows that begin at multiples of 16 bytes), "sm80" for them on any GPU since compute capability 8.0,
-        else "wmma". A family by name either computes the call or says why not, in a ``NotImplementedError``. "fa1" and "naive" are older ways, to compare with.
+        else "wmma". A family by name either computes the call or says why not, in a ``NotImplementedError``. "fa1" and
+        "naive" are older ways, to compare with.
 
     Returns
     -------

@@ -50,42 +50,31 @@ class DqTile(NamedTuple):
     stages: int
 
 
-# By (head_dim, head_dim_v), and by the KiB of shared memory that a block may use: those of the largest class that a
-# chip reaches. The first that suits the call and fits is taken, so further ones are for calls with arrays of pairs.
+# By head_dim, head_dim_v, and the KiB of shared memory that a block may use: those of the largest class that a chip
+# reaches. The first that suits the call and fits is taken, so further ones are for calls with arrays of pairs.
 # A multiprocessor has 64 K registers: two blocks of 4 warps at 255, or one of 8, and shared memory for two of
 # 113 KiB (sm_90), 81 (sm_80) or 50 (sm_86, 89, 120).
-Tiles = dict[tuple[int, int], dict[int, tuple[Any, ...]]]
+Tiles = dict[tuple[int, int, int], tuple[Any, ...]]
 
 SMALLEST = Tile(64, 32, 4, 1)  # fits everywhere
 FORWARD_TILES: Tiles = {
     # 32 rows a warp: K and V are read from shared memory half as often as with 16.
-    (32, 32): {99: (Tile(128, 64, 4, 2), Tile(128, 64, 4, 1), SMALLEST)},
-    (64, 64): {99: (Tile(128, 64, 4, 2), Tile(128, 64, 4, 1), SMALLEST)},
-    (96, 96): {
-        99: (Tile(128, 64, 4, 1), Tile(64, 64, 4, 1), SMALLEST),
-        163: (Tile(128, 64, 4, 2), Tile(128, 64, 4, 1), SMALLEST),
-    },
+    (32, 32, 99): (Tile(128, 64, 4, 2), Tile(128, 64, 4, 1), SMALLEST),
+    (64, 64, 99): (Tile(128, 64, 4, 2), Tile(128, 64, 4, 1), SMALLEST),
+    (96, 96, 99): (Tile(128, 64, 4, 1), Tile(64, 64, 4, 1), SMALLEST),
+    (96, 96, 163): (Tile(128, 64, 4, 2), Tile(128, 64, 4, 1), SMALLEST),
     # Two stages of 64 keys take a few registers too many.
-    (128, 128): {
-        99: (Tile(128, 32, 4, 1), SMALLEST),
-        163: (Tile(128, 64, 4, 1), SMALLEST),
-    },
-    (192, 128): {
-        99: (Tile(64, 64, 4, 1), SMALLEST),
-        163: (Tile(128, 64, 4, 1), Tile(64, 64, 4, 1), SMALLEST),
-        227: (Tile(128, 64, 4, 1), Tile(64, 64, 4, 1), SMALLEST),
-    },
+    (128, 128, 99): (Tile(128, 32, 4, 1), SMALLEST),
+    (128, 128, 163): (Tile(128, 64, 4, 1), SMALLEST),
+    (192, 128, 99): (Tile(64, 64, 4, 1), SMALLEST),
+    (192, 128, 163): (Tile(128, 64, 4, 1), Tile(64, 64, 4, 1), SMALLEST),
     # Output of 32 rows would take 192 registers or more: 16 rows a warp.
-    (192, 192): {
-        99: (Tile(64, 64, 4, 1), SMALLEST),
-        163: (Tile(128, 64, 8, 1), Tile(64, 64, 4, 1), SMALLEST),
-        227: (Tile(128, 64, 8, 2), Tile(128, 64, 8, 1), SMALLEST),
-    },
-    (256, 256): {
-        99: (Tile(64, 64, 4, 1), SMALLEST),
-        163: (Tile(128, 64, 8, 1), Tile(64, 64, 4, 1), SMALLEST),
-        227: (Tile(128, 64, 8, 2), Tile(128, 64, 8, 1), SMALLEST),
-    },
+    (192, 192, 99): (Tile(64, 64, 4, 1), SMALLEST),
+    (192, 192, 163): (Tile(128, 64, 8, 1), Tile(64, 64, 4, 1), SMALLEST),
+    (192, 192, 227): (Tile(128, 64, 8, 2), Tile(128, 64, 8, 1), SMALLEST),
+    (256, 256, 99): (Tile(64, 64, 4, 1), SMALLEST),
+    (256, 256, 163): (Tile(128, 64, 8, 1), Tile(64, 64, 4, 1), SMALLEST),
+    (256, 256, 227): (Tile(128, 64, 8, 2), Tile(128, 64, 8, 1), SMALLEST),
 }
 # What calls take first if their options take more registers than the first tiles leave.
 HUNGRY = {"alibi", "bias", "mask", "mod", "sinks", "dropout"}
@@ -93,30 +82,30 @@ FRUGAL_TILES = {(128, 128): Tile(128, 32, 4, 2)}
 
 # Gradients of K and V. A warp holds its keys' dK and dV, and their scores and gradients of weights of a step.
 DKDV_TILES: Tiles = {
-    (32, 32): {99: (DkDvTile(64, 128, 4, 1, 2), DkDvTile(32, 64, 4, 1, 1))},
-    (64, 64): {99: (DkDvTile(32, 128, 4, 1, 2), DkDvTile(32, 64, 4, 1, 1))},
-    (96, 96): {99: (DkDvTile(64, 64, 4, 1, 1), DkDvTile(32, 64, 4, 1, 1))},
-    (128, 128): {
-        99: (DkDvTile(32, 64, 4, 1, 2), DkDvTile(32, 64, 4, 1, 1)),
-        163: (DkDvTile(64, 128, 8, 1, 2), DkDvTile(32, 64, 4, 1, 1)),
-    },
-    (192, 128): {99: (DkDvTile(32, 64, 4, 1, 1),)},
+    (32, 32, 99): (DkDvTile(64, 128, 4, 1, 2), DkDvTile(32, 64, 4, 1, 1)),
+    # 32 keys a warp: Q and dO are read half as often for dK and dV.
+    (64, 64, 99): (DkDvTile(32, 128, 4, 1, 2), DkDvTile(32, 64, 4, 1, 1)),
+    (96, 96, 99): (DkDvTile(64, 64, 4, 1, 1), DkDvTile(32, 64, 4, 1, 1)),
+    (128, 128, 99): (DkDvTile(32, 64, 4, 1, 2), DkDvTile(32, 64, 4, 1, 1)),
+    (128, 128, 163): (DkDvTile(64, 128, 8, 1, 2), DkDvTile(32, 64, 4, 1, 1)),
+    (192, 128, 99): (DkDvTile(32, 64, 4, 1, 1),),
     # 384 columns of dK and dV, and more, do not fit the registers of one warp beside its scores.
-    (192, 192): {99: (DkDvTile(32, 32, 4, 2, 1),), 163: (DkDvTile(64, 64, 8, 2, 1), DkDvTile(32, 32, 4, 2, 1))},
-    (256, 256): {99: (DkDvTile(32, 32, 4, 2, 1),), 163: (DkDvTile(32, 64, 8, 2, 1), DkDvTile(32, 32, 4, 2, 1))},
+    (192, 192, 99): (DkDvTile(32, 32, 4, 2, 1),),
+    (192, 192, 163): (DkDvTile(64, 64, 8, 2, 1), DkDvTile(32, 32, 4, 2, 1)),
+    (256, 256, 99): (DkDvTile(32, 32, 4, 2, 1),),
+    (256, 256, 163): (DkDvTile(32, 64, 8, 2, 1), DkDvTile(32, 32, 4, 2, 1)),
 }
 # Gradient of Q.
 DQ_TILES: Tiles = {
-    (32, 32): {99: (DqTile(128, 64, 4, 2), DqTile(64, 32, 4, 1))},
-    (64, 64): {99: (DqTile(128, 32, 4, 2), DqTile(64, 32, 4, 1))},
-    (96, 96): {99: (DqTile(64, 64, 4, 1), DqTile(64, 32, 4, 1))},
-    (128, 128): {
-        99: (DqTile(64, 64, 4, 1), DqTile(64, 32, 4, 1)),
-        163: (DqTile(128, 32, 4, 1), DqTile(64, 32, 4, 1)),
-    },
-    (192, 128): {99: (DqTile(64, 32, 4, 1),)},
-    (192, 192): {99: (DqTile(64, 32, 4, 1), DqTile(32, 32, 2, 1))},
-    (256, 256): {99: (DqTile(64, 16, 4, 1), DqTile(32, 32, 2, 1)), 163: (DqTile(64, 32, 4, 1),)},
+    (32, 32, 99): (DqTile(128, 64, 4, 2), DqTile(64, 32, 4, 1)),
+    (64, 64, 99): (DqTile(128, 32, 4, 2), DqTile(64, 32, 4, 1)),
+    (96, 96, 99): (DqTile(64, 64, 4, 1), DqTile(64, 32, 4, 1)),
+    (128, 128, 99): (DqTile(64, 64, 4, 1), DqTile(64, 32, 4, 1)),
+    (128, 128, 163): (DqTile(128, 32, 4, 1), DqTile(64, 32, 4, 1)),
+    (192, 128, 99): (DqTile(64, 32, 4, 1),),
+    (192, 192, 99): (DqTile(64, 32, 4, 1), DqTile(32, 32, 2, 1)),
+    (256, 256, 99): (DqTile(64, 16, 4, 1), DqTile(32, 32, 2, 1)),
+    (256, 256, 163): (DqTile(64, 32, 4, 1),),
 }
 
 
@@ -162,6 +151,13 @@ def _careful_bytes(warps: int, options: Options) -> int:
     return warps * max(options.tile_bytes(1, 32), options.tile_bytes(32, 16), 16)
 
 
+def tile_class(tiles: Tiles, problem: Problem, chip: Chip) -> tuple[int, int, int]:
+    """The entry of a table for a problem on a chip."""
+    dims = padded_head_dims(problem)
+    classes = [kib for *of_dims, kib in tiles if tuple(of_dims) == dims]
+    return (*dims, max((kib for kib in classes if kib * 1024 <= chip.shared_memory), default=min(classes)))
+
+
 @dataclass(frozen=True)
 class _TiledKernel:
     """A kernel template; called for a problem, it gives the kernel to launch and the number of its blocks."""
@@ -180,9 +176,7 @@ class _TiledKernel:
     def tile(self, problem: Problem, options: Options, chip: Chip) -> Any:
         """The tile that suits a call, or None if none fits the shared memory."""
         dims = padded_head_dims(problem)
-        classes = self.tiles[dims]
-        of_chip = max((kib for kib in classes if kib * 1024 <= chip.shared_memory), default=min(classes))
-        tiles = classes[of_chip]
+        tiles = self.tiles[tile_class(self.tiles, problem, chip)]
         if dims in self.frugal_tiles and HUNGRY.intersection(options.names):
             tiles = (self.frugal_tiles[dims], *tiles)
         return next(
@@ -202,7 +196,7 @@ class _TiledKernel:
             template=self.template,
             header=self.header,
             symbol="_".join(("cuflash", self.name or self.header, short, f"d{dims[0]}x{dims[1]}", *options.names)),
-            arguments=(f"cuflash::{name}", options.type, *dims, *(str(x).lower() for x in tile)),
+            arguments=(f"cuflash::{name}", options.type, *dims, *map(int, tile)),
             pointers=self.pointers,
             params=self.params,
             num_threads=32 * tile.warps,
