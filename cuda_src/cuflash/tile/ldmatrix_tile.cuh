@@ -58,13 +58,14 @@ struct alignas(128) LdmatrixTile {
         }
       } else {
         const Element* of_row = address;
-#pragma unroll 1
-        for (int i = 0; row + i * kRowStep < kRows; ++i) {
-          const bool inside = first_row + row + i * kRowStep < source.rows;
-#pragma unroll 1
+        const int num_rows = source.rows - first_row - row, num_cols = source.cols - col;
+#pragma unroll
+        for (int i = 0; i < ceil_div(kRows, kRowStep); ++i) {
+          if (kRows % kRowStep != 0 && row + i * kRowStep >= kRows) break;
+#pragma unroll
           for (int group = 0; group < kCols; group += kGroup) {
-            const bool valid = inside && col + group < source.cols;
-            ptx::cp_async_16(target + i * kRowStep * kCols + group, of_row + group, valid);
+            ptx::cp_async_16(target + i * kRowStep * kCols + group, of_row + group,
+                             i * kRowStep < num_rows && group < num_cols);
           }
           of_row += step;
         }
