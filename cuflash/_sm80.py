@@ -16,7 +16,7 @@ from ._problem import Operand, Problem
 from ._wmma import BACKWARD_INPUTS, num_jobs, plan_gradients
 
 CAPABILITY = (8, 0)
-WORK_BYTES, DKDV_WORK_BYTES = 240, 80  # what a block knows of its job
+WORK_BYTES, DKDV_WORK_BYTES, DQ_WORK_BYTES = 240, 80, 224  # what a block knows of its job
 MIN_SCALE = float(np.finfo(np.float32).tiny)  # less is 0 for kernels, and maxima of products are not those of scores
 
 
@@ -67,7 +67,8 @@ FORWARD_TILES: Tiles = {
     (128, 128, 99): (Tile(128, 32, 4, 1), SMALLEST),
     (128, 128, 163): (Tile(128, 64, 4, 1), SMALLEST),
     (192, 128, 99): (Tile(64, 64, 4, 1), SMALLEST),
-    (192, 128, 163): (Tile(128, 64, 4, 1), Tile(64, 64, 4, 1), SMALLEST),
+    (192, 128, 163): (Tile(64, 64, 4, 1), SMALLEST),
+    (192, 128, 227): (Tile(128, 64, 4, 1), Tile(64, 64, 4, 1), SMALLEST),
     # Output of 32 rows would take 192 registers or more: 16 rows a warp.
     (192, 192, 99): (Tile(64, 64, 4, 1), SMALLEST),
     (192, 192, 163): (Tile(128, 64, 8, 1), Tile(64, 64, 4, 1), SMALLEST),
@@ -84,7 +85,8 @@ FRUGAL_TILES = {(128, 128): Tile(128, 32, 4, 2)}
 DKDV_TILES: Tiles = {
     (32, 32, 99): (DkDvTile(64, 128, 4, 1, 2), DkDvTile(32, 64, 4, 1, 1)),
     # 32 keys a warp: Q and dO are read half as often for dK and dV.
-    (64, 64, 99): (DkDvTile(32, 128, 4, 1, 2), DkDvTile(32, 64, 4, 1, 1)),
+    (64, 64, 99): (DkDvTile(32, 128, 4, 1, 1), DkDvTile(32, 64, 4, 1, 1)),
+    (64, 64, 163): (DkDvTile(32, 128, 4, 1, 2), DkDvTile(32, 64, 4, 1, 1)),
     (96, 96, 99): (DkDvTile(64, 64, 4, 1, 1), DkDvTile(32, 64, 4, 1, 1)),
     (128, 128, 99): (DkDvTile(32, 64, 4, 1, 2), DkDvTile(32, 64, 4, 1, 1)),
     (128, 128, 163): (DkDvTile(64, 128, 8, 1, 2), DkDvTile(32, 64, 4, 1, 1)),
@@ -101,7 +103,7 @@ DQ_TILES: Tiles = {
     (64, 64, 99): (DqTile(128, 32, 4, 2), DqTile(64, 32, 4, 1)),
     (96, 96, 99): (DqTile(64, 64, 4, 1), DqTile(64, 32, 4, 1)),
     (128, 128, 99): (DqTile(64, 64, 4, 1), DqTile(64, 32, 4, 1)),
-    (128, 128, 163): (DqTile(128, 32, 4, 1), DqTile(64, 32, 4, 1)),
+    (128, 128, 227): (DqTile(128, 32, 4, 1), DqTile(64, 32, 4, 1)),
     (192, 128, 99): (DqTile(64, 32, 4, 1),),
     (192, 192, 99): (DqTile(64, 32, 4, 1), DqTile(32, 32, 2, 1)),
     (256, 256, 99): (DqTile(64, 16, 4, 1), DqTile(32, 32, 2, 1)),
@@ -143,7 +145,7 @@ def _dkdv_bytes(dims: tuple[int, int], tile: DkDvTile, options: Options) -> int:
 
 def _dq_bytes(dims: tuple[int, int], tile: DqTile, options: Options) -> int:
     stage = 2 * tile.block_n * sum(dims) + max(options.tile_bytes(*tile[:2]), 16)
-    return 2 * tile.block_m * sum(dims) + tile.stages * stage + _careful_bytes(tile.warps, options)
+    return 2 * tile.block_m * sum(dims) + tile.stages * stage + _careful_bytes(tile.warps, options) + DQ_WORK_BYTES
 
 
 def _careful_bytes(warps: int, options: Options) -> int:

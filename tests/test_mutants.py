@@ -973,7 +973,9 @@ def numpy_arrays_on(device: HostDevice, family: str, *, one_stage: bool = False)
         for table, tile in (TILES_OF_ONE_STAGE if one_stage else TILES).items():
             patch.setitem(getattr(_wmma, table), (2, 64), [tile])
         for table, sm80_tile in (SM80_TILES_OF_ONE_STAGE if one_stage else SM80_TILES).items():
-            patch.setitem(getattr(_sm80, table), (64, 64, 99), (sm80_tile,))
+            tiles = getattr(_sm80, table)
+            for key in [key for key in tiles if key[:2] == (64, 64)]:
+                patch.setitem(tiles, key, (sm80_tile,))
         yield
 
 

@@ -40,6 +40,32 @@ struct BwdSm80Dq {
   struct alignas(16) TileOfArrays {
     unsigned char memory[larger(kPairBytes, 16)];
   };
+  // What a block knows of its job. In shared memory, since it is looked at once a step and registers are few.
+  struct alignas(16) Work {
+    Matrix<const Element> q, k, v, dout;
+    RowStatistics rows;
+    Band band;
+    int first_query, n_end;
+
+    __device__ __forceinline__ Work(const Arrays& arrays, const BwdParams& params, const Job& job)
+        : Work(arrays, params, job, job.sequence, job.head / params.problem.group_size()) {}
+
+   private:
+    __device__ __forceinline__ Work(const Arrays& arrays, const BwdParams& params, const Job& job,
+                                    const Sequence& sequence, int head_kv)
+        : q(arrays.q, params.q, sequence.batch, job.head, sequence.first_query, sequence.seqlen_q,
+            params.problem.head_dim),
+          k(arrays.k, params.k, sequence.batch, head_kv, sequence.first_key, sequence.seqlen_k,
+            params.problem.head_dim),
+          v(arrays.v, params.v, sequence.batch, head_kv, sequence.first_key, sequence.seqlen_k,
+            params.problem.head_dim_v),
+          dout(arrays.dout, params.dout, sequence.batch, job.head, sequence.first_query, sequence.seqlen_q,
+               params.problem.head_dim_v),
+          rows(arrays.lse, arrays.delta, params, sequence, job.head),
+          band(params.problem.band(sequence.seqlen_q, sequence.seqlen_k)),
+          first_query(job.tile * kBlockM),
+          n_end(ceil_div(band.keys_of({first_query, first_query + kBlockM}).end, kBlockN)) {}
+  };
   struct Shared {
     TileQ q;
     TileDout dout;
@@ -47,54 +73,41 @@ struct BwdSm80Dq {
     TileV v[kStages];
     TileOfArrays pairs[kStages];
     typename Careful::Memory careful[kNumWarps];
+    Work work;
   };
   // Without the padding at the end of the struct.
   static constexpr int kSharedBytes = sizeof(TileQ) + sizeof(TileDout) +
                                       kStages * (sizeof(TileK) + sizeof(TileV) + sizeof(TileOfArrays)) +
-                                      sizeof(Shared::careful);
+                                      sizeof(Shared::careful) + sizeof(Work);
 
   static_assert(kBlockM % (16 * kNumWarps) == 0 && kBlockN % 16 == 0 && (kStages == 1 || kStages == 2));
 
   static __device__ __forceinline__ void run(const Arrays& arrays, const BwdParams& params, Options options) {
     const Problem& problem = params.problem;
     const Job job = options.template query_job<kBlockM>(problem, blockIdx.x);
-    const Sequence& sequence = job.sequence;
-    const int block_query = job.tile * kBlockM;
-    if (block_query >= sequence.seqlen_q || job.tile < 0) return;
-    const int batch = sequence.batch, head = job.head, head_kv = head / problem.group_size();
-    const Band band = problem.band(sequence.seqlen_q, sequence.seqlen_k);
-    options.enter(sequence, head);
-    const Pairs<Options> pairs = {options, band, problem.softmax_scale};
-
-    const Matrix<const Element> q(arrays.q, params.q, batch, head, sequence.first_query, sequence.seqlen_q,
-                                  problem.head_dim);
-    const Matrix<const Element> k(arrays.k, params.k, batch, head_kv, sequence.first_key, sequence.seqlen_k,
-                                  problem.head_dim);
-    const Matrix<const Element> v(arrays.v, params.v, batch, head_kv, sequence.first_key, sequence.seqlen_k,
-                                  problem.head_dim_v);
-    const Matrix<const Element> dout(arrays.dout, params.dout, batch, head, sequence.first_query, sequence.seqlen_q,
-                                     problem.head_dim_v);
-    const RowStatistics rows(arrays.lse, arrays.delta, params, sequence, head);
-
+    if (job.tile * kBlockM >= job.sequence.seqlen_q || job.tile < 0) return;
+    options.enter(job.sequence, job.head);
     Shared& shared = *reinterpret_cast<Shared*>(dynamic_shared_memory());
-    const int warp = threadIdx.x / 32, warp_row = warp * kWarpM, warp_query = block_query + warp_row;
-    const int lane_row = warp_query + threadIdx.x % 32 / 4;
+    if (threadIdx.x == 0) shared.work = Work(arrays, params, job);
+    __syncthreads();
+    const Work& work = shared.work;
+    const Pairs<Options> pairs = {options, work.band, problem.softmax_scale};
+    const int warp = threadIdx.x / 32, warp_row = warp * kWarpM;
 
-    const Range keys = band.keys_of({block_query, block_query + kBlockM});
-    const int n_end = ceil_div(keys.end, kBlockN);
     const auto skip_hidden = [&](int n_block) {
       if constexpr (Options::kSkipsBlocks) {
-        for (Options there = options; n_block < n_end; ++n_block) {
-          there.template look_at<kBlockM, kBlockN>(nullptr, block_query, n_block * kBlockN);
+        for (Options there = options; n_block < work.n_end; ++n_block) {
+          there.template look_at<kBlockM, kBlockN>(nullptr, work.first_query, n_block * kBlockN);
           if (!there.hides_all()) break;
         }
       }
       return n_block;
     };
     const auto load = [&](int stage, int n_block) {
-      shared.k[stage].template load<kNumThreads>(k, n_block * kBlockN);
-      shared.v[stage].template load<kNumThreads>(v, n_block * kBlockN);
-      options.template load<kBlockM, kBlockN, kNumThreads>(shared.pairs[stage].memory, block_query, n_block * kBlockN);
+      shared.k[stage].template load<kNumThreads>(work.k, n_block * kBlockN);
+      shared.v[stage].template load<kNumThreads>(work.v, n_block * kBlockN);
+      options.template load<kBlockM, kBlockN, kNumThreads>(shared.pairs[stage].memory, work.first_query,
+                                                           n_block * kBlockN);
     };
 
     float lse[kTilesM][2], delta[kTilesM][2];
@@ -104,29 +117,32 @@ struct BwdSm80Dq {
       dq[m].clear();
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        lse[m][r] = rows.lse_of(lane_row + 16 * m + 8 * r) * Gradients::kLseUnit;
-        delta[m][r] = rows.delta_of(lane_row + 16 * m + 8 * r);
+        const int row = work.first_query + warp_row + 16 * m + 8 * r + threadIdx.x % 32 / 4;
+        lse[m][r] = work.rows.lse_of(row) * Gradients::kLseUnit;
+        delta[m][r] = work.rows.delta_of(row);
       }
     }
-    int n_block = skip_hidden(keys.begin / kBlockN);
-    shared.q.template load<kNumThreads>(q, block_query);
-    shared.dout.template load<kNumThreads>(dout, block_query);
-    if (n_block < n_end) load(0, n_block);
+    int n_block = skip_hidden(work.band.keys_of({work.first_query, work.first_query + kBlockM}).begin / kBlockN);
+    shared.q.template load<kNumThreads>(work.q, work.first_query);
+    shared.dout.template load<kNumThreads>(work.dout, work.first_query);
+    if (n_block < work.n_end) load(0, n_block);
     ptx::cp_async_commit();
 
-    bool hides_pairs = Options::kHidesPairs;
 #pragma unroll 1
-    for (int stage = 0, following; n_block < n_end; n_block = following, stage = (stage + 1) % kStages) {
-      following = skip_hidden(n_block + 1);
+    for (int stage = 0; n_block < work.n_end; n_block = skip_hidden(n_block + 1), stage = (stage + 1) % kStages) {
+      const auto load_following = [&](int stage) {
+        const int following = skip_hidden(n_block + 1);
+        if (following < work.n_end) load(stage, following);
+        ptx::cp_async_commit();
+      };
       const int first_key = n_block * kBlockN;
       ptx::cp_async_wait<0>();
       __syncthreads();  // this stage has arrived, and the previous one is no longer read
-      if (kStages > 1 && following < n_end) load(stage ^ 1, following);
-      ptx::cp_async_commit();
-      options.template look_at<kBlockM, kBlockN>(shared.pairs[stage].memory, block_query, first_key);
-      const bool masked = block_query + kBlockM > band.seqlen_q ||
-                          !band.all_visible({block_query, block_query + kBlockM}, {first_key, first_key + kBlockN});
-      hides_pairs = hides_pairs || masked;
+      if (kStages > 1) load_following(stage ^ 1);
+      options.template look_at<kBlockM, kBlockN>(shared.pairs[stage].memory, work.first_query, first_key);
+      const bool masked =
+          work.first_query + kBlockM > work.band.seqlen_q ||
+          !work.band.all_visible({work.first_query, work.first_query + kBlockM}, {first_key, first_key + kBlockN});
 
       Scores scores[kTilesM], dweights[kTilesM];
 #pragma unroll
@@ -139,8 +155,11 @@ struct BwdSm80Dq {
       Dscores dscores[kTilesM];
 #pragma unroll
       for (int m = 0; m < kTilesM; ++m) {
-        const Gradients tile = {pairs, lane_row + 16 * m, first_key + static_cast<int>(threadIdx.x % 4 * 2)};
-        const Survivors<Options, kBlockN, false> survives(options, warp_query + 16 * m, first_key);
+        unsigned lane = threadIdx.x % 32;
+        ptx::make_opaque(lane);  // as in TileReader
+        const int row = work.first_query + warp_row + 16 * m;
+        const Gradients tile = {pairs, row + static_cast<int>(lane / 4), first_key + static_cast<int>(lane % 4 * 2)};
+        const Survivors<Options, kBlockN, false> survives(options, row, first_key);
         tile.differentiate(
             scores[m], dweights[m], [&](int i) { return lse[m][row_of_element(i)]; },
             [&](int i) { return delta[m][row_of_element(i)]; }, survives);
@@ -149,27 +168,32 @@ struct BwdSm80Dq {
         dscores[m].round(dweights[m]);
       }
       add_product_across<kBlockN>(dq, registers_of(dscores), shared.k[stage]);
-      if (kStages == 1 && following < n_end) {
+      if (kStages == 1) {
         __syncthreads();  // the only stage is no longer read
-        load(0, following);
-        ptx::cp_async_commit();
+        load_following(0);
       }
     }
     ptx::cp_async_wait<0>();  // without any key, Q is still on its way
 
-    const Matrix<Element> target(arrays.dq, params.dq, batch, head, sequence.first_query, sequence.seqlen_q,
-                                 problem.head_dim);
+    const Sequence& sequence = job.sequence;
+    const Matrix<Element> target(arrays.dq, params.dq, sequence.batch, job.head, sequence.first_query,
+                                 sequence.seqlen_q, problem.head_dim);
+    const bool hides_pairs =
+        Options::kHidesPairs ||
+        !work.band.all_visible({work.first_query, work.first_query + kBlockM}, {0, work.band.seqlen_k});
     const float scale[2] = {problem.softmax_scale, problem.softmax_scale};
 #pragma unroll
     for (int m = 0; m < kTilesM; ++m) {
-      const bool finite = store_rows(target, dq[m], scale, lane_row + 16 * m);
+      const int first_row = work.first_query + warp_row + 16 * m;
+      const bool finite = store_rows(target, dq[m], scale, first_row + threadIdx.x % 32 / 4);
       // 0 * NaN is NaN: each key meets all queries, if only with weight 0, and may have spoiled those that do not see
       // it.
       if (hides_pairs && __any_sync(kFullMask, !finite)) {
         __syncwarp();  // others write again what this lane wrote
-        const Careful careful = {q, k, v, dout, options, band, problem.softmax_scale, rows, shared.careful[warp]};
+        const Careful careful = {work.q,    work.k,      work.v,    work.dout,           options,
+                                 work.band, pairs.scale, work.rows, shared.careful[warp]};
 #pragma unroll 1
-        for (int row = warp_query + 16 * m; row < min(warp_query + 16 * m + 16, sequence.seqlen_q); ++row) {
+        for (int row = first_row; row < min(first_row + 16, work.band.seqlen_q); ++row) {
           typename Careful::template Row<kHeadDim> sum;
           careful.add_query(sum, row);
           sum.write(target, row, problem.softmax_scale);
