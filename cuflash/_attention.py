@@ -274,16 +274,17 @@ def attention_backward(
         As they were in the forward call.
     score_mod, mask_mod, mod_args, layout
         Likewise.
-    kernel : {"auto", "sm80", "wmma", "naive"}
-        As for :func:`attention`; it need not be the same: a family takes ``out`` and ``lse`` of any other. "sm90" and
-        "fa1" have no gradients.
+    kernel : {"auto", "sm90", "sm80", "wmma", "naive"}
+        As for :func:`attention`; it need not be the same, for each takes ``out`` and ``lse`` of any. "fa1" has no
+        gradients, "sm90" those of heads up to 128 columns.
     dlse : array, shape (..., Hq, M), optional
         Gradient with respect to ``lse``, in its dtype. Default: 0.
     return_dbias, return_dsinks : bool
         Whether to return the gradients of ``bias`` and of ``sinks`` too.
     deterministic : bool
-        Whether the result must be bitwise the same in every run. "sm80" is slower then: its sums of ``dq`` are
-        otherwise added up in an order that changes.
+        Whether the result must be bitwise the same in every run. If not, "sm90" and "sm80" add up ``dq`` in float32 in
+        whatever order their blocks come, which is faster; the results of the other families are the same bits in any
+        case.
 
     Returns
     -------
@@ -302,12 +303,15 @@ def attention_backward(
 
     Notes
     -----
-    Beyond the results it takes 4 bytes for each row of queries, and for an input that was broadcast along the batch
-    its gradient for the whole batch, in its own dtype and in float32.
+    Beyond the results it takes 4 bytes for each row of queries of a head, and for an input that was broadcast along the
+    batch its gradient for the whole batch, in its own dtype and in float32. "sm90" takes the float32 sums of ``dq``
+    too, with 64 or 128 columns and in whole tiles of up to 128 rows, and 4 bytes for 128 keys of a head; with
+    ``deterministic`` another 8 bytes a tile. "sm80" takes such sums, but with ``deterministic`` none.
 
     References
     ----------
-    T. Dao, "FlashAttention-2", arXiv:2307.08691, algorithm 2.
+    T. Dao, "FlashAttention-2", arXiv:2307.08691, algorithm 2; J. Shah et al., "FlashAttention-3", arXiv:2407.08608,
+    appendix B.
 
     Examples
     --------

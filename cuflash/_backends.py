@@ -32,7 +32,9 @@ class Backend(Protocol):
         int, a BlockMask, the dict mod_args.
         """
 
-    def plan_backward(self, problem: Problem, kernel_name: str, operands: dict[str, Operand]) -> Any:
+    def plan_backward(
+        self, problem: Problem, kernel_name: str, operands: dict[str, Operand], *, deterministic: bool = False
+    ) -> Any:
         """Likewise, a function of (dout, q, k, v, out, lse, dq, dk, dv, **extras); dbias and dsinks are written too."""
 
 
@@ -57,7 +59,9 @@ class NumpyBackend:
 
         return forward
 
-    def plan_backward(self, problem: Problem, kernel_name: str, operands: dict[str, Operand]) -> Any:
+    def plan_backward(
+        self, problem: Problem, kernel_name: str, operands: dict[str, Operand], *, deterministic: bool = False
+    ) -> Any:
         names = ("dout", "q", "k", "v", "out", "lse", "dq", "dk", "dv")
 
         def backward(*arrays: Any, **extras: Any) -> None:

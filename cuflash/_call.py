@@ -45,6 +45,8 @@ class Call:
         Its arrays.
     options : Options
         The features it has.
+    deterministic : bool
+        Whether gradients must be the same bits in every run.
     """
 
     device: Device
@@ -52,6 +54,7 @@ class Call:
     problem: Problem
     operands: Mapping[str, Operand]
     options: Options
+    deterministic: bool = False
 
     @property
     def chip(self) -> Chip:

@@ -30,7 +30,7 @@ def why_not(
     return _wmma.why_not(problem, number, chip)
 
 
-def why_no_backward() -> str | None:
+def why_no_backward(problem: Problem, chip: Chip, options: Options = PLAIN) -> str | None:
     """The reason why the family cannot compute gradients."""
     return "it is a forward pass only; kernel='wmma' has a backward pass, and takes its lse"
 
@@ -77,7 +77,7 @@ def plan_forward(call: Call) -> Run:
 
 
 def plan_backward(call: Call) -> Run:
-    raise NotImplementedError(why_no_backward())
+    raise NotImplementedError(why_no_backward(call.problem, call.chip))
 
 
 def _shared_bytes(size: int, dim: int, dim_v: int, block_n: int, warps: int) -> int:

@@ -109,7 +109,7 @@ def _softcap(problem: Problem, operands: Mapping[str, Operand]) -> Feature | Non
             "reciprocal": reciprocal,
         },
         arrays=lambda extras, pointer: {},
-        flags=("kChangesScores", "kHasShortWays"),
+        flags=("kChangesScores", "kBendsScores", "kHasShortWays"),
     )
 
 
@@ -191,7 +191,7 @@ def _mod(problem: Problem, operands: Mapping[str, Operand]) -> Feature | None:
         return None
     flags, methods = ["kReadsArrays"] if mod.args else [], {"enter": "mod.enter(sequence, head);"}
     if mod.score_mod is not None:
-        flags.append("kChangesScores")
+        flags += ["kChangesScores", "kBendsScores"]
         methods["score"] = "score = mod.score_mod(score, query, key);"
     if mod.mask_mod is not None:
         flags.append("kHidesPairs")

@@ -22,8 +22,8 @@ class Family(Protocol):
     ) -> str | None:
         """The reason why it cannot compute a problem on a GPU, or None if it can."""
 
-    def why_no_backward(self) -> str | None:
-        """The reason why it cannot compute gradients, or None if it can."""
+    def why_no_backward(self, problem: Problem, chip: Chip, options: Options = ...) -> str | None:
+        """The reason why it cannot compute the gradients of a problem that it can compute, or None if it can."""
 
     def plan_forward(self, call: Call) -> Run:
         """A function of (q, k, v, out, lse or None) and the arrays of the options that computes out and lse."""
@@ -63,17 +63,18 @@ class LaunchBackend:
     def pointer(self, array: Array) -> int:
         return self.device.pointer(array)
 
-    def _call(self, problem: Problem, operands: Mapping[str, Operand]) -> Call:
+    def _call(self, problem: Problem, operands: Mapping[str, Operand], deterministic: bool = False) -> Call:
         number = "tfloat32" if problem.dtype == "float32" and self._tf32 else problem.dtype
-        return Call(self.device, number, problem, operands, Options.of(problem, operands))
+        return Call(self.device, number, problem, operands, Options.of(problem, operands), deterministic)
 
     def family_name(self, call: Call, kernel: str, *, backward: bool = False) -> str:
         """The family that `kernel` names; for "auto" the first, and so the fastest, that can do it."""
         reasons = {}
         for name in AUTO if kernel == "auto" else (kernel,):
             family = FAMILIES[name]
-            reason = family.why_no_backward() if backward else None
-            reason = reason or family.why_not(call.problem, call.number, call.chip, call.options, call.operands)
+            reason = family.why_not(call.problem, call.number, call.chip, call.options, call.operands)
+            if backward:
+                reason = reason or family.why_no_backward(call.problem, call.chip, call.options)
             if reason is None:
                 return name
             reasons[name] = reason
@@ -85,9 +86,11 @@ class LaunchBackend:
         call = self._call(problem, operands)
         return FAMILIES[self.family_name(call, kernel_name)].plan_forward(call)
 
-    def plan_backward(self, problem: Problem, kernel_name: str, operands: Mapping[str, Operand]) -> Run:
+    def plan_backward(
+        self, problem: Problem, kernel_name: str, operands: Mapping[str, Operand], *, deterministic: bool = False
+    ) -> Run:
         """A function of (dout, q, k, v, out, lse, dq, dk, dv) and the arrays of the options that computes gradients."""
-        call = self._call(problem, operands)
+        call = self._call(problem, operands, deterministic)
         return FAMILIES[self.family_name(call, kernel_name, backward=True)].plan_backward(call)
 
     def make_block_mask(

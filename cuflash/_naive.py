@@ -33,7 +33,7 @@ def why_not(
     return f"it has no {', '.join(missing)}" if missing else None
 
 
-def why_no_backward() -> str | None:
+def why_no_backward(problem: Problem, chip: Chip, options: Options = PLAIN) -> str | None:
     """None: it can compute gradients."""
     return None
 

@@ -126,8 +126,25 @@ class Options:
             )
             lines += ["  template <int kBlock>"]
             lines += _method(
-                "cuflash::Job key_job(const cuflash::Problem& problem) const",
-                ["return packed.key_job<kBlock>(problem);"],
+                "static int num_key_jobs(const cuflash::Problem& problem)",
+                ["return cuflash::PackedSequences::num_key_jobs<kBlock>(problem);"],
+            )
+            lines += ["  template <int kBlock>"]
+            lines += _method(
+                "cuflash::Job key_job(const cuflash::Problem& problem, int index, bool last_first = false) const",
+                ["return packed.key_job<kBlock>(problem, index, last_first);"],
+            )
+            lines += ["  template <int kBlock>"]
+            lines += _method(
+                "static long long query_tile(const cuflash::Problem& problem, const cuflash::Sequence& sequence, "
+                "int head, int tile)",
+                ["return cuflash::PackedSequences::query_tile<kBlock>(problem, sequence, head, tile);"],
+            )
+            lines += ["  template <int kBlock>"]
+            lines += _method(
+                "static long long key_tile(const cuflash::Problem& problem, const cuflash::Sequence& sequence, "
+                "int head, int tile)",
+                ["return cuflash::PackedSequences::key_tile<kBlock>(problem, sequence, head, tile);"],
             )
         return lines
 

@@ -31,10 +31,17 @@ PARAMS = {
     "BwdParams": _struct(("q", "k", "v", "out", "dout", "lse", "dlse", "delta", "dq", "dk", "dv")),
     "DbiasParams": _struct(("q", "k", "v", "dout", "lse", "delta", "dbias"), ("batch", "heads", "rows", "cols")),
 }
-# What the Hopper forward takes besides: the inputs and their tensor maps, which lie at a multiple of 64 bytes.
-PARAMS["FwdSm90Params"] = np.dtype(
-    [("fwd", PARAMS["FwdParams"]), *((name, "u8") for name in ("q", "k", "v")), ("gap", "V24"), ("maps", "V384")]
-)
+
+
+def _with_maps(struct: str, inputs: tuple[str, ...]) -> np.dtype[Any]:
+    """What Hopper kernels take: a struct, the addresses of the inputs, and tensor maps, at a multiple of 64 bytes."""
+    fields: list[Any] = [(struct.removesuffix("Params").lower(), PARAMS[struct]), *((name, "u8") for name in inputs)]
+    used = np.dtype(fields, align=True).itemsize
+    return np.dtype([*fields, ("gap", f"V{-used % 64}"), ("maps", f"V{128 * len(inputs)}")])
+
+
+PARAMS["FwdSm90Params"] = _with_maps("FwdParams", ("q", "k", "v"))
+PARAMS["BwdSm90Params"] = _with_maps("BwdParams", ("q", "k", "v", "dout"))
 
 
 def fill(struct: str, problem: Problem, operands: Mapping[str, Operand]) -> np.ndarray[Any, Any]:

@@ -199,7 +199,7 @@ def _plan_backward(
         **{name: _row_operand(name, meta) for name, meta in rows.items()},
         **{name: _check_options.GRADIENT_OPERANDS[name](name, meta) for name, meta in more_gradients.items()},
     }
-    run = backend.plan_backward(replace(problem, deterministic=deterministic), chosen.kernel, operands)
+    run = backend.plan_backward(problem, chosen.kernel, operands, deterministic=deterministic)
     return _BackwardPlan(run, (dq, dk, dv), more_gradients)
 
 

@@ -140,7 +140,6 @@ class Problem:
     softcap: float | None = None
     dropout_p: float = 0.0
     mod: Mod | None = None
-    deterministic: bool = False
 
     @property
     def group_size(self) -> int:

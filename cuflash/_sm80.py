@@ -13,7 +13,7 @@ from ._device import Array, Chip
 from ._kernel import NUMBERS, Kernel, padded_head_dims
 from ._options import PLAIN, Options
 from ._problem import Operand, Problem
-from ._wmma import BACKWARD_INPUTS, num_jobs, plan_gradients
+from ._wmma import BACKWARD_INPUTS, Inputs, num_jobs, operand_of_delta, plan_gradients
 
 CAPABILITY = (8, 0)
 WORK_BYTES, DKDV_WORK_BYTES, DQ_WORK_BYTES = 240, 80, 224  # what a block knows of its job
@@ -258,7 +258,7 @@ def plan_forward(call: Call) -> Run:
     return run
 
 
-def why_no_backward() -> str | None:
+def why_no_backward(problem: Problem, chip: Chip, options: Options = PLAIN) -> str | None:
     """None: it can compute gradients."""
     return None
 
@@ -283,15 +283,24 @@ def finish(problem: Problem, options: Options, number: str, chip: Chip) -> tuple
 
 def plan_backward(call: Call) -> Run:
     """A function of (dout, q, k, v, out, lse, dq, dk, dv) and the arrays of the options that computes gradients."""
-    problem, device = call.problem, call.device
-    if problem.deterministic:
-        return plan_gradients(call, backward_dkdv, backward_dq, lambda: ((device.null,), ()))
+    device, problem, delta = call.device, call.problem, operand_of_delta(call.problem)
+    of_call = problem, call.options, call.number, call.chip
+    if call.deterministic:
+        dkdv_step, dq_step = (call.step(make(*of_call), delta=delta) for make in (backward_dkdv, backward_dq))
+
+        def apart(inputs: Inputs, dq: Array, dk: Array, dv: Array, options: tuple[Any, ...]) -> None:
+            dkdv_step(*inputs, dk, dv, device.null, options=options)
+            dq_step(*inputs, dq, options=options)
+
+        return plan_gradients(call, apart)
+
+    step, finish_step = (call.step(make(*of_call), delta=delta) for make in (backward, finish))
     tile = backward.tile(problem, call.options, call.chip)
     num_sums = _query_blocks(problem, tile) * tile.block_m * padded_head_dims(problem)[0]
 
-    def sums() -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-        array = device.empty((max(num_sums, 1),), "float32")
-        array[...] = 0
-        return (array,), (array,)
+    def in_one_pass(inputs: Inputs, dq: Array, dk: Array, dv: Array, options: tuple[Any, ...]) -> None:
+        sums = device.zeros((max(num_sums, 1),), "float32")
+        step(*inputs, dk, dv, sums, options=options)
+        finish_step(*inputs, dq, sums, options=options)
 
-    return plan_gradients(call, backward, finish, sums)
+    return plan_gradients(call, in_one_pass)

@@ -1,4 +1,4 @@
-"""The sm90 family: the forward for Hopper, with its tiles (cuda_src/cuflash/kernels/fwd_sm90.cuh)."""
+"""The sm90 family, for Hopper, and its forward with the tiles (cuda_src/cuflash/kernels/fwd_sm90.cuh)."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from . import _sm90_backward
 from ._call import Call, Run
 from ._device import Array, Chip
 from ._kernel import NUMBERS, Kernel, padded_head_dims
 from ._options import PLAIN, Options
 from ._params import PARAMS, fill
 from ._problem import Operand, Problem, ceil_div
+from ._tensor_maps import PANEL, MappedParams, why_not_array
 from ._wgmma import wgmma
 
 ARCH = "sm_90a"
 CAPABILITY = (9, 0)
-PANEL = 64  # columns of a 128-byte row, which is what TMA copies at once
-VECTOR = 8  # elements of 16 bytes, the unit of TMA's strides
 MIN_SCALE = float(np.finfo(np.float32).tiny)  # less is 0 for kernels
 JOB_BYTES = 36  # attention/sequence.cuh
 
@@ -77,31 +77,14 @@ def why_not(
         return f"it takes scales from {MIN_SCALE:.3g}, not {problem.softmax_scale}"
     if _tile(problem, options, chip) is None:
         return f"{chip.name} has too little shared memory for a tile with {', '.join(options.arguments)}"
-    reasons = (
-        _why_not_array(name, array) for name, array in (operands or {}).items() if name in ("q", "k", "v", "out")
-    )
+    by_tma = ("q", "k", "v", "out", "dout")
+    reasons = (why_not_array(name, array) for name, array in (operands or {}).items() if name in by_tma)
     return next((reason for reason in reasons if reason is not None), None)
 
 
-def why_no_backward() -> str | None:
-    """The reason why the family cannot compute gradients."""
-    return "it is a forward pass only; kernel='wmma' has a backward pass, and takes its lse"
-
-
-def _why_not_array(name: str, array: Operand) -> str | None:
-    """The reason why TMA cannot take an array, or 16-byte stores cannot write it."""
-    *outer, (cols, col_stride) = zip(array.shape, array.strides, strict=True)
-    if col_stride != 1 and cols > 1:
-        return f"{name}: its last axis is not contiguous"
-    if cols % VECTOR or not array.aligned or any(stride % VECTOR for size, stride in outer if size > 1):
-        return f"{name}: its rows do not begin at multiples of 16 bytes"
-    if any(not 0 <= stride < 2**39 for size, stride in outer if size > 1) or _repeats_rows(array):
-        return f"{name}: its strides are negative, or repeat rows"
-    return None
-
-
-def _repeats_rows(array: Operand) -> bool:
-    return array.strides[2] == 0 and array.shape[2] > 1
+def why_no_backward(problem: Problem, chip: Chip, options: Options = PLAIN) -> str | None:
+    """The reason why the family cannot compute the gradients of what it can compute."""
+    return _sm90_backward.why_not(problem, options, chip)
 
 
 def _dims(problem: Problem) -> tuple[int, int]:
@@ -167,10 +150,6 @@ def forward(problem: Problem, options: Options, number: str, chip: Chip) -> tupl
     return kernel, tile, jobs * problem.num_heads
 
 
-MAX_MAPS = 256
-"""Sets of arrays whose tensor maps a plan keeps."""
-
-
 def plan_forward(call: Call) -> Run:
     """A function of (q, k, v, out, lse or None) and the arrays of the options that computes out and lse."""
     device, operands = call.device, call.operands
@@ -180,45 +159,18 @@ def plan_forward(call: Call) -> Run:
     num_blocks = min(num_jobs, call.chip.multiprocessors)
     launch = call.launch(kernel, num_blocks)
     assert launch is not None, "there is a query"
-    rows = {"q": tile.block_m, "k": tile.block_n, "v": tile.block_n}
     params = np.zeros(1, PARAMS["FwdSm90Params"])
     params["fwd"] = fill("FwdParams", call.problem, operands)
-    kept: dict[tuple[int, ...], Any] = {}
-
-    def params_of(addresses: tuple[int, ...]) -> Any:
-        """The parameters with the tensor maps, which depend on where the arrays are."""
-        filled = params.copy()
-        boxes = []
-        for address, (name, block) in zip(addresses, rows.items(), strict=True):
-            filled[name] = address
-            boxes.append((address, _map_shape(operands[name]), _map_strides(operands[name]), (PANEL, block)))
-        filled["maps"] = device.tensor_maps(boxes, call.number)
-        return device.struct(filled)
+    rows = {"q": tile.block_m, "k": tile.block_n, "v": tile.block_n}
+    mapped = MappedParams(device, call.number, params, operands, rows)
 
     def run(q: Array, k: Array, v: Array, out: Array, lse: Array | None, **extras: Any) -> None:
-        addresses = device.addresses(q, k, v)
-        struct = kept.get(addresses)
-        if struct is None:
-            if len(kept) >= MAX_MAPS:
-                kept.clear()
-            struct = kept[addresses] = params_of(addresses)
         lse = device.null if lse is None else lse
-        launch(num_blocks, (out, lse, device.counter(), struct, *call.options_argument(extras)))
+        launch(num_blocks, (out, lse, device.counter(), mapped(q, k, v), *call.options_argument(extras)))
 
     return run
 
 
 def plan_backward(call: Call) -> Run:
-    raise NotImplementedError(why_no_backward())
-
-
-def _map_shape(array: Operand) -> tuple[int, int, int, int]:
-    """The shape of an array as TMA sees it, innermost first: axes along which it is broadcast have one entry."""
-    sizes = [size if stride else 1 for size, stride in zip(array.shape, array.strides, strict=True)]
-    return array.shape[3], array.shape[2], sizes[1], sizes[0]
-
-
-def _map_strides(array: Operand) -> tuple[int, int, int]:
-    """The strides of the three outer axes in elements; of axes with one entry, any that TMA takes."""
-    batch, heads, rows, _ = (stride if size > 1 and stride else VECTOR for size, stride in zip(*array[:2], strict=True))
-    return rows, heads, batch
+    """A function of (dout, q, k, v, out, lse, dq, dk, dv) and the arrays of the options that computes gradients."""
+    return _sm90_backward.plan(call)

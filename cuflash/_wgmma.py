@@ -19,29 +19,39 @@ def wgmma(number: str, width: int) -> str:
     from_shared = f"%{size}"
     from_registers = "{" + ", ".join(f"%{size + i}" for i in range(4)) + "}"
 
-    def multiply(type_of_a: str, a: str, inputs: str, b: int, across_a: str) -> str:
+    def multiply(template: str, type_of_a: str, a: str, inputs: str, b: int, across_a: str = "") -> str:
         """The function for one kind of a; b is the number of its register, behind those of a."""
+        immediates = f"%{b + 2}" if not across_a else f"%{b + 2}, %{b + 3}"
         return f"""\
-  template <bool kAcrossB>
+  template <{template}>
   static __device__ __forceinline__ void multiply(float (&sum)[{size}], {type_of_a}, TileDescriptor b, bool add) {{
     asm volatile("{{ .reg .pred add; setp.ne.b32 add, %{b + 1}, 0; {instruction} "
-                 "{{{registers}}}, {a}, %{b}, add, 1, 1{across_a}, %{b + 2}; }}"
+                 "{{{registers}}}, {a}, %{b}, add, 1, 1, {immediates}; }}"
                  : {sums}
-                 : {inputs}, "l"(b), "r"(static_cast<int>(add)), "n"(kAcrossB ? 1 : 0));
+                 : {inputs}, "l"(b), "r"(static_cast<int>(add)), {across_a}"n"(kAcrossB ? 1 : 0));
   }}
 """
 
     return f"""\
 template <>
 struct cuflash::ptx::Wgmma<{ELEMENTS[number]}, {width}> {{
-{multiply("TileDescriptor a", from_shared, '"l"(a)', size + 1, ", 0")}
 {
         multiply(
+            "bool kAcrossA, bool kAcrossB",
+            "TileDescriptor a",
+            from_shared,
+            '"l"(a)',
+            size + 1,
+            across_a='"n"(kAcrossA ? 1 : 0), ',
+        )
+    }
+{
+        multiply(
+            "bool kAcrossB",
             "const unsigned (&a)[4]",
             from_registers,
             ", ".join(f'"r"(a[{i}])' for i in range(4)),
             size + 4,
-            "",
         )
     }}};
 """

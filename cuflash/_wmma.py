@@ -89,7 +89,7 @@ DBIAS_TILES: Tiles = {
     (4, 192): [(32, 32, 2, 1), (16, 16, 1, 1)],
     (4, 256): [(32, 32, 2, 1), (16, 16, 1, 1)],
 }
-DELTA_WARPS = 8
+DELTA_ROWS, DELTA_WARPS = 64, 8
 SINKS_WARPS = 16
 
 # A lane learns the layout of fragments from 16 x 16 indices in rows of 24 floats (FragmentMap).
@@ -283,13 +283,13 @@ def delta(problem: Problem, number: str) -> tuple[Kernel, int]:
         template="BwdDelta",
         header="bwd_delta",
         symbol=f"cuflash_bwd_delta_{short}",
-        arguments=(f"cuflash::{name}", DELTA_WARPS),
+        arguments=(f"cuflash::{name}", DELTA_ROWS, DELTA_WARPS),
         pointers=("const Element* out", "const Element* dout", "const float* dlse", "float* delta"),
         params="BwdParams",
         num_threads=32 * DELTA_WARPS,
         shared_bytes=0,
     )
-    rows = ceil_div(problem.seqlen_q, DELTA_WARPS) * problem.num_heads
+    rows = ceil_div(problem.seqlen_q, DELTA_ROWS) * problem.num_heads
     return kernel, rows if problem.packed else rows * problem.batch
 
 
@@ -309,8 +309,8 @@ def dsinks(problem: Problem, options: Options, target: str) -> tuple[Kernel, int
     return kernel, problem.num_heads
 
 
-def why_no_backward() -> str | None:
-    """None: it can compute gradients."""
+def why_no_backward(problem: Problem, chip: Chip, options: Options = PLAIN) -> str | None:
+    """None: it can compute the gradients of what it can compute."""
     return None
 
 
@@ -327,34 +327,41 @@ def plan_forward(call: Call) -> Run:
 
 def plan_backward(call: Call) -> Run:
     """A function of (dout, q, k, v, out, lse, dq, dk, dv) and the arrays of the options that computes gradients."""
-    return plan_gradients(call, backward_dkdv, backward_dq)
+    of_call = call.problem, call.options, call.number, call.chip
+    delta_operand = operand_of_delta(call.problem)
+    dkdv_step = call.step(backward_dkdv(*of_call), delta=delta_operand)
+    dq_step = call.step(backward_dq(*of_call), delta=delta_operand)
+
+    def products(arrays: Inputs, dq: Array, dk: Array, dv: Array, options: tuple[Any, ...]) -> None:
+        dkdv_step(*arrays, dk, dv, options=options)
+        dq_step(*arrays, dq, options=options)
+
+    return plan_gradients(call, products)
 
 
-MakeKernel = Callable[[Problem, Options, str, Chip], tuple[Kernel, int]]
+Inputs = tuple[Array, Array, Array, Array, Array, Array]
+"""q, k, v, dout, lse and delta."""
 
 
-def plan_gradients(
-    call: Call,
-    make_dkdv: MakeKernel,
-    make_dq: MakeKernel,
-    workspaces: Callable[[], tuple[tuple[Any, ...], tuple[Any, ...]]] = lambda: ((), ()),
-) -> Run:
-    """The backward pass of a family, by its kernels for dk and dv, and for dq; the others are shared.
+def operand_of_delta(problem: Problem) -> Operand:
+    """The array delta, which has the shape of the lse."""
+    batch, batch_stride = (1, 0) if problem.packed else (problem.batch, problem.num_heads * problem.seqlen_q)
+    return Operand((batch, problem.num_heads, problem.seqlen_q, 1), (batch_stride, problem.seqlen_q, 1, 0))
 
-    `workspaces` makes what the two kernels of a run take besides.
+
+def plan_gradients(call: Call, products: Callable[..., None]) -> Run:
+    """What every family does before and after the gradients of Q, K and V, which `products` computes.
+
+    It is called with the inputs, dq, dk, dv and the options of the kernels.
     """
     device, problem, operands = call.device, call.problem, call.operands
-    of_call = problem, call.options, call.number, call.chip
-    delta_shape = (1 if problem.packed else problem.batch, problem.num_heads, problem.seqlen_q)
-    batch_stride = 0 if problem.packed else problem.num_heads * problem.seqlen_q
-    delta_operand = Operand((*delta_shape, 1), (batch_stride, problem.seqlen_q, 1, 0))
+    delta_operand = operand_of_delta(problem)
     delta_step = call.step(delta(problem, call.number), delta=delta_operand)
-    dkdv_step = call.step(make_dkdv(*of_call), delta=delta_operand)
-    dq_step = call.step(make_dq(*of_call), delta=delta_operand)
     dbias_step = dsinks_step = None
     rows = problem.batch * problem.seqlen_q  # without any there is nothing to sum, and no sequence to look at
     if "dbias" in operands and rows * problem.seqlen_k:
-        dbias_step = call.step(backward_dbias(*of_call, operands["dbias"]), delta=delta_operand)
+        made = backward_dbias(problem, call.options, call.number, call.chip, operands["dbias"])
+        dbias_step = call.step(made, delta=delta_operand)
     if "dsinks" in operands and rows:
         dsinks_step = call.step(dsinks(problem, call.options, operands["dsinks"].dtype), delta=delta_operand)
 
@@ -373,14 +380,13 @@ def plan_gradients(
         dsinks: Array | None = None,
         **extras: Any,
     ) -> None:
-        delta = device.empty(delta_shape, "float32")
+        delta = device.empty(delta_operand.shape[:3], "float32")
         options = call.options_argument(extras)
+        inputs = q, k, v, dout, lse, delta
         delta_step(out, dout, device.null if dlse is None else dlse, delta)
-        of_dkdv, of_dq = workspaces()
-        dkdv_step(q, k, v, dout, lse, delta, dk, dv, *of_dkdv, options=options)
-        dq_step(q, k, v, dout, lse, delta, dq, *of_dq, options=options)
+        products(inputs, dq, dk, dv, options)
         if dbias_step is not None:
-            dbias_step(q, k, v, dout, lse, delta, dbias, options=options)
+            dbias_step(*inputs, dbias, options=options)
         elif dbias is not None:
             dbias[...] = 0
         if dsinks_step is not None:

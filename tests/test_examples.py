@@ -17,6 +17,7 @@ import cuflash
 import mha
 import minilm
 import sentence_search
+import transformer
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -26,8 +27,8 @@ needs_model = pytest.mark.skipif(
 )
 
 
-def run(example: str) -> str:
-    command = [sys.executable, str(ROOT / "examples" / example)]
+def run(example: str, *arguments: str) -> str:
+    command = [sys.executable, str(ROOT / "examples" / example), *arguments]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -92,3 +93,77 @@ def test_the_gradients_of_the_layer_are_finite_differences(monkeypatch: pytest.M
             losses.append((layer(x)[0] * dout).sum())
         array -= 1e-5 * direction
         assert (losses[1] - losses[0]) / 2e-5 == pytest.approx((gradient * direction).sum(), rel=1e-8)
+
+
+@pytest.fixture
+def gpt(monkeypatch: pytest.MonkeyPatch) -> transformer.GPT:
+    """A tiny model of two layers in float64."""
+    monkeypatch.setattr(transformer, "xp", np)
+    rng = np.random.default_rng(2)
+    model = transformer.GPT(rng, num_letters=5, num_layers=2, num_heads=2, width=8, dtype=np.dtype(float))
+    model.weights = [w.astype(float) for w in model.weights]
+    return model
+
+
+def test_the_gradients_of_the_gpt_are_finite_differences(gpt: transformer.GPT) -> None:
+    rng = np.random.default_rng(3)
+    tokens, targets = rng.integers(5, size=(2, 3, 6))
+
+    def loss() -> float:
+        return float(transformer.cross_entropy(gpt(tokens)[0], targets)[0])
+
+    logits, vjp = gpt(tokens)
+    gradients = vjp(transformer.cross_entropy(logits, targets)[1](1.0))
+    assert len(gradients) == len(gpt.weights) == 9
+    for w, gradient in zip(gpt.weights, gradients, strict=True):
+        direction = rng.normal(size=w.shape)
+        around = []
+        for step in (1e-6, -2e-6):
+            w += step * direction
+            around.append(loss())
+        w += 1e-6 * direction
+        assert (around[0] - around[1]) / 2e-6 == pytest.approx((gradient * direction).sum(), rel=1e-7)
+
+
+def test_the_gpt_does_not_see_the_letter_it_guesses(gpt: transformer.GPT) -> None:
+    tokens = np.array([[0, 1, 2, 3, 4], [0, 1, 2, 4, 4]])
+    logits, _ = gpt(tokens)
+    np.testing.assert_array_equal(logits[0, :3], logits[1, :3])
+    assert abs(logits[0, 3:] - logits[1, 3:]).max(axis=-1).min() > 1e-3
+
+
+def test_the_gpt_knows_the_order_of_letters(gpt: transformer.GPT) -> None:
+    gpt.weights = gpt.weights[:5]  # one layer: in two, the causal mask alone tells something
+    logits, _ = gpt(np.array([[0, 1, 2], [1, 0, 2]]))
+    assert abs(logits[0, 2] - logits[1, 2]).max() > 1e-3
+
+
+def test_turned_queries_and_keys_know_their_distance(gpt: transformer.GPT) -> None:
+    q, k = (np.broadcast_to(row, (1, 5, 1, 4)) for row in np.random.default_rng(4).normal(size=(2, 4)))
+    turned_q, turned_k = (transformer.rotate(x)[0][0, :, 0] for x in (q, k))
+    scores = turned_q @ turned_k.T
+    np.testing.assert_allclose(scores[1:, 1:], scores[:-1, :-1], rtol=1e-12)
+    assert np.unique(scores.round(6)).size == 9
+
+
+def held_out_losses(printed: str) -> list[float]:
+    return [float(loss) for loss in re.findall(r"held out (\d\.\d+)", printed)]
+
+
+def test_the_gpt_learns_and_a_seed_decides_what(tmp_path: Path) -> None:
+    plot = tmp_path / "new" / "loss.png"
+    first, again, other = (run("gpt.py", "--quick", "--seed", seed, "--plot", str(plot)) for seed in "007")
+    losses = held_out_losses(first)
+    assert losses[0] > 4
+    assert 1.5 < losses[-1] < 2.5  # a model so small that knows better sees what it should guess
+    assert losses == held_out_losses(again) != held_out_losses(other)
+    written, written_again, written_other = (printed.partition("\n\n")[2] for printed in (first, again, other))
+    assert written == written_again != written_other
+    assert written.startswith("Amendment XXVIII:")
+    assert plot.exists() == bool(importlib.util.find_spec("matplotlib"))
+
+
+def test_the_gpt_learns_in_half_precision(tmp_path: Path) -> None:
+    printed = run("gpt.py", "--quick", "--dtype", "float16", "--plot", str(tmp_path / "loss.png"))
+    assert "attention in float16" in printed
+    assert held_out_losses(printed)[-1] < 2.5

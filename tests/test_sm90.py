@@ -18,14 +18,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import cuflash
-from cuflash import _backends, _sm90
+from cuflash import _backends, _sm90, _sm90_backward, _tensor_maps
 from cuflash._device import Chip, KernelSource, Launch, TensorBox
 from cuflash._kernel import HEAD_DIMS
 from cuflash._launch import LaunchBackend
 from cuflash._options import Options
 from cuflash._problem import Operand, Problem, Window
 from cuflash._wgmma import WIDTHS, wgmma
-from cuflash.testing import assert_attention_accurate, assert_attention_varlen_accurate
+from cuflash.testing import (
+    assert_attention_accurate,
+    assert_attention_varlen_accurate,
+    assert_gradients_accurate,
+    assert_gradients_varlen_accurate,
+    reference_attention_backward,
+    reference_attention_varlen_backward,
+)
 from cuflash.testing.strategies import AttentionProblem, PackedProblem, PairArray
 from tests import cubin
 from tests.conftest import gpu_ring
@@ -45,10 +52,16 @@ class Notebook:
     chip: Chip = H200
     launches: list[tuple[KernelSource, int, tuple[Any, ...]]] = field(default_factory=list)
     maps: list[list[TensorBox]] = field(default_factory=list)
+    workspaces: list[int] = field(default_factory=list)  # bytes
     null: int = 0
 
     def empty(self, shape: tuple[int, ...], dtype: Any) -> np.ndarray[Any, Any]:
         return np.empty(shape, dtype)
+
+    def zeros(self, shape: tuple[int, ...], dtype: Any) -> np.ndarray[Any, Any]:
+        array = np.zeros(shape, dtype)
+        self.workspaces.append(array.nbytes)
+        return array
 
     def pointer(self, array: np.ndarray[Any, Any]) -> int:
         return array.ctypes.data
@@ -77,7 +90,7 @@ class Notebook:
     def tile(self) -> tuple[int, ...]:
         """Head dimensions, rows and keys of the tile of the last kernel."""
         kernel, _, _ = self.launches[-1]
-        (arguments,) = re.findall(r"cuflash::FwdSm90<(.*)>;", kernel.code)
+        (arguments,) = re.findall(r"cuflash::(?:Fwd|Bwd)Sm90\w*<(.*)>;", kernel.code)
         return tuple(map(int, arguments.split(", ")[2:6]))
 
 
@@ -90,6 +103,13 @@ def notebook(monkeypatch: pytest.MonkeyPatch) -> Notebook:
 def put(monkeypatch: pytest.MonkeyPatch, device: Notebook) -> Notebook:
     monkeypatch.setattr(_backends, "numpy_backend", LaunchBackend(device))
     return device
+
+
+def backward(q: Any, k: Any, v: Any, dout: Any = None, **options: Any) -> Any:
+    """The gradients of a call in the layout bhsd; the device computes nothing, so any out and lse will do."""
+    out = np.zeros((*q.shape[:-1], v.shape[-1]), q.dtype)
+    lse = np.zeros(q.shape[:-1], np.float32)
+    return cuflash.attention_backward(out if dout is None else dout, q, k, v, out, lse, **options)
 
 
 def arrays(seqlen: int = 64, head_dim: int = 64, head_dim_v: int = 0, dtype: Any = BF16) -> list[Any]:
@@ -174,17 +194,41 @@ def test_other_chips(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int
     assert other.symbols == ["cuflash_fwd_sm80_bf16_d64x64"]
 
 
-def test_gradients_are_those_of_another_family(notebook: Notebook) -> None:
+def test_gradients_have_kernels_of_their_own(notebook: Notebook) -> None:
     q, k, v = arrays()
-    out, lse = cuflash.attention(q, k, v, return_lse=True)
-    assert notebook.symbols == ["cuflash_fwd_sm90_bf16_d64x64"]
-    with pytest.raises(NotImplementedError, match="sm90: it is a forward pass only; kernel='wmma' has"):
-        cuflash.attention_backward(out, q, k, v, out, lse, kernel="sm90")
-    cuflash.attention_backward(out, q, k, v, out, lse)
-    assert all("bwd" in symbol for symbol in notebook.symbols[1:])
-    _, vjp = cuflash.attention_vjp(q, k, v)
+    expected = ["cuflash_bwd_delta_bf16", "cuflash_bwd_sm90_bf16_d64x64", "cuflash_bwd_sm90_finish_bf16_d64x64"]
+    for kernel in ("auto", "sm90"):
+        backward(q, k, v, kernel=kernel)
+        assert notebook.symbols[-3:] == expected
+    out, vjp = cuflash.attention_vjp(q, k, v, deterministic=True)
     vjp(out)
-    assert notebook.symbols[-4] == "cuflash_fwd_sm90_bf16_d64x64"
+    assert notebook.symbols[-4:] == [
+        "cuflash_fwd_sm90_bf16_d64x64",
+        expected[0],
+        expected[1] + "_deterministic",
+        expected[2],
+    ]
+
+
+@pytest.mark.parametrize("head_dims", [(192, 192), (192, 128), (64, 136), (256, 256)])
+def test_wide_gradients_are_those_of_sm80(notebook: Notebook, head_dims: tuple[int, int]) -> None:
+    q, k, v = arrays(64, *head_dims)
+    cuflash.attention(q, k, v, kernel="sm90")
+    reason = f"sm90: its backward takes head_dim up to 128, not {max(head_dims)}"
+    with pytest.raises(NotImplementedError, match=f"kernel='sm90' cannot compute this call: {reason}"):
+        backward(q, k, v, kernel="sm90")
+    backward(q, k, v)
+    assert [symbol[:17] for symbol in notebook.symbols[-2:]] == ["cuflash_bwd_sm80_"] * 2
+
+
+@pytest.mark.parametrize("name", [*"qkv", "dout"])
+def test_gradients_of_arrays_that_tma_cannot_read(notebook: Notebook, name: str) -> None:
+    inputs = dict(zip(("q", "k", "v", "dout"), [*arrays(), arrays()[0]], strict=True))
+    inputs[name] = np.repeat(inputs[name], 2, axis=2)[..., ::2]
+    with pytest.raises(NotImplementedError, match=f"sm90: {name}: its last axis is not contiguous"):
+        backward(**inputs, kernel="sm90")
+    backward(**inputs)
+    assert not any("sm90" in symbol for symbol in notebook.symbols)
 
 
 TAKEN: dict[str, Callable[[], tuple[list[Any], dict[str, Any]]]] = {
@@ -205,9 +249,11 @@ TAKEN: dict[str, Callable[[], tuple[list[Any], dict[str, Any]]]] = {
 @pytest.mark.parametrize("name", TAKEN)
 def test_what_it_takes(notebook: Notebook, name: str) -> None:
     inputs, options = TAKEN[name]()
-    cuflash.attention(*inputs, kernel="sm90", **options)
-    cuflash.attention(*inputs, **options)
-    assert [symbol[:16] for symbol in notebook.symbols] == ["cuflash_fwd_sm90"] * 2
+    for kernel in ("sm90", "auto"):
+        out, vjp = cuflash.attention_vjp(*inputs, kernel=kernel, **options)
+        vjp(out)
+    of_a_call = ["cuflash_fwd_sm90", "cuflash_bwd_delt", "cuflash_bwd_sm90", "cuflash_bwd_sm90"]
+    assert [symbol[:16] for symbol in notebook.symbols] == 2 * of_a_call
 
 
 # Tiles
@@ -266,6 +312,39 @@ def test_every_set_of_options_has_a_tile_and_every_tile_a_call() -> None:
     assert used == {(dims, tile) for table in TABLES for dims, tiles in table.items() for tile in tiles}
 
 
+def test_every_set_of_options_has_a_tile_for_its_gradients() -> None:
+    for head_dim, options, deterministic in itertools.product(_sm90_backward.TILES, combinations(), (False, True)):
+        problem = Problem("bfloat16", 1, 1, 1, 64, 64, head_dim, head_dim, 1.0, packed="packed" in options.names)
+        assert _sm90.why_no_backward(problem, H200, options) is None
+        kernels = _sm90_backward.kernels(problem, options, "bfloat16", H200, deterministic=deterministic)
+        assert max(kernel.shared_bytes for kernel in kernels[:2]) <= H200.shared_memory
+
+
+@pytest.mark.parametrize(
+    ("heads", "heads_kv", "seqlen", "jobs"),
+    [(1, 1, 128, (1, 1)), (1, 1, 129, (2, 2)), (6, 2, 300, (6, 18)), (16, 8, 4096, (256, 512))],
+)
+def test_the_blocks_of_a_backward(
+    notebook: Notebook, heads: int, heads_kv: int, seqlen: int, jobs: tuple[int, int]
+) -> None:
+    """One for each tile of keys, but no more than there are multiprocessors; at last one for each tile."""
+    q, k = (np.zeros((n, seqlen, 64), BF16) for n in (heads, heads_kv))
+    backward(q, k, k)
+    of_keys, of_queries = jobs
+    assert [num_blocks for _, num_blocks, _ in notebook.launches[1:]] == [min(of_keys, 132), of_keys + of_queries]
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_the_workspace_of_a_backward_is_linear(notebook: Notebook, head_dim: int, deterministic: bool) -> None:
+    """Float32 sums of dq, and a few words a tile (docs/kernels.md)."""
+    for seqlen in (1024, 8192):
+        q, k, v = arrays(seqlen, head_dim)
+        backward(q, k, v, deterministic=deterministic)
+        sums = 4 * q.size
+        assert sums <= notebook.workspaces[-1] <= sums + 2 * seqlen // 64 * 12
+
+
 @pytest.mark.parametrize(
     ("shape", "blocks"), [((1, 1, 192), 1), ((1, 1, 193), 2), ((2, 3, 100), 6), ((4, 32, 4096), 132)]
 )
@@ -295,41 +374,53 @@ def laid_out(draw: st.DrawFn, batch: int, heads: int, rows: int, cols: int, layo
 
 
 @st.composite
-def calls(draw: st.DrawFn) -> tuple[list[np.ndarray[Any, Any]], str]:
+def calls(draw: st.DrawFn) -> tuple[dict[str, np.ndarray[Any, Any]], str]:
     layout = draw(st.sampled_from(["bhsd", "bshd"]))
     batch, heads_kv, group = (draw(st.integers(1, 3)) for _ in range(3))
     seqlen_q, seqlen_k = draw(st.integers(1, 5)), draw(st.integers(1, 5))
     head_dim, head_dim_v = (8 * draw(st.integers(1, 12)) for _ in range(2))
-    return [
-        draw(laid_out(batch, heads_kv * group, seqlen_q, head_dim, layout)),
-        draw(laid_out(batch, heads_kv, seqlen_k, head_dim, layout)),
-        draw(laid_out(batch, heads_kv, seqlen_k, head_dim_v, layout)),
-    ], layout
+    return {
+        "q": draw(laid_out(batch, heads_kv * group, seqlen_q, head_dim, layout)),
+        "k": draw(laid_out(batch, heads_kv, seqlen_k, head_dim, layout)),
+        "v": draw(laid_out(batch, heads_kv, seqlen_k, head_dim_v, layout)),
+        "dout": draw(laid_out(batch, heads_kv * group, seqlen_q, head_dim_v, layout)),
+    }, layout
 
 
+@pytest.mark.parametrize("op", ["forward", "backward"])
 @settings(max_examples=200, deadline=None, derandomize=True, database=None)
-@given(calls())
-def test_the_boxes_hold_what_the_kernel_asks_for(call: tuple[list[np.ndarray[Any, Any]], str]) -> None:
+@given(call=calls())
+def test_the_boxes_hold_what_the_kernel_asks_for(op: str, call: tuple[dict[str, np.ndarray[Any, Any]], str]) -> None:
     inputs, layout = call
+    q, k, v, dout = inputs.values()
     with pytest.MonkeyPatch.context() as patch:
         notebook = put(patch, Notebook())
-        cuflash.attention(*inputs, layout=layout, kernel="sm90")
+        if op == "forward":
+            del inputs["dout"]
+            cuflash.attention(q, k, v, layout=layout, kernel="sm90")
+        else:
+            lse = np.zeros(dout.transpose(0, 2, 1, 3).shape[:3] if layout == "bshd" else dout.shape[:3], np.float32)
+            cuflash.attention_backward(
+                dout, q, k, v, np.zeros(dout.shape, dout.dtype), lse, layout=layout, kernel="sm90"
+            )
     (maps,) = notebook.maps
-    params = notebook.launches[0][2][-1][0]["fwd"]
-    for name, x, (address, shape, strides, box) in zip("qkv", inputs, maps, strict=True):
+    (params,) = (arguments[-1][0] for kernel, _, arguments in notebook.launches if "maps" in arguments[-1].dtype.names)
+    block_m, block_n = notebook.tile[2:]
+    rows = {"q": block_m, "k": block_n, "v": block_n, "dout": block_m}
+    for (name, x), (address, shape, strides, box) in zip(inputs.items(), maps, strict=True):
         x = x.transpose(0, 2, 1, 3) if layout == "bshd" else x
         # What the driver asks for: cuTensorMapEncodeTiled in the documentation of the driver API.
-        assert address == x.ctypes.data
+        assert address == x.ctypes.data == params[name]
         assert all(0 < stride < 2**39 and stride % 8 == 0 for stride in strides)
         assert all(0 < size <= 2**32 for size in shape)
-        assert box[0] == 64
-        assert box[1] in notebook.tile[2:]
+        assert box == (64, rows[name])
         # Rows and columns behind the array are its own to fill with zeros, and it knows of no memory but the array's.
         assert shape[:2] == (x.shape[3], x.shape[2])
         last = np.dot(strides, np.subtract(shape[1:], 1)) + shape[0]
         assert address + 2 * last == np.lib.array_utils.byte_bounds(x)[1]
+        steps = params["fwd" if op == "forward" else "bwd"][name]
         for batch, head in np.ndindex(x.shape[:2]):
-            along = (head if params[name]["head"] else 0, batch if params[name]["batch"] else 0)
+            along = (head if steps["head"] else 0, batch if steps["batch"] else 0)
             assert along[0] < shape[2]
             assert along[1] < shape[3]
             for row in (0, x.shape[2] - 1):
@@ -338,7 +429,7 @@ def test_the_boxes_hold_what_the_kernel_asks_for(call: tuple[list[np.ndarray[Any
 
 
 def test_maps_are_made_once_for_the_same_arrays(notebook: Notebook, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_sm90, "MAX_MAPS", 3)
+    monkeypatch.setattr(_tensor_maps, "MAX_KEPT", 3)
     sets = [arrays() for _ in range(4)]
     for inputs in (*sets[:3], *sets[:3]):
         cuflash.attention(*inputs)
@@ -562,6 +653,211 @@ def test_packed_sequences_do_not_see_their_neighbours(hopper: Any, head_dim: int
     assert not hopper.isnan(out.astype("float32")).any()
 
 
+Problems = AttentionProblem | PackedProblem
+
+
+def gradients_of(problem: Problems, inputs: dict[str, Any], *, deterministic: bool = False) -> dict[str, Any]:
+    """The gradients of a problem with these inputs, on NumPy's side, by name."""
+    ring = gpu_ring("sm90")
+    packed, options = isinstance(problem, PackedProblem), ring.options(problem)
+    of_options = [name for name in ("bias", "sinks") if name in options]
+    asked = {f"return_d{name}": True for name in of_options}
+    dout, *others = map(ring.asarray, inputs.values())
+    of_vjp = ring.attention_varlen_vjp if packed else ring.attention_vjp
+    _, vjp = of_vjp(*others, **options, **asked, deterministic=deterministic)
+    results = vjp(dout, problem.dlse(ring.xp))
+    return {f"d{name}": ring.numpy(x) for name, x in zip([*"qkv", *of_options], results, strict=True)}
+
+
+def inputs_by_name(problem: Problems) -> dict[str, Any]:
+    names = ("dout", "q", "k", "v", "cu_seqlens_q", "cu_seqlens_k")
+    return dict(zip(names, (problem.dout(), *problem.arrays()), strict=False))
+
+
+def assert_right(problem: Problems, inputs: dict[str, Any], gradients: dict[str, Any]) -> None:
+    packed = isinstance(problem, PackedProblem)
+    assert_accurate = assert_gradients_varlen_accurate if packed else assert_gradients_accurate
+    (dq, dk, dv), of_options = [*gradients.values()][:3], dict([*gradients.items()][3:])
+    assert_accurate(*inputs.values(), dq, dk, dv, **problem.options, dlse=problem.dlse(), **of_options)
+
+
+def expected_gradients(problem: Problems, inputs: dict[str, Any]) -> dict[str, Any]:
+    packed = isinstance(problem, PackedProblem)
+    reference = reference_attention_varlen_backward if packed else reference_attention_backward
+    return dict(zip(("dq", "dk", "dv"), reference(*inputs.values(), **problem.options), strict=True))
+
+
+# Several tiles of keys add to each dq, and several of queries to each dk; rows and keys that fill no tile.
+LONG: dict[str, dict[str, Any]] = {
+    "full": {},
+    "causal": {"causal": True},
+    "top-left": {"causal": "top-left"},
+    "window": {"window_size": (150, 40)},
+    "mask": {"mask": PairArray((300, 400), hidden=0.5)},
+    "dropout": {"dropout_p": 0.5},
+}
+
+
+def long(head_dim: int, head_dim_v: int = 0, dtype: str = "bfloat16", **options: Any) -> AttentionProblem:
+    kv = (2, 400)
+    return AttentionProblem((4, 300, head_dim), (*kv, head_dim), (*kv, head_dim_v or head_dim), dtype, **options)
+
+
+PACKED = PackedProblem(
+    lengths_q=(30, 0, 200, 1, 129, 300, 0),
+    lengths_k=(90, 5, 300, 0, 260, 17, 0),
+    heads=(4, 2),
+    tails=(7, 9),
+    dtype="bfloat16",
+)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("name", LONG)
+@pytest.mark.parametrize("head_dims", [(64, 64), (128, 128), (8, 40), (64, 128), (128, 96)])
+def test_gradients_of_many_tiles_are_accurate(
+    hopper: Any, head_dims: tuple[int, int], name: str, deterministic: bool
+) -> None:
+    for dtype in ("float16", "bfloat16"):
+        problem = long(*head_dims, dtype=dtype, **LONG[name])
+        inputs = inputs_by_name(problem)
+        assert_right(problem, inputs, gradients_of(problem, inputs, deterministic=deterministic))
+
+
+GRADIENTS_OF_OPTIONS: dict[str, dict[str, Any]] = {
+    "dlse": {"with_dlse": True, "causal": True},
+    "sinks": {"sinks": "float32", "causal": True},
+    "sinks and dlse": {"sinks": "bfloat16", "with_dlse": True, "window_size": (150, 40)},
+    "bias": {"bias": PairArray((4, 300, 400)), "with_dlse": True},
+    "bias of keys": {"bias": PairArray((1, 400), dtype="float32"), "causal": True},
+    "bias and mask": {"bias": PairArray((300, 400), dtype="float32"), "mask": PairArray((4, 300, 400), hidden=0.3)},
+    "softcap": {"softcap": 5.0, "alibi": "heads", "sinks": "float32"},
+    "score_mod": {"score_mod": "table", "with_dlse": True},
+    "mask_mod": {"mask_mod": "document", "block_mask": True, "sinks": "float32"},
+    "dropout": {"dropout_p": 0.2, "bias": PairArray((300, 1)), "sinks": "float32", "causal": True, "with_dlse": True},
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("name", GRADIENTS_OF_OPTIONS)
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_gradients_of_options_are_accurate(hopper: Any, head_dim: int, name: str, deterministic: bool) -> None:
+    problem = long(head_dim, **GRADIENTS_OF_OPTIONS[name])
+    inputs = inputs_by_name(problem)
+    assert_right(problem, inputs, gradients_of(problem, inputs, deterministic=deterministic))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("seqused_k", [None, (65, 5, 131, 0, 131, 0, 0)])
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"window_size": (90, 20)}, {"sinks": "float32"}], ids=str)
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_gradients_of_packed_sequences_are_accurate(
+    hopper: Any, head_dim: int, options: dict[str, Any], seqused_k: Any, deterministic: bool
+) -> None:
+    """Of which some have no queries, or no keys; what belongs to none, and keys that are not used, are NaN."""
+    problem = replace(PACKED, head_dims=(head_dim, head_dim), seqused_k=seqused_k, with_dlse=True, **options)
+    inputs = inputs_by_name(problem)
+    assert_right(problem, inputs, gradients_of(problem, inputs, deterministic=deterministic))
+
+
+# Where NaN is put, in two tiles, so that some pairs that meet it are hidden: rows of queries or of keys.
+POISONED = {"q": (70, 200), "dout": (70, 200), "k": (205, 390), "v": (205, 390)}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("name", POISONED)
+@pytest.mark.parametrize("options", [name for name in LONG if name != "full"] + ["packed", "packed causal"])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_gradients_beside_nan_are_as_without_it(
+    hopper: Any, head_dim: int, options: str, name: str, value: float
+) -> None:
+    """The reference says which gradients a value takes part in: those are like its own, all others stay."""
+    problem: Problems = long(head_dim, **LONG.get(options, {}))
+    if "packed" in options:  # the poison is in the third sequence alone, and in its last rows
+        problem = replace(PACKED, head_dims=(head_dim, head_dim), causal="causal" in options)
+    inputs = inputs_by_name(problem)
+    clean, expected = gradients_of(problem, inputs), expected_gradients(problem, inputs)
+    for row in POISONED[name]:
+        where = (row, 1, 3) if "packed" in options else (1, row, 3)
+        inputs[name][where] = value
+    poisoned, expected_poisoned = gradients_of(problem, inputs), expected_gradients(problem, inputs)
+    assert_right(problem, inputs, poisoned)
+    num_beside = num_changed = 0
+    for gradient, before in expected.items():
+        scale = np.abs(before, where=np.isfinite(before), out=np.zeros_like(before)).max()
+        beside = np.isclose(expected_poisoned[gradient], before, rtol=0, atol=1e-9 * scale)
+        change = poisoned[gradient].astype(np.float64) - clean[gradient].astype(np.float64)
+        assert np.abs(change[beside]).max(initial=0) <= 2 * 2.0**-8 * scale, gradient
+        num_beside += beside[:, 1].sum() if "packed" in options else beside[1].sum()
+        num_changed += (~beside).sum()
+    assert num_beside > 0
+    assert num_changed > 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"softcap": 5.0, "window_size": (700, 10)}], ids=str)
+@pytest.mark.parametrize("head_dim", [64, 96, 128])
+def test_gradients_agree_with_those_of_wmma(hopper: Any, head_dim: int, options: dict[str, Any]) -> None:
+    """With more jobs than multiprocessors, and heads in groups."""
+    q, k, v = inputs_of(hopper, 2500, head_dim, heads=12)
+    k, v = k[:, :6], v[:, :6]
+    dout = normal(hopper, q.shape, 3)
+    out, lse = cuflash.attention(q, k, v, return_lse=True, **options)
+    of_families = [
+        cuflash.attention_backward(dout, q, k, v, out, lse, kernel=kernel, **options) for kernel in ("sm90", "wmma")
+    ]
+    for gradient, other in zip(*of_families, strict=True):
+        gradient, other = gradient.astype("float32"), other.astype("float32")
+        assert float(abs(gradient - other).max()) <= 2.0**-6 * float(abs(other).max())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("head_dim", [136, 192, 256])
+def test_wide_gradients_are_computed_by_another_family(hopper: Any, head_dim: int) -> None:
+    problem = AttentionProblem(*[(2, 200, head_dim)] * 3, "bfloat16", causal=True)
+    dout, q, k, v = (hopper.asarray(x) for x in inputs_by_name(problem).values())
+    out, lse = cuflash.attention(q, k, v, causal=True, return_lse=True, kernel="sm90")
+    reason = f"sm90: its backward takes head_dim up to 128, not {head_dim}"
+    with pytest.raises(NotImplementedError, match=reason):
+        cuflash.attention_backward(dout, q, k, v, out, lse, causal=True, kernel="sm90")
+    gradients = cuflash.attention_backward(dout, q, k, v, out, lse, causal=True)
+    assert_gradients_accurate(dout, q, k, v, *gradients, causal=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_a_captured_backward_is_right_each_time(hopper: Any, deterministic: bool) -> None:
+    """What it adds to, and counts with, is 0 at the beginning of every replay."""
+    q, k, v, dout = (normal(hopper, (2, 4, 300, 64), seed) for seed in range(4))
+    stream = hopper.cuda.Stream(non_blocking=True)
+    hopper.cuda.Device().synchronize()
+    options = {"causal": True, "kernel": "sm90"}
+
+    def step() -> Any:
+        out, lse = cuflash.attention(q, k, v, return_lse=True, **options)
+        return cuflash.attention_backward(dout, q, k, v, out, lse, deterministic=deterministic, **options)
+
+    with stream:
+        warm = step()  # compiles the kernels, and leaves memory in the stream's pool
+        stream.synchronize()
+        del warm
+        stream.begin_capture()
+        captured = step()
+        graph = stream.end_capture()
+        for first_seed in (10, 20):
+            for seed, x in enumerate((q, k, v, dout), start=first_seed):
+                x[...] = normal(hopper, x.shape, seed)
+            for x in captured:
+                bits(x).fill(0xFFFF)
+            graph.launch(stream)
+            stream.synchronize()
+            assert_gradients_accurate(dout, q, k, v, *captured, causal=True)
+
+
 RACES: dict[str, dict[str, Any]] = {
     "causal": {"causal": True},
     "full": {},
@@ -570,29 +866,46 @@ RACES: dict[str, dict[str, Any]] = {
 }
 
 
+def racing(cupy: Any, name: str, head_dim: int, op: str) -> Callable[[], tuple[Any, ...]]:
+    """A call whose results must be the same bits each time."""
+    seqlen, heads = 517, 24
+    q, k, v = inputs_of(cupy, seqlen, head_dim, heads)
+    k, v, dout = k[:, :8], v[:, :8], normal(cupy, q.shape, 3)
+    forward: Any = cuflash.attention
+    gradients: Any = cuflash.attention_backward
+    cu_seqlens = ()
+    if name == "packed":
+        q, k, v, dout = (x.transpose(0, 2, 1, 3).reshape(2 * seqlen, -1, head_dim) for x in (q, k, v, dout))
+        cu_seqlens = (cupy.asarray([0, 1, 300, 300, 980, 2 * seqlen], "int32"),) * 2
+        forward, gradients = cuflash.attention_varlen, cuflash.attention_varlen_backward
+    options = {"kernel": "sm90", **RACES.get(name, {})}
+    if name == "bias":
+        options["bias"] = normal(cupy, (heads, seqlen, seqlen), 5)
+    if op == "forward":
+        return lambda: (forward(q, k, v, *cu_seqlens, **options),)
+    out, lse = forward(q, k, v, *cu_seqlens, return_lse=True, **options)
+    inputs = dout, q, k, v, out, lse, *cu_seqlens
+    if op == "deterministic backward":
+        return lambda: gradients(*inputs, deterministic=True, **options)
+    return lambda: gradients(*inputs, **options)[1:]  # only the sums of dq have no order
+
+
 @pytest.mark.gpu
+@pytest.mark.parametrize("op", ["forward", "backward", "deterministic backward"])
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("name", [*RACES, "bias"])
-def test_500_repetitions_give_the_same_bits(hopper: Any, name: str, head_dim: int) -> None:
+def test_500_repetitions_give_the_same_bits(hopper: Any, name: str, head_dim: int, op: str) -> None:
     """Races show as differences; other work on a second stream shuffles the order of jobs."""
-    seqlen, heads = 517, 24
-    q, k, v = inputs_of(hopper, seqlen, head_dim, heads)
-    k, v = k[:, :8], v[:, :8]
-    if name == "packed":
-        packed = [x.transpose(0, 2, 1, 3).reshape(2 * seqlen, -1, head_dim) for x in (q, k, v)]
-        lengths = hopper.asarray([0, 1, 300, 300, 980, 2 * seqlen], "int32")
-        call = lambda: cuflash.attention_varlen(*packed, lengths, lengths, kernel="sm90", **RACES[name])  # noqa: E731
-    else:
-        bias = {"bias": normal(hopper, (heads, seqlen, seqlen), 5)} if name == "bias" else RACES[name]
-        call = lambda: cuflash.attention(q, k, v, kernel="sm90", **bias)  # noqa: E731
+    call = racing(hopper, name, head_dim, op)
     noise = hopper.ones((512, 512), "float32")
     other = hopper.cuda.Stream(non_blocking=True)
-    first = bits(call())
+    first = [bits(x) for x in call()]
     differing = hopper.zeros((), "int64")
     for _ in range(500):
         with other:
             noise @ noise
-        differing += (bits(call()) != first).sum()
+        for x, expected in zip(call(), first, strict=True):
+            differing += (bits(x) != expected).sum()
     assert int(differing) == 0
 
 

@@ -41,6 +41,6 @@ def obstacles(dtype: str, chip: Chip, *, head_dim: int = 128, backward: bool = F
         window=Window.of(causal=True, window_size=None),
     )
     return {
-        name: (family.why_no_backward() if backward else None) or family.why_not(problem, dtype, chip)
+        name: family.why_not(problem, dtype, chip) or (family.why_no_backward(problem, chip) if backward else None)
         for name, family in FAMILIES.items()
     }

@@ -10,19 +10,25 @@ template <int kStages, bool kCompact = false>
 struct JobRing {
   using Ring = Pipeline<kStages, kCompact>;
   using Position = typename Ring::Position;
+
   Ring ring;
   Job jobs[kStages];
 
   __device__ __forceinline__ void init(int num_takers) { ring.init(num_takers); }
 
-  // The next job, for a whole warp; without one its tile is kNoTile.
-  __device__ __forceinline__ Job take(Position& at) {
+  // The next job, for a whole warp; without one its tile is kNoTile. What the problem tells is not read from memory: it
+  // needs no registers.
+  template <class Options>
+  __device__ __forceinline__ Job take(Position& at, const Problem& problem) {
     ring.wait_full(at);
     Job job = jobs[at.stage()];
     __syncwarp();
     if (threadIdx.x % 32 == 0) ring.release(at);
     at.advance();
     job.tile = uniform(job.tile);
+    job.head = uniform(job.head);
+    job.sequence.batch = uniform(job.sequence.batch);
+    if constexpr (!Options::kPacked) job.sequence = Options::sequence(problem, job.sequence.batch);
     return job;
   }
 
@@ -43,9 +49,41 @@ struct JobRing {
   }
 };
 
+// The jobs of a kernel: tiles of queries, or of keys. Those without a row are left out.
+template <int kBlockM>
+struct QueryJobs {
+  template <class Options>
+  static __device__ __forceinline__ int count(const Options&, const Problem& problem) {
+    return Options::template num_query_jobs<kBlockM>(problem);
+  }
+  template <class Options>
+  static __device__ __forceinline__ Job job(const Options& options, const Problem& problem, int index) {
+    return options.template query_job<kBlockM>(problem, index);
+  }
+  static __device__ __forceinline__ bool has_rows(const Job& job) {
+    return job.tile >= 0 && job.tile * kBlockM < job.sequence.seqlen_q;
+  }
+};
+
+// With kLastFirst those of a head come in the opposite order.
+template <int kBlockN, bool kLastFirst = false>
+struct KeyJobs {
+  template <class Options>
+  static __device__ __forceinline__ int count(const Options&, const Problem& problem) {
+    return Options::template num_key_jobs<kBlockN>(problem);
+  }
+  template <class Options>
+  static __device__ __forceinline__ Job job(const Options& options, const Problem& problem, int index) {
+    return options.template key_job<kBlockN>(problem, index, kLastFirst);
+  }
+  static __device__ __forceinline__ bool has_rows(const Job& job) {
+    return job.tile >= 0 && job.tile * kBlockN < job.sequence.num_keys;
+  }
+};
+
 // Asks a counter for jobs, by a whole warp. The first job of a block is its own number, so that blocks ask one after
 // another. The counter wraps to 0 when all blocks have asked in vain: it needs no clearing between kernels.
-template <int kBlockM, class Options>
+template <class Jobs, class Options>
 struct JobCounter {
   const Options& options;
   const Problem& problem;
@@ -53,10 +91,7 @@ struct JobCounter {
   int num_jobs;
 
   __device__ __forceinline__ JobCounter(const Options& options, const Problem& problem, unsigned* counter)
-      : options(options),
-        problem(problem),
-        counter(counter),
-        num_jobs(options.template num_query_jobs<kBlockM>(problem)) {}
+      : options(options), problem(problem), counter(counter), num_jobs(Jobs::count(options, problem)) {}
 
   // Starts to ask; lane 0 has the answer.
   __device__ __forceinline__ unsigned ask() const {
@@ -68,8 +103,8 @@ struct JobCounter {
     Job job;
     job.tile = Job::kNoTile;
     for (; index < num_jobs; index = uniform(ask())) {
-      job = options.template query_job<kBlockM>(problem, index);
-      if (!Options::kPacked || (job.tile >= 0 && job.tile * kBlockM < job.sequence.seqlen_q)) break;
+      job = Jobs::job(options, problem, index);
+      if (!Options::kPacked || Jobs::has_rows(job)) break;
       job.tile = Job::kNoTile;
     }
     return job;

@@ -14,6 +14,7 @@ enum class Size { kSmall, kModerate, kAny };
 struct PlainOptions : BatchedSequences {
   static constexpr bool kPacked = false;
   static constexpr bool kChangesScores = false;  // score() is not the identity
+  static constexpr bool kBendsScores = false;    // the slope of score() is not 1
   static constexpr bool kHidesPairs = false;     // visible() may be false
   static constexpr bool kReadsArrays = false;    // score() and visible() read arrays at the positions they are given
   static constexpr bool kSkipsBlocks = false;    // hides_all() may be true

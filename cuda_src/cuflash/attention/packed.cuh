@@ -20,17 +20,42 @@ struct PackedSequences {
   template <int kBlockM>
   __device__ __forceinline__ Job query_job(const Problem& problem, int index) const {
     const int num_jobs = problem.seqlen_q / kBlockM + problem.batch + 1;
-    const HeadTile numbered(index, problem.num_heads, num_jobs);
+    const HeadTile numbered(index, problem.num_heads, num_jobs, HeadTile::group(num_jobs));
     const int job = num_jobs - 1 - numbered.tile;
     const int s = owner<kBlockM>(cu_seqlens_q, problem.seqlen_q, problem.batch, job);
     return {sequence(problem, s), numbered.head, job - first_job<kBlockM>(cu_seqlens_q, problem.seqlen_q, s)};
   }
 
   template <int kBlockN>
-  __device__ __forceinline__ Job key_job(const Problem& problem) const {
-    const HeadTile job(blockIdx.x, problem.num_heads_kv, problem.seqlen_k / kBlockN + problem.batch + 1);
-    const int s = owner<kBlockN>(cu_seqlens_k, problem.seqlen_k, problem.batch, job.tile);
-    return {sequence(problem, s), job.head, job.tile - first_job<kBlockN>(cu_seqlens_k, problem.seqlen_k, s)};
+  static __device__ __forceinline__ int num_key_jobs(const Problem& problem) {
+    return (problem.seqlen_k / kBlockN + problem.batch + 1) * problem.num_heads_kv;
+  }
+
+  template <int kBlockN>
+  __device__ __forceinline__ Job key_job(const Problem& problem, int index, bool last_first = false) const {
+    const int num_jobs = problem.seqlen_k / kBlockN + problem.batch + 1;
+    const HeadTile numbered(index, problem.num_heads_kv, num_jobs, HeadTile::group_of_keys(num_jobs, false));
+    const int job = last_first ? num_jobs - 1 - numbered.tile : numbered.tile;
+    const int s = owner<kBlockN>(cu_seqlens_k, problem.seqlen_k, problem.batch, job);
+    return {sequence(problem, s), numbered.head, job - first_job<kBlockN>(cu_seqlens_k, problem.seqlen_k, s)};
+  }
+
+  // The number of a tile of queries of one head among those of all; rows of padding are those of one more sequence.
+  template <int kBlockM>
+  static __device__ __forceinline__ long long query_tile(const Problem& problem, const Sequence& sequence, int head,
+                                                         int tile) {
+    const int number = sequence.batch + (sequence.padding ? 1 : 0);
+    const long long of_head = problem.seqlen_q / kBlockM + problem.batch + 1;
+    return head * of_head + sequence.first_query / kBlockM + number + tile;
+  }
+
+  // Likewise of a tile of keys.
+  template <int kBlockN>
+  static __device__ __forceinline__ long long key_tile(const Problem& problem, const Sequence& sequence, int head,
+                                                       int tile) {
+    const int number = sequence.batch + (sequence.padding ? 1 : 0);
+    const long long of_head = problem.seqlen_k / kBlockN + problem.batch + 1;
+    return head * of_head + sequence.first_key / kBlockN + number + tile;
   }
 
  private:

@@ -23,19 +23,27 @@ struct Job {
 
 // A tile of one of several heads, by the number of the job. Groups of heads run one after another, so that L2 holds
 // what they read; in a group all heads go through the tiles in step, so that long jobs that come first in each head
-// come first in all. A group has about as many jobs as a GPU has multiprocessors, or more; heads whose jobs are all
-// alike are a group each.
+// come first in all.
 struct HeadTile {
-  static constexpr int kHeadsInGroup = 8;
-
   int head, tile;
 
-  __device__ __forceinline__ HeadTile(int index, int num_heads, int num_tiles, bool alike = false) {
-    const int heads_in_group = alike ? 1 : kHeadsInGroup * (num_tiles < 8 ? 4 : num_tiles < 16 ? 2 : 1);
+  __device__ __forceinline__ HeadTile(int index, int num_heads, int num_tiles, int heads_in_group) {
     const int first = index / (heads_in_group * num_tiles) * heads_in_group;
     const int in_group = min(heads_in_group, num_heads - first), number = index - first * num_tiles;
     head = first + number % in_group;
     tile = number / in_group;
+  }
+
+  // A group has about as many jobs as a GPU has multiprocessors, or more; with queries in tiles that are all alike,
+  // each head is a group.
+  static __device__ __forceinline__ int group(int num_tiles) {
+    return 8 * (num_tiles < 8 ? 4 : num_tiles < 16 ? 2 : 1);
+  }
+
+  // With tiles of keys, of long sequences fewer: all blocks that work on a head add to the same sums.
+  static __device__ __forceinline__ int group_of_keys(int num_tiles, bool alike) {
+    const int jobs = alike ? 2 * num_tiles : num_tiles;
+    return jobs < 128 ? group(num_tiles) : jobs < 256 ? 4 : 2;
   }
 };
 
@@ -50,16 +58,45 @@ struct BatchedSequences {
   template <int kBlockM>
   static __device__ __forceinline__ Job query_job(const Problem& problem, int index) {
     const int num_tiles = ceil_div(problem.seqlen_q, kBlockM);
-    const bool alike = problem.window_begin <= -problem.seqlen_q && problem.window_end >= problem.seqlen_k;
-    const HeadTile job(index, problem.num_heads * problem.batch, num_tiles, alike);
+    const HeadTile job(index, problem.num_heads * problem.batch, num_tiles,
+                       shows_all(problem) ? 1 : HeadTile::group(num_tiles));
     return {sequence(problem, job.head / problem.num_heads), job.head % problem.num_heads, num_tiles - 1 - job.tile};
+  }
+
+  template <int kBlockN>
+  static __device__ __forceinline__ int num_key_jobs(const Problem& problem) {
+    return ceil_div(problem.seqlen_k, kBlockN) * problem.num_heads_kv * problem.batch;
   }
 
   // Under a causal mask the first keys are seen by the most queries: they start first.
   template <int kBlockN>
-  static __device__ __forceinline__ Job key_job(const Problem& problem) {
-    const HeadTile job(blockIdx.x, problem.num_heads_kv * problem.batch, ceil_div(problem.seqlen_k, kBlockN));
-    return {sequence(problem, job.head / problem.num_heads_kv), job.head % problem.num_heads_kv, job.tile};
+  static __device__ __forceinline__ Job key_job(const Problem& problem, int index, bool last_first = false) {
+    const int num_tiles = ceil_div(problem.seqlen_k, kBlockN);
+    const HeadTile job(index, problem.num_heads_kv * problem.batch, num_tiles,
+                       HeadTile::group_of_keys(num_tiles, shows_all(problem)));
+    const int tile = last_first ? num_tiles - 1 - job.tile : job.tile;
+    return {sequence(problem, job.head / problem.num_heads_kv), job.head % problem.num_heads_kv, tile};
+  }
+
+  // The number of a tile of queries of one head among those of all.
+  template <int kBlockM>
+  static __device__ __forceinline__ long long query_tile(const Problem& problem, const Sequence& sequence, int head,
+                                                         int tile) {
+    const long long row = static_cast<long long>(sequence.batch) * problem.num_heads + head;
+    return row * ceil_div(problem.seqlen_q, kBlockM) + tile;
+  }
+
+  // Likewise of a tile of keys.
+  template <int kBlockN>
+  static __device__ __forceinline__ long long key_tile(const Problem& problem, const Sequence& sequence, int head,
+                                                       int tile) {
+    const long long row = static_cast<long long>(sequence.batch) * problem.num_heads_kv + head;
+    return row * ceil_div(problem.seqlen_k, kBlockN) + tile;
+  }
+
+  // Whether the band hides nothing: then all tiles take the same time.
+  static __device__ __forceinline__ bool shows_all(const Problem& problem) {
+    return problem.window_begin <= -problem.seqlen_q && problem.window_end >= problem.seqlen_k;
   }
 
   static __device__ __forceinline__ Sequence sequence(const Problem& problem, int batch) {

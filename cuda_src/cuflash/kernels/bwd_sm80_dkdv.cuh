@@ -98,7 +98,7 @@ struct BwdSm80DkDv {
 
   static __device__ __forceinline__ void run(const Arrays& arrays, const BwdParams& params, const Options& options) {
     const Problem& problem = params.problem;
-    const Job job = options.template key_job<kBlockN>(problem);
+    const Job job = options.template key_job<kBlockN>(problem, blockIdx.x);
     if (job.tile * kBlockN >= job.sequence.num_keys || job.tile < 0) return;
     Shared& shared = *reinterpret_cast<Shared*>(dynamic_shared_memory());
     if (threadIdx.x == 0) shared.work = Work(job, problem);

@@ -67,7 +67,7 @@ struct BwdWmmaDkDv {
 
   static __device__ __forceinline__ void run(const Arrays& arrays, const BwdParams& params, Options options) {
     const Problem& problem = params.problem;
-    const Job job = options.template key_job<kBlockN>(problem);
+    const Job job = options.template key_job<kBlockN>(problem, blockIdx.x);
     const Sequence& sequence = job.sequence;
     const int first_key = job.tile * kBlockN;
     if (first_key >= sequence.num_keys || job.tile < 0) return;

@@ -114,7 +114,7 @@ struct FwdSm90 {
       shared.rings.q.init(num_warps);
       shared.rings.k.init(num_warps);
       shared.rings.v.init(num_warps);
-      shared.rings.pairs.init(num_warps, 2);
+      shared.rings.pairs.init(num_warps, 64);  // every lane copies
       shared.rings.partial.init(1);
       shared.rings.jobs.init(num_warps + (kHelps ? 3 : 1));
       ptx::barrier_init_fence();
@@ -145,7 +145,7 @@ struct FwdSm90 {
                                                                const Options& options, Shared& shared) {
     const Problem& problem = params.problem;
     const bool leader = threadIdx.x % 32 == 0;
-    const JobCounter<kBlockM, Options> jobs(options, problem, arrays.counter);
+    const JobCounter<QueryJobs<kBlockM>, Options> jobs(options, problem, arrays.counter);
     typename Jobs::Position job_at;
     typename RingQ::Position q_at;
     typename RingK::Position k_at;
@@ -195,7 +195,7 @@ struct FwdSm90 {
     const bool leader = threadIdx.x % 32 == 0;
     typename Jobs::Position job_at;
     typename RingV::Position at, partial_at;
-    for (Job job; (job = shared.rings.jobs.take(job_at)).tile != Job::kNoTile;) {
+    for (Job job; (job = shared.rings.jobs.template take<Options>(job_at, problem)).tile != Job::kNoTile;) {
       const int head_kv = job.head / problem.group_size();
       Blocks::for_each(options, problem, job, [&](const Options&, int block, bool) {
         const bool partial = is_partial(job, block);
@@ -219,15 +219,16 @@ struct FwdSm90 {
 
   // Run by two more warps: they copy arrays of pairs, and the first clears values that do not belong to a sequence.
   static __device__ __forceinline__ void help(const FwdParams& params, const Options& options, Shared& shared) {
+    const Problem& problem = params.problem;
     const bool first_warp = uniform(threadIdx.x / 32) == 0, leader = threadIdx.x % 32 == 0;
     typename Jobs::Position job_at;
     typename RingV::Position v_at, partial_at;
     typename RingPairs::Position pairs_at;
-    for (Job job; (job = shared.rings.jobs.take(job_at)).tile != Job::kNoTile;) {
-      Blocks::for_each(options, params.problem, job, [&](const Options& here, int block, bool) {
+    for (Job job; (job = shared.rings.jobs.template take<Options>(job_at, problem)).tile != Job::kNoTile;) {
+      Blocks::for_each(options, problem, job, [&](const Options& here, int block, bool) {
         if (first_warp && is_partial(job, block)) {
           shared.rings.partial.wait_full(partial_at);
-          shared.v[v_at.stage()].clear_from(larger(0, job.sequence.seqlen_k - block * kBlockN));
+          shared.v[v_at.stage()].clear(larger(0, job.sequence.seqlen_k - block * kBlockN), kBlockN);
           ptx::async_proxy_fence();
           __syncwarp();
           if (leader) shared.rings.v.fill(v_at);
@@ -240,8 +241,7 @@ struct FwdSm90 {
                                                    block * kBlockN);
           ptx::cp_async_commit();
           ptx::cp_async_wait<0>();
-          __syncwarp();
-          if (leader) shared.rings.pairs.fill(pairs_at);
+          shared.rings.pairs.fill(pairs_at);
           pairs_at.advance();
         }
       });
@@ -266,7 +266,7 @@ struct FwdSm90 {
     ptx::wgmma_fence();
 #pragma unroll
     for (int col = 0; col < kHeadDim; col += 16) {
-      MultiplyK::template multiply<false>(scores.x, q.along(row, col), k.along(0, col), col > 0);
+      MultiplyK::template multiply<false, false>(scores.x, q.along(row, col), k.along(0, col), col > 0);
     }
     ptx::wgmma_commit();
   }
@@ -308,7 +308,7 @@ struct FwdSm90 {
     };
 
     if (consumer == kNumConsumers - 1) turn.pass_on();
-    Job job = shared.rings.jobs.take(job_at);
+    Job job = shared.rings.jobs.template take<Options>(job_at, problem);
     if (job.tile == Job::kNoTile) return;
     shared.rings.q.wait_full(q_at);
     shared.rings.k.wait_full(k_at);
@@ -456,7 +456,7 @@ struct FwdSm90 {
              shared.careful[4 * consumer + warp]);
       }
       if (last) break;
-      job = shared.rings.jobs.take(job_at);
+      job = shared.rings.jobs.template take<Options>(job_at, problem);
       if constexpr (!kOverlapsJobs) {
         await_next();
         turn.begin();

@@ -1,4 +1,4 @@
-// Stores that the compiler does not split.
+// Stores and additions that the compiler does not split.
 #pragma once
 
 namespace cuflash::ptx {
@@ -6,6 +6,12 @@ namespace cuflash::ptx {
 // 16 bytes to an aligned address in global memory.
 __device__ __forceinline__ void store_16(void* global, unsigned x, unsigned y, unsigned z, unsigned w) {
   asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(global), "r"(x), "r"(y), "r"(z), "r"(w) : "memory");
+}
+
+// Adds four floats to those at an aligned address (sm_90).
+__device__ __forceinline__ void add_16(float4* global, float x, float y, float z, float w) {
+  asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(global), "f"(x), "f"(y), "f"(z), "f"(w)
+               : "memory");
 }
 
 }  // namespace cuflash::ptx

@@ -7,9 +7,10 @@ namespace cuflash::ptx {
 using TileDescriptor = unsigned long long;
 
 // sum (64 x kWidth) = a (64 x 16) * b (16 x kWidth), plus the sum before if `add`, by two functions:
-//   multiply<kAcrossB>(sum, a, b, add) with a in shared memory, its depth along the rows of memory, or in registers.
-// The depth of b lies along the rows of memory, or across them if kAcrossB. The instruction names every register, so
-// each width is a specialisation; cuflash/_wgmma.py writes those that a kernel needs.
+//   multiply<kAcrossA, kAcrossB>(sum, a, b, add) with a in shared memory,
+//   multiply<kAcrossB>(sum, a, b, add) with a in registers.
+// The depth of a and of b lies along the rows of memory, or across them if so said. The instruction names every
+// register, so each width is a specialisation; cuflash/_wgmma.py writes those that a kernel needs.
 template <class Element, int kWidth>
 struct Wgmma;
 

@@ -30,6 +30,9 @@ struct RingPosition<kStages, true> {
   __device__ __forceinline__ unsigned parity() const { return count_ / kStages % 2; }
   __device__ __forceinline__ void advance() { ++count_; }
 
+  // How many stages there were before.
+  __device__ __forceinline__ unsigned count() const { return count_; }
+
  private:
   unsigned count_ = 0;
 };

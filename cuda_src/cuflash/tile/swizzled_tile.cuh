@@ -24,31 +24,35 @@ struct alignas(1024) SwizzledTile {
     }
   }
 
-  // Writes zeros to all rows from this one, by a warp.
-  __device__ __forceinline__ void clear_from(int row) {
+  // Writes zeros to rows [first, end), by a warp.
+  __device__ __forceinline__ void clear(int first, int end) {
     for (int panel = 0; panel < kPanels; ++panel) {
-      for (int byte = row * 128 + threadIdx.x % 32 * 16; byte < kRows * 128; byte += 32 * 16) {
+      for (int byte = first * 128 + threadIdx.x % 32 * 16; byte < end * 128; byte += 32 * 16) {
         *reinterpret_cast<uint4*>(data + panel * kRows * 128 + byte) = make_uint4(0, 0, 0, 0);
       }
     }
   }
 
   // As a factor whose depth runs along the columns: 16 of them from this place.
-  __device__ __forceinline__ ptx::TileDescriptor along(int row, int col) const {
-    return descriptor(data + (col / kPanelCols * kRows + row) * 128 + col % kPanelCols * sizeof(Element), 16);
+  __device__ __forceinline__ ptx::TileDescriptor along(int row, int col) const { return descriptor(row, col, 16); }
+
+  // As a factor whose depth runs across the rows: 16 of them from this one, and columns from this multiple of 32.
+  __device__ __forceinline__ ptx::TileDescriptor across(int row, int col = 0) const {
+    return descriptor(row, col, kRows * 128);
   }
 
-  // As a factor whose depth runs across the rows: 16 of them from this one, and all columns.
-  __device__ __forceinline__ ptx::TileDescriptor across(int row) const {
-    return descriptor(data + row * 128, kRows * 128);
+  // Where the 16-byte piece that begins at a row and a column is.
+  __device__ __forceinline__ void* piece(int row, int col) {
+    return data + (col / kPanelCols * kRows + row) * 128 + (col % kPanelCols * sizeof(Element) ^ row % 8 * 16);
   }
 
  private:
-  // 8 rows further are 1024 bytes; 1 << 62 is the 128-byte swizzle.
-  static __device__ __forceinline__ ptx::TileDescriptor descriptor(const unsigned char* start, int leading_bytes) {
-    return static_cast<ptx::TileDescriptor>((ptx::shared_address(start) & 0x3FFFF) >> 4) |
-           static_cast<ptx::TileDescriptor>(leading_bytes >> 4) << 16 |
-           static_cast<ptx::TileDescriptor>(1024 >> 4) << 32 | static_cast<ptx::TileDescriptor>(1) << 62;
+  // 8 rows further are 1024 bytes; 1 << 30 in the upper word is the 128-byte swizzle. The place is added last: where
+  // it is a constant, each descriptor is one addition to that of the tile.
+  __device__ __forceinline__ ptx::TileDescriptor descriptor(int row, int col, int leading_bytes) const {
+    const unsigned tile = ptx::shared_address(data) / 16 + (leading_bytes / 16 << 16);
+    const unsigned place = (col / kPanelCols * kRows + row) * 128 + col % kPanelCols * sizeof(Element);
+    return static_cast<ptx::TileDescriptor>(1u << 30 | 1024 / 16) << 32 | (tile + place / 16);
   }
 };
 

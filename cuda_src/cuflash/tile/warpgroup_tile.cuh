@@ -40,6 +40,12 @@ struct WarpgroupFactor {
     for (int i = 0; i < kCols / 4; ++i) x[i / 4][i % 4] = packed(tile.x[2 * i], tile.x[2 * i + 1]);
   }
 
+  // What element i of the tile was rounded to.
+  __device__ __forceinline__ float at(int i) const {
+    const auto& pair = reinterpret_cast<const typename PairOf<Element>::Type&>(x[i / 8][i / 2 % 4]);
+    return i % 2 ? __high2float(pair) : __low2float(pair);
+  }
+
   static __device__ __forceinline__ unsigned packed(float low, float high) {
     alignas(4) Element pair[2];
     store_pair(pair, low, high);

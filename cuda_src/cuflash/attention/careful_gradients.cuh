@@ -1,0 +1,104 @@
+// Rows of the gradients once more, from global memory, in which hidden pairs take no part even if what they meet is NaN
+// or infinity (attention/careful_row.cuh says why). Slow: for the rare row that meets such a value.
+#pragma once
+
+#include <cuflash/attention/recompute.cuh>
+
+namespace cuflash {
+
+// What a warp needs to know of one query head.
+template <class Element, class Options>
+struct CarefulGradients {
+  // What a warp needs for the pairs of a 16 x 16 tile: it goes through rows and columns in such steps.
+  struct alignas(16) Memory {
+    unsigned char pairs[larger(Options::template kTileBytes<16, 16>, 16)];
+  };
+
+  const Matrix<const Element>&q, &k, &v, &dout;
+  const RowStatistics& rows;
+  const Options& options;
+  const Band& band;
+  float scale;
+  Memory& memory;  // of this warp
+
+  // Adds to a row of dQ.
+  template <int kCount>
+  __device__ __forceinline__ void add_row(int query, float (&dq)[kCount]) const {
+    const Range keys = band.keys_of({query, query + 1});
+#pragma unroll 1
+    for (int first_key = keys.begin / 16 * 16; first_key < keys.end; first_key += 16) {
+      const Found found = pair(query, first_key + threadIdx.x % 16);
+      add(dq, found.visible, found.pair.dscore, k, first_key);
+    }
+  }
+
+  // Adds to a row of dK and of dV.
+  template <int kCount, int kCountV>
+  __device__ __forceinline__ void add_column(int key, float (&dk)[kCount], float (&dv)[kCountV]) const {
+    const Range queries = band.queries_of({key, key + 1});
+#pragma unroll 1
+    for (int first_query = queries.begin / 16 * 16; first_query < queries.end; first_query += 16) {
+      const Found found = pair(first_query + threadIdx.x % 16, key);
+      add(dk, found.visible, found.pair.dscore, q, first_query);
+      add(dv, found.visible, found.pair.weight, dout, first_query);
+    }
+  }
+
+ private:
+  struct Found {
+    bool visible;
+    PairGradient pair;
+  };
+
+  // The pair of this lane and of the one 16 further.
+  __device__ __forceinline__ Found pair(int query, int key) const {
+    const int tile_query = query / 16 * 16, tile_key = key / 16 * 16;
+    Options here = options;
+    __syncwarp();
+    here.template load<16, 16, 32>(memory.pairs, tile_query, tile_key, threadIdx.x % 32);
+    ptx::cp_async_commit();
+    ptx::cp_async_wait<0>();
+    __syncwarp();
+    here.template look_at<16, 16>(memory.pairs, tile_query, tile_key);
+    const Pairs<Options> pairs = {here, band, scale};
+    const bool kept = survives(here, query, key);
+    const bool visible = query < band.seqlen_q && pairs.visible(query, key);
+    if (!visible) return {false, {0.0f, 0.0f}};
+    float product = 0.0f, dweight = 0.0f;
+#pragma unroll 1
+    for (int col = 0; col < q.cols; ++col) product += to_float(*q.at(query, col)) * to_float(*k.at(key, col));
+#pragma unroll 1
+    for (int col = 0; col < v.cols; ++col) dweight += to_float(*dout.at(query, col)) * to_float(*v.at(key, col));
+    return {true, pair_gradient(pairs, product, dweight, rows.lse_of(query), rows.delta_of(query), query, key, kept)};
+  }
+
+  // Adds the rows of a matrix from this one, times the factors that the lanes have.
+  template <int kCount>
+  static __device__ __forceinline__ void add(float (&sum)[kCount], bool visible, float factor,
+                                             const Matrix<const Element>& rows, int first_row) {
+    const unsigned all_visible = __ballot_sync(kFullMask, visible);
+#pragma unroll 1
+    for (int other = 0; other < 16; ++other) {
+      const float of_other = __shfl_sync(kFullMask, factor, other);
+      if (!(all_visible >> other & 1)) continue;
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) {
+        const int col = 32 * i + threadIdx.x % 32;
+        if (col < rows.cols) sum[i] += of_other * to_float(*rows.at(first_row + other, col));
+      }
+    }
+  }
+
+  // Lanes draw the bits of the tile (attention/dropout.cuh): each asks the one that drew its own.
+  static __device__ __forceinline__ bool survives(const Options& options, int query, int key) {
+    if constexpr (Options::kHasDropout) {
+      const unsigned drawn = options.draw(query / 16 * 16, key / 16 * 16);
+      const unsigned of_owner = __shfl_sync(kFullMask, drawn, query % 8 * 4 + key % 8 / 2);
+      return of_owner >> (query / 8 % 2 * 4 + key / 8 % 2 * 2 + key % 2) & 1;
+    } else {
+      return true;
+    }
+  }
+};
+
+}  // namespace cuflash

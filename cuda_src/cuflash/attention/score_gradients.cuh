@@ -1,0 +1,134 @@
+// The weights of a tile and the gradients of its scores, in the registers of a warpgroup whose rows are keys.
+#pragma once
+
+#include <cuflash/attention/options.cuh>
+#include <cuflash/ptx/opaque.cuh>
+#include <cuflash/tile/warpgroup_tile.cuh>
+
+namespace cuflash {
+
+// What a stage of the pipeline holds of the queries of a tile.
+template <int kBlockM>
+struct RowsOfTile {
+  float lse_log2[kBlockM];  // in powers of two; +infinity gives weights of 0
+  float delta[kBlockM];     // rowsum(dout * out) - dlse
+};
+
+// 64 keys, and all queries of the tile. Of every element there is first a product of query and key, then its weight,
+// and a product of dout and value, then the gradient of the score.
+template <class Element, class Options, int kBlockM>
+struct ScoreGradients {
+  using Scores = WarpgroupTile<kBlockM>;
+  using Factor = WarpgroupFactor<Element, kBlockM>;
+  static constexpr int kCount = Scores::kNumElements;
+  // Then the rounded weights serve for both gradients, and leave room in the registers for a product in flight.
+  static constexpr bool kPlainWeights = !Options::kBendsScores && !Options::kHasDropout;
+
+  const Pairs<Options>& pairs;
+  int first_query, first_key;  // of the first element that this lane holds
+  const RowsOfTile<kBlockM>& rows;
+  int first_col;  // of this lane
+
+  // Scores become weights, and `weights` these as the factor of dV. With all pairs visible nothing is hidden.
+  __device__ __forceinline__ void weigh(Scores& scores, Factor& weights, bool all_visible, unsigned* survivors) const {
+    draw(survivors);
+    use_pairs(pairs, scores, [&](const auto& pairs) {
+      if (all_visible) {
+        weigh(pairs, scores, weights, survivors, [](int) { return true; });
+      } else {
+        const Range seen[2] = {seen_by(first_key), seen_by(first_key + 8)};
+        weigh(pairs, scores, weights, survivors, [&](int i) {
+          const Range& columns = seen[row_of_element(i)];
+          bool visible = columns.begin <= col_of_element(i) & col_of_element(i) < columns.end;
+          if constexpr (Options::kHidesPairs) visible = visible & pairs.visible_by_options(query(i), key(i));
+          return visible;
+        });
+      }
+    });
+  }
+
+  // dweights become gradients of the scores. Those of hidden pairs are 0, or NaN where what they meet is not finite.
+  __device__ __forceinline__ void differentiate(Scores& dweights, const Scores& slopes, const Factor& weights,
+                                                const unsigned* survivors) const {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      float weight = slopes.x[i], dweight = dweights.x[i];
+      if constexpr (kPlainWeights) weight = weights.at(i);
+      if constexpr (Options::kHasDropout) {
+        dweight = survives(survivors, i) ? dweight * pairs.options.survivor_factor() : 0.0f;
+      }
+      dweights.x[i] = weight * (dweight - rows.delta[col(i)]);
+    }
+  }
+
+  static constexpr int kSurvivorWords = ceil_div(kCount, 32);
+
+ private:
+  __device__ __forceinline__ int col(int i) const { return first_col + col_of_element(i); }
+  __device__ __forceinline__ int query(int i) const { return first_query + col_of_element(i); }
+  __device__ __forceinline__ int key(int i) const { return first_key + 8 * row_of_element(i); }
+
+  // The queries that the band lets see a key, counted from the first that this lane holds.
+  __device__ __forceinline__ Range seen_by(int key) const {
+    const Range queries = pairs.band.queries_of({key, key + 1});
+    return {queries.begin - first_query, queries.end - first_query};
+  }
+
+  // Scores become weights times the slopes of options.
+  template <class SomePairs, class Visible>
+  __device__ __forceinline__ void weigh(const SomePairs& pairs, Scores& scores, Factor& weights,
+                                        const unsigned* survivors, const Visible& visible) const {
+#pragma unroll
+    for (int i = 0; i < kCount; i += 2) {
+      float weight[2];
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        float& x = scores.x[i + j];
+        const float shift = rows.lse_log2[col(i + j)];
+        float slope = 1.0f;
+        if constexpr (Options::kChangesScores) {
+          const Dual score = pairs.score(x, query(i + j), key(i + j));
+          weight[j] = exp2f(fmaf(score.value, kLog2e, -shift));
+          slope = score.slope;
+        } else {
+          weight[j] = exp2f(fmaf(x, pairs.scale * kLog2e, -shift));
+        }
+        if (!visible(i + j)) weight[j] = 0.0f;
+        if constexpr (!kPlainWeights) x = Options::kBendsScores && weight[j] != 0.0f ? weight[j] * slope : weight[j];
+        if constexpr (Options::kHasDropout) {
+          weight[j] = survives(survivors, i + j) ? weight[j] * pairs.options.survivor_factor() : 0.0f;
+        }
+      }
+      weights.x[i / 8][i / 2 % 4] = Factor::packed(weight[0], weight[1]);
+    }
+  }
+
+  // Bits of dropout: lanes draw those of a 16 x 16 tile whose rows are queries (attention/dropout.cuh), so that each
+  // asks two others for its own.
+  __device__ __forceinline__ void draw(unsigned* survivors) const {
+    if constexpr (Options::kHasDropout) {
+      const int lane = threadIdx.x % 32, warp_key = first_key - lane / 4, tile_query = first_query - first_col;
+#pragma unroll
+      for (int first = 0; first < kCount; first += 8) {
+        unsigned query = tile_query + 2 * first;
+        ptx::make_opaque(query);  // one draw after another: all at once would not fit the registers
+        const unsigned drawn = pairs.options.draw(query, warp_key);
+        unsigned mine = 0;
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+          const unsigned of_owner = __shfl_sync(kFullMask, drawn, (2 * (lane % 4) + j) * 4 + lane / 8) >> lane / 4 % 2;
+#pragma unroll
+          for (int i = j; i < 8; i += 2) mine |= (of_owner >> (i / 4 * 4 + i / 2 % 2 * 2) & 1) << i;
+        }
+        if (first % 32 == 0) survivors[first / 32] = 0;
+        survivors[first / 32] |= mine << first % 32;
+      }
+    }
+  }
+
+  static __device__ __forceinline__ bool survives(const unsigned* survivors, int i) {
+    return survivors[i / 32] >> i % 32 & 1;
+  }
+};
+
+}  // namespace cuflash

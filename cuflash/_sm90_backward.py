@@ -1,0 +1,160 @@
+"""The backward of the sm90 family: its kernels with their tiles (cuda_src/cuflash/kernels/bwd_sm90.cuh)."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from . import _wmma
+from ._call import Call, Run
+from ._device import Array, Chip
+from ._kernel import NUMBERS, Kernel
+from ._options import Options
+from ._params import PARAMS, fill
+from ._problem import Problem, ceil_div
+from ._tensor_maps import PANEL, MappedParams
+from ._wgmma import wgmma
+
+ARCH = "sm_90a"
+JOB_BYTES = 36  # attention/sequence.cuh
+NUM_THREADS = 384
+MAX_HEAD_DIM = 128
+
+
+class Tile(NamedTuple):
+    """Queries of a tile, keys of a job, and how many tiles of K and V, of Q and dO, and of arrays of pairs are held."""
+
+    block_m: int
+    block_n: int
+    stages_kv: int
+    stages: int
+    stages_pairs: int = 1
+
+
+# By head_dim, the fastest first; the first that fits the shared memory is taken. Measured on an H200
+# (docs/notes/sm90_backward.md). A consumer holds 64 keys: dK and dV of 128 columns leave registers for 64 queries,
+# those of 64 columns for 128. A second place for K and V lets the next job's come beside the epilogue.
+TILES: dict[int, tuple[Tile, ...]] = {
+    64: (Tile(128, 128, 2, 2), Tile(64, 128, 2, 4), Tile(64, 128, 1, 2)),
+    128: (Tile(64, 128, 2, 2), Tile(64, 128, 1, 2), Tile(64, 128, 1, 1)),
+}
+HUNGRY = {"softcap", "mod", "dropout", "bias"}  # options for which 128 queries are too many
+
+
+def why_not(problem: Problem, options: Options, chip: Chip) -> str | None:
+    """The reason why there is no kernel for a problem that the forward can do, or None if there is one."""
+    if max(problem.head_dim, problem.head_dim_v) > MAX_HEAD_DIM:
+        return f"its backward takes head_dim up to {MAX_HEAD_DIM}, not {max(problem.head_dim, problem.head_dim_v)}"
+    if _tile(problem, options, chip) is None:
+        return f"{chip.name} has too little shared memory for a tile with {', '.join(options.arguments)}"
+    return None
+
+
+def _dim(problem: Problem) -> int:
+    """The head_dim of the kernels: TMA fills what is missing with zeros."""
+    return 64 if max(problem.head_dim, problem.head_dim_v) <= 64 else 128
+
+
+def _shared_bytes(dim: int, tile: Tile, options: Options) -> int:
+    """Tiles in panels of 128-byte rows, arrays of pairs, statistics of rows, rings of barriers and jobs."""
+    row = 128 * ceil_div(dim, PANEL)
+    tiles = 2 * row * (tile.stages_kv * tile.block_n + tile.stages * tile.block_m)
+    gradients = 2 * tile.block_n * 128 * ceil_div(tile.block_m, PANEL)
+    pairs = tile.stages_pairs * max(options.tile_bytes(tile.block_m, tile.block_n), 16)
+    rows = tile.stages * 8 * tile.block_m
+    stages_of_jobs = 2 * tile.stages_kv
+    stages = tile.stages_kv + 2 * tile.stages + 1 + tile.stages_pairs + stages_of_jobs
+    rings = 16 * stages + ceil_div(JOB_BYTES * stages_of_jobs, 8) * 8
+    return tiles + gradients + pairs + rows + rings
+
+
+def _tile(problem: Problem, options: Options, chip: Chip) -> Tile | None:
+    """The tile that suits a call, or None if none fits the shared memory."""
+    dim = _dim(problem)
+    return next(
+        (
+            tile
+            for tile in TILES[dim]
+            if options.allows_tile(*tile[:2])
+            and _shared_bytes(dim, tile, options) <= chip.shared_memory
+            and (tile.block_m == 64 or not HUNGRY.intersection(options.names))
+        ),
+        None,
+    )
+
+
+def kernels(
+    problem: Problem, options: Options, number: str, chip: Chip, *, deterministic: bool = False
+) -> tuple[Kernel, Kernel, Tile]:
+    """The main kernel, the one that comes last, and their tile."""
+    name, short, _ = NUMBERS[number]
+    dim, tile = _dim(problem), _tile(problem, options, chip)
+    assert tile is not None, "why_not has found one"
+    of_call = "_".join((short, f"d{dim}x{dim}", *options.names))
+    cols = dim if tile.block_m == 128 else dim // 2  # of a part of dQ
+    main = Kernel(
+        template="BwdSm90",
+        header="bwd_sm90",
+        symbol=f"cuflash_bwd_sm90_{of_call}" + ("_deterministic" if deterministic else ""),
+        arguments=(f"cuflash::{name}", options.type, dim, dim, *tile, "true" if deterministic else "false"),
+        pointers=(
+            *("const float* lse", "const float* delta", "float* dq_sums", "unsigned* turns"),
+            *("unsigned* spoiled", "Element* dk", "Element* dv", "unsigned* counter"),
+        ),
+        params="BwdSm90Params",
+        num_threads=NUM_THREADS,
+        shared_bytes=_shared_bytes(dim, tile, options),
+        options=options,
+        definitions="".join(wgmma(number, width) for width in sorted({tile.block_m, dim, cols})),
+        arch=ARCH,
+    )
+    finish = Kernel(
+        template="BwdSm90Finish",
+        header="bwd_sm90_finish",
+        symbol=f"cuflash_bwd_sm90_finish_{of_call}",
+        arguments=(f"cuflash::{name}", options.type, dim, dim, tile.block_m, tile.block_n),
+        pointers=(
+            *("const Element* q", "const Element* k", "const Element* v", "const Element* dout"),
+            *("const float* lse", "const float* delta", "float* dq_sums", "const unsigned* spoiled"),
+            *("Element* dq", "Element* dk", "Element* dv"),
+        ),
+        params="BwdParams",
+        num_threads=256,
+        shared_bytes=8 * max(options.tile_bytes(16, 16), 16),
+        options=options,
+    )
+    return main, finish, tile
+
+
+def plan(call: Call) -> Run:
+    """A function of (dout, q, k, v, out, lse, dq, dk, dv) and the arrays of the options that computes gradients."""
+    device, problem, operands = call.device, call.problem, call.operands
+    main, finish, tile = kernels(problem, call.options, call.number, call.chip, deterministic=call.deterministic)
+    delta = _wmma.operand_of_delta(problem)
+    key_tiles = ceil_div(problem.seqlen_k, tile.block_n) * problem.batch * problem.num_heads_kv
+    query_tiles = ceil_div(problem.seqlen_q, tile.block_m) * problem.batch * problem.num_heads
+    if problem.packed:  # attention/packed.cuh
+        key_tiles = (problem.seqlen_k // tile.block_n + problem.batch + 1) * problem.num_heads_kv
+        query_tiles = (problem.seqlen_q // tile.block_m + problem.batch + 1) * problem.num_heads
+    if key_tiles >= 2**31 - call.chip.multiprocessors:  # blocks ask once in vain
+        raise NotImplementedError(f"the call needs {key_tiles} jobs; the kernel counts to {2**31 - 1}")
+    num_blocks = min(key_tiles, call.chip.multiprocessors)
+    launch = call.launch(main, num_blocks)
+    assert launch is not None, "there is a key"
+    params = np.zeros(1, PARAMS["BwdSm90Params"])
+    params["bwd"] = fill("BwdParams", problem, {**operands, "delta": delta})
+    rows = {"q": tile.block_m, "k": tile.block_n, "v": tile.block_n, "dout": tile.block_m}
+    mapped = MappedParams(device, call.number, params, operands, rows)
+    finish_step = call.step((finish, query_tiles + key_tiles), delta=delta)
+    sizes = query_tiles * tile.block_m * _dim(problem), key_tiles, 2 * query_tiles if call.deterministic else 0
+
+    def products(inputs: _wmma.Inputs, dq: Array, dk: Array, dv: Array, options: tuple[Any, ...]) -> None:
+        q, k, v, dout, lse, delta = inputs
+        workspace = device.zeros((sum(sizes),), "float32")
+        spoiled, turns = workspace[sizes[0] :], workspace[sizes[0] + sizes[1] :]
+        arrays = lse, delta, workspace, turns if sizes[2] else device.null, spoiled, dk, dv
+        launch(num_blocks, (*arrays, device.counter(), mapped(q, k, v, dout), *options))
+        finish_step(q, k, v, dout, lse, delta, workspace, spoiled, dq, dk, dv, options=options)
+
+    return _wmma.plan_gradients(call, products)
