@@ -233,7 +233,7 @@ class TestRecords:
         path = tmp_path / "deep" / "device.json"
         records.save(path, results)
         assert records.load(path) == results
-        assert sum(line.startswith('    {"op"') for line in path.read_text().splitlines()) == 72 + 16 + 2 + 5 * 7 + 64
+        assert sum(line.startswith('    {"op"') for line in path.read_text().splitlines()) == 72 + 16 + 2 + 5 * 7 + 68
         assert [file.name for file in path.parent.iterdir()] == ["device.json"]
 
     def test_no_file_is_no_results(self, tmp_path):
@@ -305,7 +305,7 @@ class TestTables:
     def test_variants_by_op(self, results):
         table = tables.variants(results)
         names = [row[0] for row in table.rows]
-        assert len(names) == 2 * 16 + 1
+        assert len(names) == 2 * 18 + 1
         assert list(dict.fromkeys(names)) == list(dict.fromkeys(variant.name for variant in variants.VARIANTS))
         rows = {(row[0], row[2], row[3]): row[4:] for row in table.rows}
         _, _, backward, share, bar = rows["dbias", "64", "4096"]
@@ -318,7 +318,7 @@ class TestTables:
 
     def test_the_short_table_of_variants(self, results):
         rows = {(row[0], row[2]): list(row[3:]) for row in tables.ratios(results).rows}
-        assert len(rows) == 17
+        assert len(rows) == 19
         assert rows["window", "16384"] == ["0.50", "0.50", "0.85"]
         assert rows["mask_mod", "8192"] == ["0.50", "0.50", "0.80"]
 
@@ -655,7 +655,7 @@ class TestVariants:
         (path,) = tmp_path.glob("*.json")
         saved = records.load(path)
         check_schema(saved)
-        assert len(saved["variants"]) == 64
+        assert len(saved["variants"]) == 68
         assert all("error" not in peer for entry in saved["variants"] for peer in entry["peers"].values())
         assert {entry["variant"] for entry in saved["variants"] if "padding" in entry} == {"varlen"}
         assert {entry["heads"] // entry["heads_kv"] for entry in saved["variants"] if entry["variant"] == "gqa8"} == {8}
@@ -780,7 +780,7 @@ class TestCompilingAhead:
         ("capability", "op", "dtype", "expected"),
         [
             ((9, 0), "forward", "bfloat16", ["sm90", "sm80", "wmma"]),
-            ((9, 0), "backward", "bfloat16", ["sm80", "wmma"]),
+            ((9, 0), "backward", "bfloat16", ["sm90", "sm80", "wmma"]),
             ((9, 0), "forward", "float32", ["wmma"]),
             ((8, 0), "forward", "float16", ["sm80", "wmma"]),
             ((7, 5), "forward", "bfloat16", ["auto"]),

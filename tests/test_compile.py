@@ -129,9 +129,8 @@ def cases() -> list[object]:
 
 
 # What an option adds to a kernel that takes all 255 registers by itself: the bytes, at most, that ptxas may park for it
-# in memory, by kernel and chip. Plain kernels park nothing anywhere, but for the backward on sm_90: its producer has
-# 24 registers a thread, and parks what it needs once a job. That is all that its kernels park with 64 columns, plain or
-# with alibi or sinks, and with 128 columns and a bias or a mask; with other options the consumers do so too.
+# in memory, by kernel and chip. Plain kernels park nothing anywhere, but for the backward on sm_90: its producer has 24
+# registers a thread, and parks a few bytes. With 128 columns and a softcap or score_mod, its consumers do.
 MAY_PARK = {
     "bwd_sm80_bf16_d128x128_bias": {100: 16},
     "bwd_sm80_bf16_d128x128_dropout": {100: 16},
@@ -144,6 +143,20 @@ MAY_PARK = {
     "bwd_sm80_dq_bf16_d128x128_bias": {90: 16},
     "bwd_sm80_dq_bf16_d128x128_dropout": {90: 16},
     "bwd_sm80_dq_bf16_d128x128_mod": {90: 16, 100: 48},
+    "bwd_sm90_bf16_d64x64": {90: 8},
+    "bwd_sm90_bf16_d64x64_alibi": {90: 8},
+    "bwd_sm90_bf16_d64x64_deterministic": {90: 8},
+    "bwd_sm90_bf16_d64x64_mask": {90: 32},
+    "bwd_sm90_bf16_d64x64_packed": {90: 88},
+    "bwd_sm90_bf16_d64x64_sinks": {90: 8},
+    "bwd_sm90_bf16_d128x128_bias": {90: 24},
+    "bwd_sm90_bf16_d128x128_mask": {90: 24},
+    "bwd_sm90_bf16_d128x128_mod": {90: 16},
+    "bwd_sm90_bf16_d128x128_mod_block_mask": {90: 16},
+    "bwd_sm90_bf16_d128x128_packed": {90: 88},
+    "bwd_sm90_bf16_d128x128_softcap": {90: 8},
+    "bwd_sm90_f16_d64x64": {90: 8},
+    "bwd_sm90_f16_d64x64_deterministic": {90: 8},
     "bwd_wmma_dkdv_bf16_d128x128_mod": {80: 96, 90: 64, 100: 32},
     "bwd_wmma_dq_bf16_d128x128_mask": {80: 64},
     "bwd_wmma_dq_bf16_d128x128_mod": {100: 64},
@@ -196,15 +209,18 @@ def test_every_tile_fits_the_shared_memory(arch: int) -> None:
         assert kernel.shared_bytes <= CHIPS[arch].shared_memory, kernel.symbol
 
 
-@pytest.mark.parametrize("arch", [80, 90])
-def test_the_source_is_checked_against_what_python_believes(arch: int) -> None:
+CHECKED = [
+    (80, _wmma.forward(problem(64, 64), Options(), "float16", CHIPS[80])[0]),
+    (90, sm90_forward(options("bias"), "float16", (64, 64))),
+    *((90, kernel) for kernel in sm90_backward(options("bias"), "float16", 64)),
+]
+
+
+@pytest.mark.parametrize(("arch", "kernel"), CHECKED, ids=lambda x: x.header if isinstance(x, Kernel) else f"sm_{x}")
+def test_the_source_is_checked_against_what_python_believes(arch: int, kernel: Kernel) -> None:
     """A wrong size of the parameters or of shared memory does not compile."""
-    if arch == 80:
-        kernel = _wmma.forward(problem(64, 64), Options(), "float16", CHIPS[80])[0]
-    else:
-        kernel = sm90_forward(options("bias"), "float16", (64, 64))
     source = kernel.source
-    for right in (f"kSharedBytes == {kernel.shared_bytes}", "sizeof(cuflash::FwdParams) == "):
+    for right in (f"kSharedBytes == {kernel.shared_bytes}", f"sizeof(cuflash::{kernel.params}) == "):
         assert right in source.code
         wrong = replace(source, code=source.code.replace(right, right + "1"))
         with pytest.raises(cubin.CompileError, match="static assert"):
@@ -243,7 +259,7 @@ extern "C" __global__ void product(float* out, TileDescriptor a, TileDescriptor 
   float sum[32] = {{}};
   for (int i = 0; i < n; ++i) {{
     cuflash::ptx::wgmma_fence();
-    cuflash::ptx::Wgmma<__half, 64>::multiply<false>(sum, a, b, true);
+    cuflash::ptx::Wgmma<__half, 64>::multiply<false, false>(sum, a, b, true);
     cuflash::ptx::wgmma_commit();
     {between}
     cuflash::ptx::wgmma_wait<0>();

@@ -185,6 +185,15 @@ PLAIN = Variant("plain", None, lambda _, cell: {"causal": cell.causal})
 
 _CAUSAL_MOD = Variant("mask_mod", 1 / 1.25, _causal_mod, causal=True)
 
+# Gradients that are the same bits in every run, where the kernel would else add them up in any order.
+_DETERMINISTIC = Variant(
+    "deterministic",
+    None,
+    lambda machine, cell: {"causal": cell.causal},
+    gradients=("deterministic",),
+    ops=("backward",),
+)
+
 VARIANTS = (
     Variant("softcap", 0.85, lambda machine, cell: {"softcap": 30.0}),
     Variant("alibi", 0.85, _slopes, causal=True),
@@ -200,6 +209,8 @@ VARIANTS = (
     Variant("mask", 0.6, _mask),
     Variant("dropout", 0.6, lambda machine, cell: {"dropout_p": 0.17, "seed": 7}),
     Variant("sinks", None, _sinks),
+    _DETERMINISTIC,
+    replace(_DETERMINISTIC, name="deterministic_causal", causal=True),
     Variant("score_mod", None, lambda machine, cell: {"score_mod": SCORE_MOD[machine.kind]}),
     _CAUSAL_MOD,
     replace(_CAUSAL_MOD, head_dims=(128,), stretch=2),
