@@ -149,8 +149,8 @@ def _dq_bytes(dims: tuple[int, int], tile: DqTile, options: Options) -> int:
 
 
 def _careful_bytes(warps: int, options: Options) -> int:
-    """Of attention/careful_gradient.cuh."""
-    return warps * max(options.tile_bytes(1, 32), options.tile_bytes(32, 16), 16)
+    """Of attention/careful_gradients.cuh."""
+    return warps * max(options.tile_bytes(16, 16), 16)
 
 
 def tile_class(tiles: Tiles, problem: Problem, chip: Chip) -> tuple[int, int, int]:

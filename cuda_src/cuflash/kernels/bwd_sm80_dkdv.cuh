@@ -1,8 +1,7 @@
 // FlashAttention-2 backward on mma.sync: the gradients of K and V, and those of Q in the same pass.
 #pragma once
 
-#include <cuflash/attention/careful_gradient.cuh>
-#include <cuflash/attention/gradient_sums.cuh>
+#include <cuflash/attention/careful_gradients.cuh>
 #include <cuflash/attention/register_gradient.cuh>
 #include <cuflash/common/shared_memory.cuh>
 #include <cuflash/tile/mma_product.cuh>
@@ -37,7 +36,7 @@ struct BwdSm80DkDv {
   using TileDs = LdmatrixTile<Element, kAddsDq ? kBlockN : 16, kAddsDq ? kBlockM : 32>;
   using DqSums = SharedSums<kBlockM, kHeadDim, kNumWarps>;
   using Gradients = GradientTile<Options, true>;
-  using Careful = CarefulGradient<Element, Options>;
+  using Careful = CarefulGradients<Element, Options>;
 
   struct Arrays {
     const Element *q, *k, *v, *dout;
@@ -58,14 +57,12 @@ struct BwdSm80DkDv {
     Job job;
     Band band;
     int first_key, first_head, m_begin, num_m_blocks, num_steps;
-    int first_tile;  // of the sums of dQ
 
     __device__ __forceinline__ Work(const Job& job, const Problem& problem)
         : job(job),
           band(problem.band(job.sequence.seqlen_q, job.sequence.seqlen_k)),
           first_key(job.tile * kBlockN),
-          first_head(job.head * problem.group_size()),
-          first_tile(first_tile_of_sums<kBlockM, Options>(problem, job.sequence)) {
+          first_head(job.head * problem.group_size()) {
       const Range queries = band.queries_of({first_key, first_key + kBlockN});
       m_begin = queries.begin / kBlockM;
       num_m_blocks = larger(0, ceil_div(queries.end, kBlockM) - m_begin);
@@ -230,9 +227,9 @@ struct BwdSm80DkDv {
         add_product_across<kBlockN, kBlockN / 32>(dq, ColumnsOf(shared.ds, sums.row), shared.k, sums.col);
         unsigned same_step = step;
         ptx::make_opaque(same_step);  // divided again: the registers belong to the products
-        const int tile = work.first_tile + work.first_query_of(same_step) / kBlockM;
-        const long long place = static_cast<long long>(tile) * problem.num_heads + work.head_of(same_step);
-        sums.add(arrays.dq_sums + place * (kBlockM * kHeadDim), dq);
+        const long long tile = Options::template query_tile<kBlockM>(problem, sequence, work.head_of(same_step),
+                                                                     work.first_query_of(same_step) / kBlockM);
+        sums.add(arrays.dq_sums + tile * (kBlockM * kHeadDim), dq);
       }
     }
 
@@ -251,41 +248,11 @@ struct BwdSm80DkDv {
     const bool hides_pairs = Options::kHidesPairs || !work.band.all_visible({0, work.band.seqlen_q},
                                                                             {work.first_key, work.first_key + kBlockN});
     if (hides_pairs && __syncthreads_or(!finite)) {
-      if (split == 0) mend(arrays, params, options, work.job, warp_row, target_k, target_v, shared.careful[warp]);
-    }
-  }
-
-  // Cold. Computes the keys of a warp once more.
-  static __device__ __forceinline__ void mend(const Arrays& arrays, const BwdParams& params, const Options& options,
-                                              const Job& job, int warp_row, const Matrix<Element>& target_k,
-                                              const Matrix<Element>& target_v, typename Careful::Memory& memory) {
-    const Problem& problem = params.problem;
-    const Sequence& sequence = job.sequence;
-    const Band band = problem.band(sequence.seqlen_q, sequence.seqlen_k);
-    const Matrix<const Element> k(arrays.k, params.k, sequence.batch, job.head, sequence.first_key, sequence.seqlen_k,
-                                  problem.head_dim);
-    const Matrix<const Element> v(arrays.v, params.v, sequence.batch, job.head, sequence.first_key, sequence.seqlen_k,
-                                  problem.head_dim_v);
-#pragma unroll 1
-    for (int row = 0; row < kWarpN; ++row) {
-      const int key = job.tile * kBlockN + warp_row + row;
-      if (key >= sequence.seqlen_k) break;
-      typename Careful::template Row<kHeadDim> dk;
-      typename Careful::template Row<kHeadDimV> dv;
-#pragma unroll 1
-      for (int head = job.head * problem.group_size(); head < (job.head + 1) * problem.group_size(); ++head) {
-        const Matrix<const Element> q(arrays.q, params.q, sequence.batch, head, sequence.first_query, sequence.seqlen_q,
-                                      problem.head_dim);
-        const Matrix<const Element> dout(arrays.dout, params.dout, sequence.batch, head, sequence.first_query,
-                                         sequence.seqlen_q, problem.head_dim_v);
-        const RowStatistics rows(arrays.lse, arrays.delta, params, sequence, head);
-        Options here = options;
-        here.enter(sequence, head);
-        const Careful careful = {q, k, v, dout, here, band, problem.softmax_scale, rows, memory};
-        careful.add_key(dk, dv, key);
+      const int first = work.first_key + warp_row;
+      if (split == 0) {
+        Careful::template write_keys<kHeadDim, kHeadDimV>(arrays, params, options, work.job, {first, first + kWarpN}, 1,
+                                                          shared.careful[warp]);
       }
-      dk.write(target_k, key, problem.softmax_scale);
-      dv.write(target_v, key, 1.0f);
     }
   }
 };

@@ -1,7 +1,7 @@
 // FlashAttention-2 backward on mma.sync: the gradient of Q.
 #pragma once
 
-#include <cuflash/attention/careful_gradient.cuh>
+#include <cuflash/attention/careful_gradients.cuh>
 #include <cuflash/attention/register_gradient.cuh>
 #include <cuflash/common/shared_memory.cuh>
 #include <cuflash/tile/mma_product.cuh>
@@ -28,7 +28,7 @@ struct BwdSm80Dq {
   using TileK = LdmatrixTile<Element, kBlockN, kHeadDim>;
   using TileV = LdmatrixTile<Element, kBlockN, kHeadDimV>;
   using Gradients = GradientTile<Options, false>;
-  using Careful = CarefulGradient<Element, Options>;
+  using Careful = CarefulGradients<Element, Options>;
 
   struct Arrays {
     const Element *q, *k, *v, *dout;
@@ -82,10 +82,11 @@ struct BwdSm80Dq {
 
   static_assert(kBlockM % (16 * kNumWarps) == 0 && kBlockN % 16 == 0 && (kStages == 1 || kStages == 2));
 
-  static __device__ __forceinline__ void run(const Arrays& arrays, const BwdParams& params, Options options) {
+  static __device__ __forceinline__ void run(const Arrays& arrays, const BwdParams& params, const Options& of_call) {
     const Problem& problem = params.problem;
-    const Job job = options.template query_job<kBlockM>(problem, blockIdx.x);
+    const Job job = of_call.template query_job<kBlockM>(problem, blockIdx.x);
     if (job.tile * kBlockM >= job.sequence.seqlen_q || job.tile < 0) return;
+    Options options = of_call;
     options.enter(job.sequence, job.head);
     Shared& shared = *reinterpret_cast<Shared*>(dynamic_shared_memory());
     if (threadIdx.x == 0) shared.work = Work(arrays, params, job);
@@ -190,14 +191,8 @@ struct BwdSm80Dq {
       // it.
       if (hides_pairs && __any_sync(kFullMask, !finite)) {
         __syncwarp();  // others write again what this lane wrote
-        const Careful careful = {work.q,    work.k,      work.v,    work.dout,           options,
-                                 work.band, pairs.scale, work.rows, shared.careful[warp]};
-#pragma unroll 1
-        for (int row = first_row; row < min(first_row + 16, work.band.seqlen_q); ++row) {
-          typename Careful::template Row<kHeadDim> sum;
-          careful.add_query(sum, row);
-          sum.write(target, row, problem.softmax_scale);
-        }
+        Careful::template write_queries<kHeadDim>(arrays, params, of_call, job, {first_row, first_row + 16}, 1,
+                                                  shared.careful[warp]);
       }
     }
   }

@@ -1,6 +1,8 @@
 // Sums in global memory to which many blocks add.
 #pragma once
 
+#include <cuflash/ptx/store.cuh>
+
 namespace cuflash::ptx {
 
 // Adds four floats, in an order among threads that changes from run to run. Lane l of a warp owns the numbers
@@ -8,9 +10,7 @@ namespace cuflash::ptx {
 __device__ __forceinline__ void add_4(float* sums, const float* x) {
   const int lane = threadIdx.x % 32;
 #if __CUDA_ARCH__ >= 900
-  asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(sums + 4 * lane), "f"(x[0]), "f"(x[1]), "f"(x[2]),
-               "f"(x[3])
-               : "memory");
+  add_16(reinterpret_cast<float4*>(sums) + lane, x[0], x[1], x[2], x[3]);
 #else
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
