@@ -36,14 +36,16 @@ class Tile(NamedTuple):
 # (docs/notes/sm90_backward.md). A consumer holds 64 keys: dK and dV of 128 columns leave registers for 64 queries,
 # those of 64 columns for 128. A second place for K and V lets the next job's come beside the epilogue.
 TILES: dict[int, tuple[Tile, ...]] = {
-    64: (Tile(128, 128, 2, 2), Tile(64, 128, 2, 4), Tile(64, 128, 1, 2)),
-    128: (Tile(64, 128, 2, 2), Tile(64, 128, 1, 2), Tile(64, 128, 1, 1)),
+    64: (Tile(128, 128, 2, 2), Tile(64, 128, 2, 4)),
+    128: (Tile(64, 128, 2, 2), Tile(64, 128, 1, 2)),
 }
 HUNGRY = {"softcap", "mod", "dropout", "bias"}  # options for which 128 queries are too many
 
 
 def why_not(problem: Problem, options: Options, chip: Chip) -> str | None:
     """The reason why there is no kernel for a problem that the forward can do, or None if there is one."""
+    if problem.packed:
+        return "its backward takes no packed sequences: short ones can stop it (docs/notes/sm90_backward.md)"
     if max(problem.head_dim, problem.head_dim_v) > MAX_HEAD_DIM:
         return f"its backward takes head_dim up to {MAX_HEAD_DIM}, not {max(problem.head_dim, problem.head_dim_v)}"
     if _tile(problem, options, chip) is None:

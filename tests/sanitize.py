@@ -10,6 +10,7 @@ import cupy
 import numpy as np
 
 import cuflash
+from cuflash._sm90_backward import MAX_HEAD_DIM
 from cuflash.testing import (
     assert_attention_accurate,
     assert_attention_varlen_accurate,
@@ -47,7 +48,7 @@ PACKED = [
     PackedProblem((70, 33), (70, 40), (5, 40), head_dims=(64, 32), dtype="bfloat16", sinks="float32", dropout_p=0.2),
 ]
 
-# For the family sm90: more jobs than multiprocessors, several blocks of keys, and every kind of pairs.
+# For the family sm90: more jobs than multiprocessors, several tiles of keys, and every kind of pairs.
 LONG = {head_dim: ((64, 300, head_dim), (32, 400, head_dim), (32, 400, head_dim)) for head_dim in (64, 128)}
 HOPPER = [
     AttentionProblem(*LONG[64], "bfloat16", causal=True),
@@ -70,27 +71,37 @@ HOPPER_PACKED = [
 ]  # fmt: skip
 
 
-def check_forward(problem: AttentionProblem, *, poison: bool = False) -> None:
-    """Run kernel="sm90"; with NaN in a value that only the last rows of a causal problem see, if asked for."""
-    q, k, v = problem.arrays()
+def check_sm90(problem: AttentionProblem | PackedProblem, *, poison: bool = False) -> None:
+    """Run kernel="sm90" forward and, as far as it has gradients, backward, in any order and in a fixed one.
+
+    With NaN in a value that only the last rows of a causal problem see, if asked for.
+    """
+    packed, options = isinstance(problem, PackedProblem), problem.options_for(cupy, "expression")
+    q, k, v, *cu_seqlens = problem.arrays()
     if poison:
         v[..., -5, 3] = np.nan
-    inputs = [cupy.asarray(x) for x in (q, k, v)]
-    out, lse = cuflash.attention(*inputs, kernel="sm90", return_lse=True, **problem.options_for(cupy, "expression"))
-    assert_attention_accurate(q, k, v, out, lse, **problem.options)
+    dout, q, k, v, *cu_seqlens = (cupy.asarray(x) for x in (problem.dout(), q, k, v, *cu_seqlens))
+    forward = cuflash.attention_varlen if packed else cuflash.attention
+    backward = cuflash.attention_varlen_backward if packed else cuflash.attention_backward
+    assert_forward = assert_attention_varlen_accurate if packed else assert_attention_accurate
+    assert_backward = assert_gradients_varlen_accurate if packed else assert_gradients_accurate
+    out, lse = forward(q, k, v, *cu_seqlens, kernel="sm90", return_lse=True, **options)
+    assert_forward(q, k, v, *cu_seqlens, out, lse, **problem.options)
+    if packed or max(q.shape[-1], v.shape[-1]) > MAX_HEAD_DIM:
+        return
+    for deterministic in (False, True):
+        arrays = dout, q, k, v, out, lse, *cu_seqlens
+        gradients = backward(*arrays, kernel="sm90", deterministic=deterministic, **options)
+        assert_backward(dout, q, k, v, *cu_seqlens, *gradients, **problem.options)
 
 
 def check_hopper() -> int:
     """Run the problems of the family sm90, and count them."""
-    for problem in HOPPER:
-        check_forward(problem)
+    for problem in (*HOPPER, *HOPPER_PACKED):
+        check_sm90(problem)
     for problem in HOPPER[:2]:
-        check_forward(problem, poison=True)
-    for packed in HOPPER_PACKED:
-        inputs, options = packed.arrays(cupy), packed.options_for(cupy, "expression")
-        out, lse = cuflash.attention_varlen(*inputs, kernel="sm90", return_lse=True, **options)
-        assert_attention_varlen_accurate(*packed.arrays(), out, lse, **packed.options)
-    return len(HOPPER) + 2 + len(HOPPER_PACKED)
+        check_sm90(problem, poison=True)
+    return len(HOPPER) + len(HOPPER_PACKED) + 2
 
 
 def main() -> None:
@@ -114,7 +125,7 @@ def main() -> None:
         assert_gradients_varlen_accurate(dout, *inputs, *vjp(dout), **packed.options)
     print(f"{len(PROBLEMS) + len(VARIANTS) + len(PACKED)} problems, forward and backward: right")
     if cupy.cuda.Device().compute_capability == "90":
-        print(f"{check_hopper()} problems on the family sm90: right")
+        print(f"{check_hopper()} problems on the family sm90, forward and backward: right")
 
 
 if __name__ == "__main__":

@@ -690,6 +690,8 @@ class _Recorder:
     def empty(self, shape, dtype):
         return np.zeros(shape, dtype)
 
+    zeros = empty
+
     def pointer(self, array):
         return array.ctypes.data
 
@@ -710,7 +712,7 @@ class _Recorder:
         return lambda *_: None
 
 
-FAMILIES_OF = {"forward": ["sm90", "wmma"], "backward": ["wmma"]}
+FAMILIES_OF = {"forward": ["sm90", "wmma"], "backward": ["sm90", "wmma"]}
 
 
 class TestCompilingAhead:
@@ -750,6 +752,8 @@ class TestCompilingAhead:
             for cell in (*variant.cells(sizes, "bfloat16"), *variant.plain_cells(sizes, "bfloat16")):
                 for op in variant.ops:
                     for family in FAMILIES_OF[op]:
+                        if variant.packed and op == "backward" and family == "sm90":
+                            continue
                         variant.prepare(machine, op, cell, family)().call()
         assert len(compiled) > 80
         assert device.loaded <= compiled
@@ -804,7 +808,7 @@ class TestCompilingAhead:
         choice = sweeps.Choice(ops=cells.OPS, kernels=[], peers=[], dtype="bfloat16")
         _, *steps = sweeps.plan(machine, "variants", choice)
         asked = {(step.run.args[2], step.run.args[-1]) for step in steps}
-        assert asked == {("forward", "sm90"), ("forward", "wmma"), ("backward", "wmma")}
+        assert asked == {(op, family) for op in cells.OPS for family in FAMILIES_OF[op]}
 
 
 class TestFirstCall:
