@@ -118,11 +118,12 @@ def attention(
         Where to write the result; it must not overlap an input.
     return_lse : bool
         Also return the log of the sum of exponentials of each row of scores.
-    kernel : {"auto", "sm90", "wmma", "fa1", "naive"}
+    kernel : {"auto", "sm90", "sm80", "wmma", "fa1", "naive"}
         Kernel family for CuPy arrays; NumPy arrays take "auto" alone. "auto" is the fastest that can compute the call:
         "sm90" for float16 and bfloat16 on a Hopper GPU, where its copy engine can take the arrays (last axis
-        contiguous, rows that begin at multiples of 16 bytes), else "wmma". A family by name either computes the call or
-        says why not, in a ``NotImplementedError``. "fa1" and "naive" are older ways, to compare with.
+        contiguous, rows that begin at multiples of 16 bytes), "sm80" for them on any GPU since compute capability 8.0,
+        else "wmma". A family by name either computes the call or says why not, in a ``NotImplementedError``. "fa1" and
+        "naive" are older ways, to compare with.
 
     Returns
     -------
@@ -273,7 +274,7 @@ def attention_backward(
         As they were in the forward call.
     score_mod, mask_mod, mod_args, layout
         Likewise.
-    kernel : {"auto", "sm90", "wmma", "naive"}
+    kernel : {"auto", "sm90", "sm80", "wmma", "naive"}
         As for :func:`attention`; it need not be the same, for each takes ``out`` and ``lse`` of any. "fa1" has no
         gradients, "sm90" those of heads up to 128 columns.
     dlse : array, shape (..., Hq, M), optional
@@ -281,8 +282,9 @@ def attention_backward(
     return_dbias, return_dsinks : bool
         Whether to return the gradients of ``bias`` and of ``sinks`` too.
     deterministic : bool
-        Whether the result must be bitwise the same in every run. If not, "sm90" adds up ``dq`` in float32 in whatever
-        order its blocks come, which is faster; the results of the other families are the same bits in any case.
+        Whether the result must be bitwise the same in every run. If not, "sm90" and "sm80" add up ``dq`` in float32 in
+        whatever order their blocks come, which is faster; the results of the other families are the same bits in any
+        case.
 
     Returns
     -------
@@ -304,7 +306,7 @@ def attention_backward(
     Beyond the results it takes 4 bytes for each row of queries of a head, and for an input that was broadcast along the
     batch its gradient for the whole batch, in its own dtype and in float32. "sm90" takes the float32 sums of ``dq``
     too, with 64 or 128 columns and in whole tiles of up to 128 rows, and 4 bytes for 128 keys of a head; with
-    ``deterministic`` another 8 bytes a tile.
+    ``deterministic`` another 8 bytes a tile. "sm80" takes such sums, but with ``deterministic`` none.
 
     References
     ----------

@@ -11,7 +11,7 @@ from ._problem import MAX_HEAD_DIM, MAX_SEQLEN, Causal, Layout, Operand, Problem
 
 LAYOUTS = ("bhsd", "bshd")
 CAUSAL: tuple[Any, ...] = (False, True, "bottom-right", "top-left")
-KERNELS = ("auto", "sm90", "wmma", "fa1", "naive")
+KERNELS = ("auto", "sm90", "sm80", "wmma", "fa1", "naive")
 OVERLAP_WORK = 100_000  # steps that NumPy may take to find an overlap: microseconds to a few milliseconds
 
 AXES = {"bhsd": "(..., heads, sequence, head_dim)", "bshd": "(..., sequence, heads, head_dim)"}

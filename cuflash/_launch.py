@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, Literal, Protocol
 
-from . import _fa1, _naive, _sm90, _wmma
+from . import _fa1, _naive, _sm80, _sm90, _wmma
 from ._call import Call, Run
 from ._device import Array, Chip, Device
 from ._kernel import find_blocks
@@ -32,8 +32,8 @@ class Family(Protocol):
         """A function of (dout, q, k, v, out, lse, dq, dk, dv) and the arrays of the options that computes gradients."""
 
 
-FAMILIES: dict[str, Family] = {"sm90": _sm90, "wmma": _wmma, "fa1": _fa1, "naive": _naive}
-AUTO = ("sm90", "wmma")
+FAMILIES: dict[str, Family] = {"sm90": _sm90, "sm80": _sm80, "wmma": _wmma, "fa1": _fa1, "naive": _naive}
+AUTO = ("sm90", "sm80", "wmma")
 """What ``kernel="auto"`` chooses from: the first that can do it."""
 
 

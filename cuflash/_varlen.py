@@ -60,7 +60,7 @@ def attention_varlen(
     alibi_slopes : array, shape (Hq,) or (B, Hq), optional
     scale, causal, window_size, softcap, sinks, dropout_p, seed, score_mod, mask_mod, mod_args, out, return_lse
         As for :func:`attention`.
-    kernel : {"auto", "sm90", "wmma"}
+    kernel : {"auto", "sm90", "sm80", "wmma"}
         As for :func:`attention`; "fa1" and "naive" have no packed sequences.
 
     Returns
@@ -156,7 +156,7 @@ def attention_varlen_backward(
         As they were in the forward call.
     score_mod, mask_mod, mod_args
         Likewise.
-    kernel : {"auto", "wmma"}
+    kernel : {"auto", "sm80", "wmma"}
         As for :func:`attention_backward`; "sm90" has no gradients of packed sequences.
     dlse : array, shape (Hq, total_q), optional
         Gradient with respect to ``lse``. Default: 0.

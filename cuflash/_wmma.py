@@ -206,7 +206,7 @@ class _TiledKernel:
         return kernel, self.num_blocks(problem, tile)
 
 
-def _num_jobs(problem: Problem, num_rows: int, block: int) -> int:
+def num_jobs(problem: Problem, num_rows: int, block: int) -> int:
     """The blocks of threads that a head takes (attention/sequence.cuh, attention/packed.cuh)."""
     if problem.packed:
         return num_rows // block + problem.batch + 1 if num_rows else 0
@@ -215,15 +215,15 @@ def _num_jobs(problem: Problem, num_rows: int, block: int) -> int:
 
 def _query_blocks(problem: Problem, tile: Tile) -> int:
     """A block of threads owns as many queries of a head as the first number of its tile says."""
-    return _num_jobs(problem, problem.seqlen_q, tile[0]) * problem.num_heads
+    return num_jobs(problem, problem.seqlen_q, tile[0]) * problem.num_heads
 
 
 def _key_blocks(problem: Problem, tile: Tile) -> int:
     """A block of threads owns as many keys of a key/value head as the second number of its tile says."""
-    return _num_jobs(problem, problem.seqlen_k, tile[1]) * problem.num_heads_kv
+    return num_jobs(problem, problem.seqlen_k, tile[1]) * problem.num_heads_kv
 
 
-_BACKWARD_INPUTS = (
+BACKWARD_INPUTS = (
     *("const Element* q", "const Element* k", "const Element* v", "const Element* dout"),
     *("const float* lse", "const float* delta"),
 )
@@ -245,7 +245,7 @@ backward_dkdv = _TiledKernel(
     shared_bytes=_dkdv_bytes,
     num_warps=lambda tile: tile[2] * tile[3],
     num_blocks=_key_blocks,
-    pointers=(*_BACKWARD_INPUTS, "Element* dk", "Element* dv"),
+    pointers=(*BACKWARD_INPUTS, "Element* dk", "Element* dv"),
     params="BwdParams",
 )
 backward_dq = _TiledKernel(
@@ -255,7 +255,7 @@ backward_dq = _TiledKernel(
     shared_bytes=_dq_bytes,
     num_warps=lambda tile: tile[2] * tile[3],
     num_blocks=_query_blocks,
-    pointers=(*_BACKWARD_INPUTS, "Element* dq"),
+    pointers=(*BACKWARD_INPUTS, "Element* dq"),
     params="BwdParams",
 )
 
@@ -270,7 +270,7 @@ def backward_dbias(problem: Problem, options: Options, number: str, chip: Chip, 
         shared_bytes=_dbias_bytes,
         num_warps=lambda tile: tile[2],
         num_blocks=lambda problem, tile: batch * heads * ceil_div(rows, tile[0]) * ceil_div(cols, tile[1]),
-        pointers=(*_BACKWARD_INPUTS, f"{ELEMENTS[dbias.dtype]}* dbias"),
+        pointers=(*BACKWARD_INPUTS, f"{ELEMENTS[dbias.dtype]}* dbias"),
         params="DbiasParams",
     )
     return make(problem, options, number, chip)

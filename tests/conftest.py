@@ -14,7 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 
 import cuflash
-from cuflash import _backends, _numpy
+from cuflash import _backends, _launch, _numpy, _plan
 from cuflash.testing import (
     assert_attention_accurate,
     assert_attention_varlen_accurate,
@@ -111,12 +111,12 @@ class Ring:
         """Return the options of a problem as the calls of this ring take them."""
         return problem.options_for(self.xp, "callable" if self.name == "numpy" else "expression")
 
-    def gradients(self, problem: AttentionProblem | PackedProblem) -> Any:
+    def gradients(self, problem: AttentionProblem | PackedProblem, *, deterministic: bool = False) -> Any:
         """Compute the gradients of a problem, those of its bias and its sinks too, from its own forward pass."""
         options = self.options(problem)
         asked = {f"return_d{name}": True for name in ("bias", "sinks") if name in options}
         of_vjp = self.attention_varlen_vjp if isinstance(problem, PackedProblem) else self.attention_vjp
-        _, vjp = of_vjp(*problem.arrays(self.xp), **options, **asked)
+        _, vjp = of_vjp(*problem.arrays(self.xp), **options, **asked, deterministic=deterministic)
         return vjp(problem.dout(self.xp), *([problem.dlse(self.xp)] if problem.with_dlse else []))
 
     def check_forward(self, problem: AttentionProblem) -> None:
@@ -205,10 +205,10 @@ def host_ring(kernel: str) -> Ring:
 def gpu_ring(kernel: str) -> Ring:
     import cupy
 
-    if kernel == "auto":  # problems for which a chip may have tuned kernels
+    if kernel in ("auto", "sm80"):  # problems for which a chip may have tuned kernels
         return Ring(
             name="gpu",
-            kernel=kernel,
+            kernel="auto",
             xp=cupy,
             dtypes=HALF,
             head_dims=(8, 64, 96, 128),
@@ -239,6 +239,12 @@ def host_backend() -> Any:
     return LaunchBackend(HostDevice())
 
 
+def forget_plans() -> None:
+    """Forget which family a call of kernel="auto" goes to."""
+    _plan._plan_forward.cache_clear()
+    _plan._plan_backward.cache_clear()
+
+
 @functools.cache
 def why_no_gpu() -> str | None:
     """Return why the gpu ring cannot run here, or None if it can."""
@@ -265,8 +271,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 RINGS = [
     pytest.param(("numpy", "auto"), marks=pytest.mark.numpy, id="numpy"),
     pytest.param(("host", "wmma"), marks=pytest.mark.host, id="host-wmma"),
+    pytest.param(("host", "auto"), marks=pytest.mark.host, id="host-auto"),
     pytest.param(("gpu", "wmma"), marks=pytest.mark.gpu, id="gpu-wmma"),
     pytest.param(("gpu", "auto"), marks=pytest.mark.gpu, id="gpu-auto"),
+    pytest.param(("gpu", "sm80"), marks=pytest.mark.gpu, id="gpu-sm80"),
 ]
 
 
@@ -294,7 +302,12 @@ def ring(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
         reason = why_no_gpu()
         if reason is not None:
             pytest.skip(reason)
+        if kernel == "sm80":  # what "auto" means without Hopper's family
+            monkeypatch.setattr(_launch, "AUTO", ("sm80", "wmma"))
+            forget_plans()
         yield gpu_ring(kernel)
+        if kernel == "sm80":
+            forget_plans()
 
 
 @pytest.fixture

@@ -114,9 +114,9 @@ def test_gradients_of_broadcast_axes_are_summed(ring: Ring, q: Any, k: Any, v: A
 def test_vjp_is_attention_and_its_backward(ring: Ring) -> None:
     arrays, dout = GROUPED.arrays(ring.xp), GROUPED.dout(ring.xp)
     out, lse = ring.attention(*arrays, causal=True, return_lse=True)
-    same, vjp = ring.attention_vjp(*arrays, causal=True)
+    same, vjp = ring.attention_vjp(*arrays, causal=True, deterministic=True)
     ring.assert_same_bits(same, out)
-    gradients = ring.attention_backward(dout, *arrays, out, lse, causal=True)
+    gradients = ring.attention_backward(dout, *arrays, out, lse, causal=True, deterministic=True)
     again = ring.attention_backward(dout, *arrays, out, lse, causal=True, deterministic=True)
     for results in zip(vjp(dout), gradients, again, strict=True):
         ring.assert_same_bits(results[1], results[0])
@@ -132,22 +132,23 @@ def test_strides_do_not_change_a_bit(ring: Ring, strides: Any, dtype: str) -> No
     parent = ring.xp.full((2, 4, 67, 65), np.nan, dtype)
     strided_out = parent[..., 1:-1, 1::2]
     strided_out[...] = out
+    options = {"causal": True, "deterministic": True}
     gradients = ring.attention_backward(
-        dout, *arrays, strided_out, lse.swapaxes(-1, -2).copy().swapaxes(-1, -2), causal=True
+        dout, *arrays, strided_out, lse.swapaxes(-1, -2).copy().swapaxes(-1, -2), **options
     )
     if ring.may_take_tuned_kernels:  # some strides go to other kernels
         assert_gradients_accurate(dout, *arrays, *gradients, causal=True)
         return
     copies = [ring.xp.ascontiguousarray(x) for x in (dout, *arrays)]
-    for gradient, same in zip(gradients, ring.attention_backward(*copies, out, lse, causal=True), strict=True):
+    for gradient, same in zip(gradients, ring.attention_backward(*copies, out, lse, **options), strict=True):
         ring.assert_same_bits(gradient, same)
 
 
 def test_layouts_agree_to_the_bit(ring: Ring) -> None:
     problem = AttentionProblem((2, 17, 4, 8), (2, 33, 2, 8), (2, 33, 2, 16), layout="bshd")
     arrays, dout = problem.arrays(ring.xp), problem.dout(ring.xp)
-    _, vjp = ring.attention_vjp(*(x.swapaxes(1, 2) for x in arrays))
-    for gradient, same in zip(ring.gradients(problem), vjp(dout.swapaxes(1, 2)), strict=True):
+    _, vjp = ring.attention_vjp(*(x.swapaxes(1, 2) for x in arrays), deterministic=True)
+    for gradient, same in zip(ring.gradients(problem, deterministic=True), vjp(dout.swapaxes(1, 2)), strict=True):
         ring.assert_same_bits(gradient, same.swapaxes(1, 2))
 
 
@@ -163,8 +164,8 @@ def test_nothing_around_the_inputs_is_read_and_they_are_not_written(ring: Ring) 
         poisoned = [ring.xp.asarray(parent) for parent in parents]
         views = [parent[1:3, 1:3, 3:-3, 3:-5] for parent in poisoned]
         views[-1] = views[-1][..., 0]
-        gradients = ring.attention_backward(*views, causal=True)
-        same = ring.attention_backward(*map(ring.asarray, (*inputs[:-1], lse)), causal=True)
+        gradients = ring.attention_backward(*views, causal=True, deterministic=True)
+        same = ring.attention_backward(*map(ring.asarray, (*inputs[:-1], lse)), causal=True, deterministic=True)
         for gradient, expected in zip(gradients, same, strict=True):
             ring.assert_same_bits(gradient, expected)
         for before, after in zip(parents, poisoned, strict=True):

@@ -188,7 +188,7 @@ def test_unknown_layouts(ring: Ring, layout: Any) -> None:
 
 @pytest.mark.parametrize("kernel", ["fast", "", None, 90, ["auto"]])
 def test_unknown_kernels(ring: Ring, kernel: Any) -> None:
-    fails(ring, ValueError, r"kernel\b.*'auto', 'sm90', 'wmma'", *arrays(ring), kernel=kernel)
+    fails(ring, ValueError, r"kernel\b.*'auto', 'sm90', 'sm80', 'wmma'", *arrays(ring), kernel=kernel)
 
 
 def test_a_kernel_that_does_not_compute_numpy_arrays() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from cuflash import _sm90, _sm90_backward, _wmma
+from cuflash import _sm80, _sm90, _sm90_backward, _wmma
 from cuflash._device import KernelSource
 from cuflash._kernel import HEAD_DIMS, NUMBERS, Kernel, find_blocks
 from cuflash._options import Options
@@ -77,11 +77,23 @@ def passes(options: Options, number: str, head_dims: tuple[int, int], arch: int)
         yield make(problem(*head_dims), options, number, CHIPS[arch])[0]
 
 
+SM80_PASSES = (_sm80.forward, _sm80.backward, _sm80.finish, _sm80.backward_dkdv, _sm80.backward_dq)
+
+
+def sm80_passes(options: Options, number: str, head_dims: tuple[int, int], arch: int) -> Iterator[Kernel]:
+    """The forward, the backward in one pass with its end, and the deterministic one's two kernels."""
+    for make in SM80_PASSES:
+        yield make(problem(*head_dims), options, number, CHIPS[arch])[0]
+
+
 def plain_kernels(arch: int) -> Iterator[Kernel]:
     for number in numbers(arch):
         yield _wmma.delta(problem(1, 1), number)[0]
         for head_dims in HEAD_DIMS:
             yield from passes(Options(), number, head_dims, arch)
+    if arch >= 80:
+        for number, head_dims in product(HALF, HEAD_DIMS):
+            yield from sm80_passes(Options(), number, head_dims, arch)
     if arch == 90:
         for number, head_dims, causal in product(HALF, _sm90.TILES, (False, True)):  # the tile may differ
             yield sm90_forward(Options(), number, head_dims, causal=causal)
@@ -94,6 +106,7 @@ def kernels_with_options(arch: int) -> Iterator[Kernel]:
     if arch in (80, 90, 100):
         for feature in FEATURES:
             yield from passes(options(feature), "bfloat16", (128, 128), arch)
+            yield from sm80_passes(options(feature), "bfloat16", (128, 128), arch)
     if arch == 90:
         yield find_blocks(options("mask_mod"))
         for feature, head_dims in product(FEATURES, ((64, 64), (128, 128))):
@@ -119,6 +132,16 @@ def cases() -> list[object]:
 # in memory, by kernel and chip. Plain kernels park nothing anywhere, but for the backward on sm_90: its producer has 24
 # registers a thread, and parks a few bytes. With 128 columns and a softcap or score_mod, its consumers do.
 MAY_PARK = {
+    "bwd_sm80_bf16_d128x128_dropout": {100: 16},
+    "bwd_sm80_bf16_d128x128_mask": {100: 16},
+    "bwd_sm80_bf16_d128x128_mod": {80: 16, 90: 16},
+    "bwd_sm80_dkdv_bf16_d128x128_bias": {100: 32},
+    "bwd_sm80_dkdv_bf16_d128x128_dropout": {100: 16},
+    "bwd_sm80_dkdv_bf16_d128x128_mod": {80: 16, 100: 16},
+    "bwd_sm80_dkdv_bf16_d128x128_softcap": {100: 32},
+    "bwd_sm80_dq_bf16_d128x128_bias": {90: 16},
+    "bwd_sm80_dq_bf16_d128x128_dropout": {90: 16},
+    "bwd_sm80_dq_bf16_d128x128_mod": {90: 16, 100: 16},
     "bwd_sm90_bf16_d64x64": {90: 8},
     "bwd_sm90_bf16_d64x64_alibi": {90: 8},
     "bwd_sm90_bf16_d64x64_deterministic": {90: 8},
@@ -173,7 +196,7 @@ def test_a_kernel_compiles_within_its_registers_and_uses_tensor_cores(kernel: Ke
         assert SERIALIZED not in log, log
     if kernel.header == "bwd_sm90":
         assert found["REDG"] > 0, "the sums of dQ must be added by the memory, which returns nothing"
-    if "wmma" in kernel.header:
+    if "wmma" in kernel.header or ("sm80" in kernel.header and "finish" not in kernel.header):
         assert found["HMMA"] > 0
         if "f16" in kernel.symbol:
             assert found["LDSM"] > 0, "factors must come from shared memory by ldmatrix, not word by word"

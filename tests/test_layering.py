@@ -29,7 +29,7 @@ PYTHON_LAYERS = [
     {"_wmma"},
     {"_sm90_backward"},
     {"_sm90"},
-    {"_fa1", "_naive"},
+    {"_fa1", "_naive", "_sm80"},
     {"_launch"},
     {"_cupy"},
     {"_backends"},

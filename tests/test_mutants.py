@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 import cuflash
-from cuflash import _backends, _wmma
+from cuflash import _backends, _sm80, _wmma
 from cuflash._launch import LaunchBackend
 from cuflash.testing import assert_attention_accurate, assert_gradients_accurate
 from cuflash.testing.strategies import AttentionProblem, PackedProblem, PairArray
@@ -51,6 +51,17 @@ TILES = {
     "DQ_TILES": (64, 64, 4, 1, 2),
     "DBIAS_TILES": (64, 64, 4, 1),
 }
+# Of the sm80 family, which has tables of its own.
+SM80_TILES = {
+    "FORWARD_TILES": _sm80.Tile(64, 64, 4, 2),
+    "DKDV_TILES": _sm80.DkDvTile(64, 64, 4, 1, 2),
+    "DQ_TILES": _sm80.DqTile(64, 64, 4, 2),
+}
+SM80_TILES_OF_ONE_STAGE = {
+    "FORWARD_TILES": _sm80.Tile(64, 64, 4, 1),
+    "DKDV_TILES": _sm80.DkDvTile(64, 64, 8, 2, 1),
+    "DQ_TILES": _sm80.DqTile(64, 64, 4, 1),
+}
 TILES_OF_ONE_STAGE = TILES | {"DKDV_TILES": (64, 64, 2, 2, 1), "DQ_TILES": (64, 64, 2, 2, 1)}
 
 
@@ -65,6 +76,7 @@ class Problem:
     causal: bool = False
     window_size: tuple[int, int] | None = None
     one_stage: bool = False
+    deterministic: bool = False
     growth: float = 1.0  # of the keys from the first to the last, so that the largest score comes late
     poisoned: tuple[str, int] | None = None  # the array, and the row, that hold one NaN
     masked: bool = False  # by an array
@@ -107,6 +119,8 @@ WINDOW = Problem(150, 150, window_size=(10, 20))
 UNSEEN = Problem(70, 200, window_size=(10, 0))  # nobody sees the first 64 keys
 NARROW = Problem(40, 100, head_dim=40, head_dim_v=24)
 ONE_STAGE = Problem(140, 140, one_stage=True)
+APART = Problem(100, 150, causal=True, deterministic=True)
+APART_ONE_STAGE = replace(APART, one_stage=True)
 # Query 51 is the first that sees key 181, and query 10 sees no key of the second tile.
 NAN_IN_V = Problem(70, 200, causal=True, poisoned=("v", 181))
 NAN_IN_K = Problem(70, 200, causal=True, poisoned=("k", 181))
@@ -140,9 +154,10 @@ class Mutant:
     new: str
     problem: Problem | AttentionProblem | PackedProblem
     ways: tuple[str, ...]  # each of them alone shows the mistake
+    family: str = "wmma"
 
     def __str__(self) -> str:
-        return f"{self.direction}: {self.name}"
+        return f"{self.family} {self.direction}: {self.name}"
 
     def apply(self, cuda_src: Path) -> None:
         path = cuda_src / "cuflash" / self.file
@@ -156,6 +171,9 @@ FORWARD = "kernels/fwd_wmma.cuh"
 DKDV = "kernels/bwd_wmma_dkdv.cuh"
 DQ = "kernels/bwd_wmma_dq.cuh"
 DBIAS = "kernels/bwd_wmma_dbias.cuh"
+SM80_FORWARD = "kernels/fwd_sm80.cuh"
+SM80_DKDV = "kernels/bwd_sm80_dkdv.cuh"
+SM80_DQ = "kernels/bwd_sm80_dq.cuh"
 
 MUTANTS = [
     # Missing barriers and weak waits
@@ -734,48 +752,266 @@ MUTANTS = [
     ),
 ]
 
+
+def sm80(
+    name: str,
+    direction: Literal["forward", "backward"],
+    file: str,
+    old: str,
+    new: str,
+    problem: Problem | AttentionProblem | PackedProblem,
+    *ways: str,
+) -> Mutant:
+    return Mutant(name, direction, file, old, new, problem, ways, "sm80")
+
+
+ARRIVED = "__syncthreads();  // this stage has arrived"
+MUTANTS += [
+    # Missing barriers and weak waits
+    sm80("no barrier before a stage is read", "forward", SM80_FORWARD, ARRIVED, "//", PLAIN, "greedy", "tsan"),
+    sm80(
+        "a wait for a stage that allows one group more",
+        "forward",
+        SM80_FORWARD,
+        "cp_async_wait<larger(0, kStages - 2)>",
+        "cp_async_wait<kStages - 1>",
+        PLAIN,
+        "lazy",
+    ),
+    sm80(
+        "no barrier before V is read and K overwritten",
+        "forward",
+        SM80_FORWARD,
+        "__syncthreads();  // V has arrived",
+        "//",
+        ONE_STAGE,
+        "greedy",
+        "tsan",
+    ),
+    sm80("no barrier before a stage is read", "backward", SM80_DKDV, ARRIVED, "//", CAUSAL, "greedy", "tsan"),
+    sm80(
+        "no barrier before dS is read",
+        "backward",
+        SM80_DKDV,
+        "__syncthreads();  // dS is there",
+        "//",
+        CAUSAL,
+        "greedy",
+        "tsan",
+    ),
+    sm80("no barrier before a stage is read", "backward", SM80_DQ, ARRIVED, "//", APART, "greedy", "tsan"),
+    sm80(
+        "no barrier before the only stage is overwritten",
+        "backward",
+        SM80_DQ,
+        "__syncthreads();  // the only stage is no longer read",
+        "//",
+        APART_ONE_STAGE,
+        "greedy",
+        "tsan",
+    ),
+    sm80(
+        "no barrier before the job is looked at",
+        "forward",
+        SM80_FORWARD,
+        "shared.work = Work(arrays, params, job);\n    __syncthreads();",
+        "shared.work = Work(arrays, params, job);",
+        PLAIN,
+        "reverse",
+        "tsan",
+    ),
+    # Out of bounds
+    sm80(
+        "rows past the end of a matrix are loaded",
+        "forward",
+        "tile/ldmatrix_tile.cuh",
+        "first_row + kRows <= source.rows &&",
+        "",
+        PLAIN,
+        "asan",
+    ),
+    sm80(
+        "columns past the end of a matrix are loaded",
+        "forward",
+        "tile/ldmatrix_tile.cuh",
+        "i * kRowStep < num_rows && group < num_cols",
+        "i * kRowStep < num_rows",
+        NARROW,
+        "forward",
+        "asan",
+    ),
+    sm80(
+        "a row past the end of the output is stored",
+        "forward",
+        "tile/row_store.cuh",
+        "if (row < out.rows && first_col",
+        "if (row <= out.rows && first_col",
+        PLAIN,
+        "forward",
+        "asan",
+    ),
+    # Wrong places
+    sm80(
+        "the swizzle is left out where rows are read",
+        "forward",
+        "tile/ldmatrix_tile.cuh",
+        "start ^ 2 * (col % Tile::kGroup)",
+        "start + 2 * (col % Tile::kGroup)",
+        PLAIN,
+        "forward",
+    ),
+    sm80(
+        "dS is not transposed",
+        "backward",
+        "tile/mma_product.cuh",
+        "reader.load_transposed(x, tile, row, col + 16 * m);",
+        "reader.load(x, tile, row, col + 16 * m);",
+        CAUSAL,
+        "forward",
+    ),
+    # Wrong masks and ranges
+    sm80(
+        "tiles that are seen in part are not masked",
+        "forward",
+        SM80_FORWARD,
+        "if (masked) tile.template hide_by_band",
+        "if (false) tile.template hide_by_band",
+        CAUSAL,
+        "forward",
+    ),
+    sm80(
+        "warps pass by tiles of which they see the last key alone",
+        "forward",
+        SM80_FORWARD,
+        "first_key < keys.end &&",
+        "first_key + 1 < keys.end &&",
+        SQUARE,
+        "forward",
+    ),
+    sm80(
+        "a key is seen by one query too many",
+        "backward",
+        "attention/register_gradient.cuh",
+        "row - band.end + 1,",
+        "row - band.end,",
+        CAUSAL,
+        "forward",
+    ),
+    sm80(
+        "a query sees one key too many",
+        "backward",
+        "attention/register_gradient.cuh",
+        "min(row + band.end, band.seqlen_k)",
+        "min(row + band.end + 1, band.seqlen_k)",
+        APART,
+        "forward",
+    ),
+    # Wrong numbers
+    sm80(
+        "the output is not rescaled when a maximum grows",
+        "forward",
+        SM80_FORWARD,
+        "output[m].x[i] *= factor[m][row_of_element(i)];",
+        ";",
+        replace(GROWING, growth=-8.0),
+        "forward",
+    ),
+    sm80(
+        "rows beside NaN are not computed again",
+        "forward",
+        SM80_FORWARD,
+        "if (hides_pairs && __any_sync(kFullMask, !finite))",
+        "if (false)",
+        NAN_IN_V,
+        "forward",
+    ),
+    sm80(
+        "keys beside NaN are not computed again",
+        "backward",
+        SM80_DKDV,
+        "if (hides_pairs && __syncthreads_or(!finite))",
+        "if (false)",
+        NAN_IN_DOUT,
+        "forward",
+    ),
+    sm80(
+        "sums of dQ beside NaN are not computed again",
+        "backward",
+        "kernels/bwd_sm80_finish.cuh",
+        "if (hides_pairs && __syncthreads_or(!finite))",
+        "if (false)",
+        NAN_IN_K,
+        "forward",
+    ),
+    sm80(
+        "dropout bits are not transposed",
+        "backward",
+        "attention/register_gradient.cuh",
+        "if constexpr (kTransposed) drawn = transposed(drawn);",
+        "",
+        DROPOUT,
+        "forward",
+    ),
+    sm80(
+        "packed sums of dQ begin where those of the sequence before end",
+        "backward",
+        "attention/packed.cuh",
+        "sequence.first_query / kBlockM + number + tile",
+        "sequence.first_query / kBlockM + tile",
+        PACKED,
+        "forward",
+    ),
+]
 CASES = [(mutant, way) for mutant in MUTANTS for way in mutant.ways]
 
 
 @contextmanager
-def numpy_arrays_on(device: HostDevice, tiles: dict[str, tuple[int, ...]]) -> Iterator[None]:
-    """Calls on NumPy arrays take the kernels' path, with these tiles."""
+def numpy_arrays_on(device: HostDevice, family: str, *, one_stage: bool = False) -> Iterator[None]:
+    """Calls on NumPy arrays take the kernels' path, with the tiles of the family fixed."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_backends, "numpy_backend", LaunchBackend(device))
-        for table, tile in tiles.items():
+        for table, tile in (TILES_OF_ONE_STAGE if one_stage else TILES).items():
             patch.setitem(getattr(_wmma, table), (2, 64), [tile])
+        for table, sm80_tile in (SM80_TILES_OF_ONE_STAGE if one_stage else SM80_TILES).items():
+            tiles = getattr(_sm80, table)
+            for key in [key for key in tiles if key[:2] == (64, 64)]:
+                patch.setitem(tiles, key, (sm80_tile,))
         yield
 
 
-def run(direction: str, problem: Problem | AttentionProblem | PackedProblem, way: str, cuda_src: Path) -> None:
+def run(
+    direction: str, problem: Problem | AttentionProblem | PackedProblem, way: str, cuda_src: Path, family: str
+) -> None:
     """Compute the problem and check the result against the reference."""
     if isinstance(problem, Problem):
-        run_plain(direction, problem, way, cuda_src)
+        run_plain(direction, problem, way, cuda_src, family)
     else:
-        run_with_options(direction, problem, way, cuda_src)
+        run_with_options(direction, problem, way, cuda_src, family)
 
 
-def run_plain(direction: str, problem: Problem, way: str, cuda_src: Path) -> None:
+def run_plain(direction: str, problem: Problem, way: str, cuda_src: Path, family: str) -> None:
     # Arrays behind the pointers of options do not travel to a process of its own.
     device = HostDevice(**WAYS[way], isolated=not problem.masked, timeout=60, cuda_src=cuda_src)
     if not can_instrument(device.flavour):
         pytest.skip(f"the compiler cannot link {device.flavour}")
-    tiles = TILES_OF_ONE_STAGE if problem.one_stage else TILES
     dout, q, k, v = problem.arrays()
     if direction == "forward":
-        with numpy_arrays_on(device, tiles):
-            out, lse = cuflash.attention(q, k, v, return_lse=True, **problem.options)
+        with numpy_arrays_on(device, family, one_stage=problem.one_stage):
+            out, lse = cuflash.attention(q, k, v, return_lse=True, kernel=family, **problem.options)
         assert_attention_accurate(q, k, v, out, lse, **problem.options)
     else:
         out, lse = cuflash.attention(q, k, v, return_lse=True, **problem.options)
-        with numpy_arrays_on(device, tiles):
-            gradients = cuflash.attention_backward(dout, q, k, v, out, lse, **problem.options)
+        options = problem.options | {"kernel": family, "deterministic": problem.deterministic}
+        with numpy_arrays_on(device, family, one_stage=problem.one_stage):
+            gradients = cuflash.attention_backward(dout, q, k, v, out, lse, **options)
         assert_gradients_accurate(dout, q, k, v, *gradients, **problem.options)
 
 
-def run_with_options(direction: str, problem: AttentionProblem | PackedProblem, way: str, cuda_src: Path) -> None:
-    ring = host_ring("wmma")
-    with numpy_arrays_on(HostDevice(**WAYS[way], cuda_src=cuda_src), TILES):
+def run_with_options(
+    direction: str, problem: AttentionProblem | PackedProblem, way: str, cuda_src: Path, family: str
+) -> None:
+    ring = host_ring(family)
+    with numpy_arrays_on(HostDevice(**WAYS[way], cuda_src=cuda_src), family):
         if isinstance(problem, PackedProblem):
             ring.check_varlen(problem)
         elif direction == "forward":
@@ -790,17 +1026,17 @@ def test_mutants_are_caught(mutant: Mutant, way: str, tmp_path: Path) -> None:
     shutil.copytree(CUDA_SRC, cuda_src)
     mutant.apply(cuda_src)
     with pytest.raises((HostCudaError, AssertionError)) as error:
-        run(mutant.direction, mutant.problem, way, cuda_src)
+        run(mutant.direction, mutant.problem, way, cuda_src, mutant.family)
     assert not isinstance(error.value, CompileError), "a mutant that does not compile proves nothing"
 
 
 @pytest.mark.parametrize(
-    ("direction", "problem", "way"),
-    sorted({(mutant.direction, mutant.problem, way) for mutant, way in CASES}, key=str),
+    ("direction", "problem", "way", "family"),
+    sorted({(mutant.direction, mutant.problem, way, mutant.family) for mutant, way in CASES}, key=str),
     ids=lambda value: str(value).replace(" ", ""),
 )
-def test_the_kernels_themselves_are_not(direction: str, problem: Problem, way: str) -> None:
-    run(direction, problem, way, CUDA_SRC)
+def test_the_kernels_themselves_are_not(direction: str, problem: Problem, way: str, family: str) -> None:
+    run(direction, problem, way, CUDA_SRC, family)
 
 
 def test_there_are_enough_of_them() -> None:

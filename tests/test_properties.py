@@ -27,7 +27,7 @@ def forward(ring: Ring, *arrays: Any, **options: Any) -> tuple[Any, Any]:
 
 
 def backward(ring: Ring, dout: Any, *arrays: Any, **options: Any) -> list[Any]:
-    _, vjp = ring.attention_vjp(*map(ring.asarray, arrays), **options)
+    _, vjp = ring.attention_vjp(*map(ring.asarray, arrays), **options, deterministic=True)
     return [ring.numpy(x) for x in vjp(ring.asarray(dout))]
 
 

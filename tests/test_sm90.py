@@ -161,7 +161,7 @@ REFUSED: dict[str, tuple[Callable[[], tuple[list[Any], dict[str, Any]]], str]] =
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_it_does_not_take_goes_to_wmma(notebook: Notebook, name: str) -> None:
+def test_what_it_does_not_take_goes_to_another_family(notebook: Notebook, name: str) -> None:
     """With the reason if sm90 was asked for by its name."""
     make, reason = REFUSED[name]
     inputs, options = make()
@@ -169,7 +169,8 @@ def test_what_it_does_not_take_goes_to_wmma(notebook: Notebook, name: str) -> No
         cuflash.attention(*inputs, kernel="sm90", **options)
     assert notebook.launches == []
     cuflash.attention(*inputs, **options)
-    assert [symbol[:16] for symbol in notebook.symbols] == ["cuflash_fwd_wmma"]
+    family = "wmma" if "scale" in options or name == "float32" else "sm80"
+    assert [symbol[:16] for symbol in notebook.symbols] == [f"cuflash_fwd_{family}"]
 
 
 @pytest.mark.parametrize("name", ["q", "k", "v", "out"])
@@ -190,7 +191,7 @@ def test_other_chips(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int
     with pytest.raises(NotImplementedError, match=rf"needs compute capability 9.0, other has {major}\.{minor}"):
         cuflash.attention(*arrays(), kernel="sm90")
     cuflash.attention(*arrays())
-    assert other.symbols == ["cuflash_fwd_wmma_bf16_d64x64"]
+    assert other.symbols == ["cuflash_fwd_sm80_bf16_d64x64"]
 
 
 def test_gradients_have_kernels_of_their_own(notebook: Notebook) -> None:
@@ -210,14 +211,14 @@ def test_gradients_have_kernels_of_their_own(notebook: Notebook) -> None:
 
 
 @pytest.mark.parametrize("head_dims", [(192, 192), (192, 128), (64, 136), (256, 256)])
-def test_wide_gradients_are_those_of_wmma(notebook: Notebook, head_dims: tuple[int, int]) -> None:
+def test_wide_gradients_are_those_of_sm80(notebook: Notebook, head_dims: tuple[int, int]) -> None:
     q, k, v = arrays(64, *head_dims)
     cuflash.attention(q, k, v, kernel="sm90")
     reason = f"sm90: its backward takes head_dim up to 128, not {max(head_dims)}"
     with pytest.raises(NotImplementedError, match=f"kernel='sm90' cannot compute this call: {reason}"):
         backward(q, k, v, kernel="sm90")
     backward(q, k, v)
-    assert [symbol[:17] for symbol in notebook.symbols[-2:]] == ["cuflash_bwd_wmma_"] * 2
+    assert [symbol[:17] for symbol in notebook.symbols[-2:]] == ["cuflash_bwd_sm80_"] * 2
 
 
 @pytest.mark.parametrize("name", [*"qkv", "dout"])
@@ -449,12 +450,13 @@ def test_packed_sequences_are_one_array(notebook: Notebook) -> None:
     assert [(shape, strides) for _, shape, strides, _ in notebook.maps[0]] == [((64, 300, 2, 1), (128, 64, 8))] * 3
 
 
-def test_gradients_of_packed_sequences_are_those_of_wmma(notebook: Notebook) -> None:
+def test_gradients_of_packed_sequences_are_those_of_sm80(notebook: Notebook) -> None:
     q = np.zeros((300, 2, 64), BF16)
     cu_seqlens = np.array([0, 100, 300], np.int32)
     out, vjp = cuflash.attention_varlen_vjp(q, q, q, cu_seqlens, cu_seqlens)
     vjp(out)
     assert len(notebook.maps) == 1  # of the forward alone
+    assert [symbol[:17] for symbol in notebook.symbols[-2:]] == ["cuflash_bwd_sm80_"] * 2
     _, vjp = cuflash.attention_varlen_vjp(q, q, q, cu_seqlens, cu_seqlens, kernel="sm90")
     with pytest.raises(NotImplementedError, match="sm90: its backward takes no packed sequences"):
         vjp(out)

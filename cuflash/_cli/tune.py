@@ -10,7 +10,7 @@ from functools import partial
 from itertools import islice, product
 from typing import Any
 
-from cuflash import _sm90, _wmma
+from cuflash import _sm80, _sm90, _wmma
 from cuflash._call import Call
 from cuflash._cli import console
 from cuflash._cli.bench.cells import TOKENS, WIDTH, Cell, flops
@@ -110,6 +110,20 @@ def _sm90_candidates(problem: Problem, chip: Chip) -> Iterator[Tile]:
         yield from islice(fitting, 1)
 
 
+def _sm80_candidates(problem: Problem, chip: Chip) -> Iterator[Tile]:
+    """As many keys as the registers of a warp's 16, 32 or 48 rows allow, beside the output."""
+    dim_v = padded_head_dims(problem)[1]
+    shapes = [(64, 4, 64), (64, 4, 128), *((128, 4, keys) for keys in (32, 48, 64, 96, 128)), (192, 4, 64)]
+    shapes += [(128, 8, 64), (128, 8, 128)]
+    for block_m, warps, block_n in shapes:
+        if block_m // warps // 16 * (block_n + dim_v) // 2 <= 200:
+            yield from ((block_m, block_n, warps, *ways) for ways in ((1, 0), (2, 0), (2, 1), (3, 0)))
+
+
+def _sm80_key(problem: Problem, number: str, chip: Chip) -> tuple[int, ...]:
+    return _sm80.tile_class(_sm80.FORWARD_TILES, problem, chip)
+
+
 def _wmma_candidates(problem: Problem, chip: Chip) -> Iterator[Tile]:
     yield from ((block_m, block_n, 4) for block_m, block_n in product((64, 128), (16, 32, 48, 64, 96, 128)))
     yield from ((128, block_n, 8) for block_n in (32, 64, 128))
@@ -123,6 +137,7 @@ TUNED = (
     Family(
         "sm90", _sm90.TILES, lambda problem, *_: _sm90._dims(problem), _sm90.forward, _sm90_candidates, _sm90.Tile._make
     ),
+    Family("sm80", _sm80.FORWARD_TILES, _sm80_key, _sm80.forward, _sm80_candidates, _sm80.Tile._make),
     Family("wmma", _wmma.FORWARD_TILES, _wmma_key, _wmma.forward, _wmma_candidates, tuple),
 )
 

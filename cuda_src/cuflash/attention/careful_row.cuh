@@ -46,7 +46,8 @@ struct CarefulHead {
         float product = 0.0f;
 #pragma unroll 1
         for (int col = 0; col < q.cols; ++col) product += to_float(*q.at(row, col)) * to_float(*k.at(key, col));
-        weight = softmax_weight(pairs.score(product, row, key).value, shift) * inverse;
+        // Rounded as for the tensor cores.
+        weight = to_float(from_float<Element>(softmax_weight(pairs.score(product, row, key).value, shift)));
       }
       if (!survives(here, row, key)) weight = 0.0f;
 
@@ -66,7 +67,20 @@ struct CarefulHead {
 #pragma unroll
     for (int i = 0; i < kHeadDimV / 32; ++i) {
       const int col = 32 * i + lane;
-      if (col < out.cols) *out.at(row, col) = from_float<Element>(sum[i]);
+      if (col < out.cols) *out.at(row, col) = from_float<Element>(sum[i] * inverse);
+    }
+  }
+
+  // Writes the 16 rows of a warp from this one, of which lanes 4 r hold the numbers for rows r and r + 8.
+  template <int kHeadDimV>
+  __device__ __forceinline__ void write_rows(int first_row, const float (&shift)[2], const float (&inverse)[2]) const {
+#pragma unroll 1
+    for (int i = 0; i < 16; ++i) {
+      const bool second = i >= 8;
+      const int row = first_row + i, lane = i % 8 * 4;
+      const float row_shift = __shfl_sync(kFullMask, second ? shift[1] : shift[0], lane);
+      const float row_inverse = __shfl_sync(kFullMask, second ? inverse[1] : inverse[0], lane);
+      if (row < out.rows) write_row<kHeadDimV>(row, row_shift, row_inverse);
     }
   }
 

@@ -24,7 +24,17 @@ struct RowStatistics {
   __device__ __forceinline__ float lse_of(int row) const {
     if (row >= seqlen_q) return infinity();
     const float value = lse[row * lse_stride];
+    return lse_of_value(value);
+  }
+  // By reference: by value it costs the producer of bwd_sm90 registers that it does not have.
+  static __device__ __forceinline__ float lse_of_value(const float& value) {
     return value == -infinity() ? infinity() : value;
+  }
+
+  // Starts to copy both, as they are, to shared memory; 0 for rows beyond the end.
+  __device__ __forceinline__ void start_to_copy(int row, float* to_lse, float* to_delta) const {
+    ptx::cp_async_4(to_lse, lse + row * lse_stride, row < seqlen_q);
+    ptx::cp_async_4(to_delta, delta + row, row < seqlen_q);
   }
 
   __device__ __forceinline__ float delta_of(int row) const { return row < seqlen_q ? delta[row] : 0.0f; }

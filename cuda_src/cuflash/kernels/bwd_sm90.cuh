@@ -414,8 +414,8 @@ struct BwdSm90 {
       const Matrix<Element> dv_out(arrays.dv, params.dv, sequence.batch, job.head, sequence.first_key,
                                    sequence.num_keys, problem.head_dim_v);
       const float scale[2] = {problem.softmax_scale, problem.softmax_scale}, one[2] = {1.0f, 1.0f};
-      const bool dk_finite = store_rows<true>(dk_out, dk, scale, first_key);
-      const bool dv_finite = store_rows(dv_out, dv, one, first_key);
+      const bool dk_finite = store_rows_16<true>(dk_out, dk, scale, first_key);
+      const bool dv_finite = store_rows_16(dv_out, dv, one, first_key);
       // 0 * NaN is NaN: where pairs are hidden, queries that others see may have spoiled all keys, and values their
       // own.
       if (hides_pairs && !(dk_finite && dv_finite)) {

@@ -448,7 +448,7 @@ struct FwdSm90 {
                                 sequence.seqlen_q, problem.head_dim_v);
       ptx::wgmma_wait<kOverlapsJobs ? 1 : 0>();
       release(shared.rings.v, v_at);
-      const bool finite = store_rows(out, output, inverse, first_query);
+      const bool finite = store_rows_16(out, output, inverse, first_query);
       // 0 * NaN is NaN: where pairs are hidden, values that others see may have spoiled all rows.
       if (hides_pairs && __any_sync(kFullMask, !finite)) {
         __syncwarp();  // others write again what this lane wrote
@@ -488,14 +488,7 @@ struct FwdSm90 {
     const Matrix<Element> out(arrays.out, params.out, sequence.batch, job.head, sequence.first_query, sequence.seqlen_q,
                               problem.head_dim_v);
     const Careful head = {q, k, v, out, options, band, problem.softmax_scale, memory};
-#pragma unroll 1
-    for (int i = 0; i < 16; ++i) {
-      const bool second = i >= 8;
-      const int row = job.tile * kBlockM + warp_row + i, lane = i % 8 * 4;
-      const float row_shift = __shfl_sync(kFullMask, second ? shift[1] : shift[0], lane);
-      const float row_inverse = __shfl_sync(kFullMask, second ? inverse[1] : inverse[0], lane);
-      if (row < sequence.seqlen_q) head.template write_row<kHeadDimV>(row, row_shift, row_inverse);
-    }
+    head.template write_rows<kHeadDimV>(job.tile * kBlockM + warp_row, shift, inverse);
   }
 };
 

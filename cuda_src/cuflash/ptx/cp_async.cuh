@@ -18,6 +18,17 @@ __device__ __forceinline__ void cp_async_16(void* shared, const void* global, bo
 #endif
 }
 
+// The same for 4 bytes.
+__device__ __forceinline__ void cp_async_4(void* shared, const void* global, bool valid) {
+#if __CUDA_ARCH__ >= 800
+  const int num_bytes = valid ? 4 : 0;
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(shared)), "l"(global), "r"(num_bytes)
+               : "memory");
+#else
+  *static_cast<unsigned*>(shared) = valid ? *static_cast<const unsigned*>(global) : 0;
+#endif
+}
+
 // Closes the group of copies that this thread has started since the last one.
 __device__ __forceinline__ void cp_async_commit() {
 #if __CUDA_ARCH__ >= 800

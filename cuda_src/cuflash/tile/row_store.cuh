@@ -1,4 +1,4 @@
-// Tiles in the registers of a warpgroup to rows of a matrix in global memory.
+// Tiles in registers to rows of a matrix in global memory.
 #pragma once
 
 #include <cuflash/ptx/store.cuh>
@@ -19,10 +19,10 @@ __device__ __forceinline__ void exchange(unsigned& x, unsigned& y, bool second, 
 
 // Writes a tile times a factor for each of the two rows of which this lane has a part: the first is out's `first_row`,
 // the second 8 further. Four lanes exchange their pairs, so that each writes 16 bytes. Returns whether this lane's part
-// of the first row is finite, or of both.
+// of the first row is finite, or of both. The matrix must be `vectorized`.
 template <bool kLooksAtBoth = false, class Element, int kCols>
-__device__ __forceinline__ bool store_rows(const Matrix<Element>& out, const WarpgroupTile<kCols>& tile,
-                                           const float (&factor)[2], int first_row, int first_col = 0) {
+__device__ __forceinline__ bool store_rows_16(const Matrix<Element>& out, const WarpgroupTile<kCols>& tile,
+                                              const float (&factor)[2], int first_row, int first_col = 0) {
   const int lane = threadIdx.x % 4;
   const bool odd = lane & 1, high = lane & 2;
   unsigned zeros = 0;
@@ -49,6 +49,22 @@ __device__ __forceinline__ bool store_rows(const Matrix<Element>& out, const War
     }
   }
   return zeros == 0;
+}
+
+// The same for any strides and alignment; looks at the first row.
+template <class Element, int kCols>
+__device__ __forceinline__ bool store_rows(const Matrix<Element>& out, const WarpgroupTile<kCols>& tile,
+                                           const float (&factor)[2], int first_row, int first_col = 0) {
+  if (out.vectorized) return store_rows_16(out, tile, factor, first_row, first_col);
+  float zero = 0.0f;
+#pragma unroll
+  for (int i = 0; i < WarpgroupTile<kCols>::kNumElements; ++i) {
+    const int row = first_row + 8 * row_of_element(i), col = first_col + col_of_element(i) + threadIdx.x % 4 * 2;
+    const Element x = from_float<Element>(tile.x[i] * factor[row_of_element(i)]);
+    if (row_of_element(i) == 0) zero = fmaf(to_float(x), 0.0f, zero);
+    if (row < out.rows && col < out.cols) *out.at(row, col) = x;
+  }
+  return zero == 0.0f;
 }
 
 }  // namespace cuflash

@@ -1,4 +1,4 @@
-// cp.async: a thread's copies of 16 bytes that are still on their way.
+// cp.async: a thread's copies that are still on their way.
 //
 // The copies themselves are made by code that is compiled into the kernel (see shadow/cuflash/ptx/cp_async.cuh), so
 // that sanitizers see them. Eager copies are made when they are issued. Lazy ones fill their target with NaN then, and
@@ -12,6 +12,7 @@ namespace hostcuda {
 struct Copy {
   void* target;
   const void* source;  // null: write zeros
+  int size;            // 4 or 16 bytes
   int group;
 };
 

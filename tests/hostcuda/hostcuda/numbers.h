@@ -44,3 +44,16 @@ inline float round_to_tf32(float x) {
 inline float truncate_to_tf32(float x) { return bits_as<float>(bits_as<uint32_t>(x) & ~0u << kTf32LostBits); }
 
 }  // namespace hostcuda
+
+inline __half2 __hfma2(__half2 x, __half2 y, __half2 z) {
+  const auto fma_of = [](__half x, __half y, __half z) {
+    return __float2half_rn(fmaf(hostcuda::to_float(x), hostcuda::to_float(y), hostcuda::to_float(z)));
+  };
+  return {fma_of(x.x, y.x, z.x), fma_of(x.y, y.y, z.y)};
+}
+inline __nv_bfloat162 __hfma2(__nv_bfloat162 x, __nv_bfloat162 y, __nv_bfloat162 z) {
+  const auto fma_of = [](__nv_bfloat16 x, __nv_bfloat16 y, __nv_bfloat16 z) {
+    return __float2bfloat16_rn(fmaf(hostcuda::to_float(x), hostcuda::to_float(y), hostcuda::to_float(z)));
+  };
+  return {fma_of(x.x, y.x, z.x), fma_of(x.y, y.y, z.y)};
+}

@@ -1,0 +1,140 @@
+// The backward of a tile of pairs that a warp holds in registers: from products to weights and gradients of scores.
+#pragma once
+
+#include <cuflash/attention/recompute.cuh>
+#include <cuflash/ptx/opaque.cuh>
+#include <cuflash/tile/warpgroup_tile.cuh>
+
+namespace cuflash {
+
+// The rows of the tile are queries, or keys if kTransposed; the positions are those of the first element of this lane.
+template <class Options, bool kTransposed>
+struct GradientTile {
+  const Pairs<Options>& pairs;
+  int first_query, first_key;
+
+  // Whether weights come of products by one multiply-add, with lse in base 2.
+  static constexpr bool kFused = !Options::kChangesScores;
+  static constexpr float kLseUnit = kFused ? kLog2e : 1.0f;
+
+  // Turns products into weights, and gradients of weights into those of scores. lse_of(i) and delta_of(i) are those of
+  // the query of element i; survives(i) counts only where there is dropout.
+  template <class Tile, class LseOf, class DeltaOf, class Survives>
+  __device__ __forceinline__ void differentiate(Tile& scores, Tile& dweights, LseOf lse_of, DeltaOf delta_of,
+                                                Survives survives) const {
+    if constexpr (kFused) {
+      const float scale = pairs.scale * kLog2e;
+#pragma unroll
+      for (int i = 0; i < Tile::kNumElements; ++i) {
+        const float weight = exp2f(fmaf(scores.x[i], scale, -lse_of(i)));
+        float factor = 1.0f;
+        if constexpr (Options::kHasDropout) factor = survives(i) ? pairs.options.survivor_factor() : 0.0f;
+        scores.x[i] = weight * factor;
+        dweights.x[i] = weight * (factor * dweights.x[i] - delta_of(i));
+      }
+    } else {
+      use_pairs(pairs, scores, [&](const auto& pairs) {
+#pragma unroll
+        for (int i = 0; i < Tile::kNumElements; ++i) {
+          const PairGradient pair =
+              pair_gradient(pairs, scores.x[i], dweights.x[i], lse_of(i), delta_of(i), query(i), key(i), survives(i));
+          scores.x[i] = pair.weight;
+          dweights.x[i] = pair.dscore;
+        }
+      });
+    }
+  }
+
+  // Hides pairs outside of the band, and of queries beyond the end.
+  template <class Tile>
+  __device__ __forceinline__ void hide_by_band(Tile& weights, Tile& dscores) const {
+    const Band& band = pairs.band;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int row = (kTransposed ? first_key : first_query) + 8 * r,
+                first_col = kTransposed ? first_query : first_key;
+      Range seen;
+      if constexpr (kTransposed) {
+        seen = row < band.seqlen_k ? Range{row - band.end + 1, min(row - band.begin + 1, band.seqlen_q)} : Range{0, 0};
+      } else {
+        seen = row < band.seqlen_q ? Range{row + band.begin, min(row + band.end, band.seqlen_k)} : Range{0, 0};
+      }
+      const int begin = seen.begin - first_col, end = seen.end - first_col;
+#pragma unroll
+      for (int i = 0; i < Tile::kNumElements; ++i) {
+        if (row_of_element(i) == r && !(begin <= col_of_element(i) & col_of_element(i) < end)) {
+          weights.x[i] = dscores.x[i] = 0.0f;
+        }
+      }
+    }
+  }
+
+  template <class Tile>
+  __device__ __forceinline__ void hide_by_options(Tile& weights, Tile& dscores) const {
+    if constexpr (Options::kHidesPairs) {
+      if (pairs.options.shows_all()) return;
+#pragma unroll
+      for (int i = 0; i < Tile::kNumElements; ++i) {
+        if (!pairs.visible_by_options(query(i), key(i))) weights.x[i] = dscores.x[i] = 0.0f;
+      }
+    }
+  }
+
+  __device__ __forceinline__ int query(int i) const {
+    return first_query + (kTransposed ? col_of_element(i) : 8 * row_of_element(i));
+  }
+  __device__ __forceinline__ int key(int i) const {
+    return first_key + (kTransposed ? 8 * row_of_element(i) : col_of_element(i));
+  }
+};
+
+// Which weights survive of a warp's 16 rows: a bit for each element of a lane, 8 for each 16 columns. Lanes draw the
+// bits of the pairs that they hold where rows are queries; else they ask those who drew theirs (attention/dropout.cuh).
+template <class Options, int kCols, bool kTransposed>
+struct Survivors {
+  unsigned words[ceil_div(kCols, 64)];
+
+  __device__ __forceinline__ Survivors(const Options& options, int first_query, int first_key) {
+    if constexpr (Options::kHasDropout) {
+#pragma unroll
+      for (int word = 0; word < ceil_div(kCols, 64); ++word) words[word] = 0;
+#pragma unroll
+      for (int col = 0; col < kCols; col += 16) {
+        unsigned at = (kTransposed ? first_query : first_key) + col;
+        ptx::make_opaque(at);  // one draw after another: all at once would not fit the registers
+        unsigned drawn = kTransposed ? options.draw(at, first_key) : options.draw(first_query, at);
+        if constexpr (kTransposed) drawn = transposed(drawn);
+        words[col / 64] |= drawn << col / 16 % 4 * 8;
+      }
+    }
+  }
+
+  __device__ __forceinline__ bool operator()(int i) const {
+    if constexpr (Options::kHasDropout) {
+      const int bit = i / 8 % 4 * 8 + i / 2 % 2 * 4 + i / 4 % 2 * 2 + i % 2;
+      return words[i / 32] >> bit & 1;
+    } else {
+      return true;
+    }
+  }
+
+ private:
+  // In the same order for the lane's elements of the transposed tile: bit 4 r + 2 j + c is for key 8 r + lane / 4 and
+  // query 8 j + 2 (lane % 4) + c.
+  static __device__ __forceinline__ unsigned transposed(unsigned drawn) {
+    const int key = threadIdx.x % 32 / 4, query = threadIdx.x % 4 * 2;
+    unsigned mine = 0;
+#pragma unroll
+    for (int c = 0; c < 2; ++c) {
+      const unsigned of_owner = __shfl_sync(kFullMask, drawn, (query + c) * 4 + key / 2) >> key % 2;
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+#pragma unroll
+        for (int j = 0; j < 2; ++j) mine |= (of_owner >> (4 * j + 2 * r) & 1) << (4 * r + 2 * j + c);
+      }
+    }
+    return mine;
+  }
+};
+
+}  // namespace cuflash

@@ -1,0 +1,260 @@
+// FlashAttention-2 backward on mma.sync: the gradients of K and V, and those of Q in the same pass.
+#pragma once
+
+#include <cuflash/attention/careful_gradients.cuh>
+#include <cuflash/attention/register_gradient.cuh>
+#include <cuflash/common/shared_memory.cuh>
+#include <cuflash/tile/mma_product.cuh>
+#include <cuflash/tile/row_store.cuh>
+#include <cuflash/tile/shared_sums.cuh>
+
+namespace cuflash {
+
+// A block owns kBlockN keys of one key/value head and walks over the queries that see them, in tiles of kBlockM, for
+// every query head of the group. Scores are computed transposed (keys are rows): so the weights and the gradients of
+// scores that a warp has in registers are the first factors of P^T dO and dS^T Q. Where the registers do not hold all
+// columns of dK and dV, kSplits warps share the same keys: each computes their scores, and a part of the columns.
+// With kAddsDq the block also adds dS K to sums of dQ in global memory, which bwd_sm80_finish.cuh rounds: 5 products
+// where two kernels take 7, but the order of the sums changes from run to run.
+template <class Number, class Options, int kHeadDim, int kHeadDimV, int kBlockM, int kBlockN, int kNumWarps,
+          int kSplits, int kStages, bool kAddsDq>
+struct BwdSm80DkDv {
+  using Element = typename Number::Element;
+
+  static constexpr int kNumThreads = 32 * kNumWarps;
+  static constexpr int kWarpN = kBlockN / (kNumWarps / kSplits);
+  static constexpr int kTilesN = kWarpN / 16;
+  static constexpr int kCols = kHeadDim / kSplits, kColsV = kHeadDimV / kSplits;
+
+  using Scores = WarpgroupTile<kBlockM>;
+  using Weights = WarpgroupFactor<Element, kBlockM>;
+  using TileK = LdmatrixTile<Element, kBlockN, kHeadDim>;
+  using TileV = LdmatrixTile<Element, kBlockN, kHeadDimV>;
+  using TileQ = LdmatrixTile<Element, kBlockM, kHeadDim>;
+  using TileDout = LdmatrixTile<Element, kBlockM, kHeadDimV>;
+  // Gradients of scores, transposed as well.
+  using TileDs = LdmatrixTile<Element, kAddsDq ? kBlockN : 16, kAddsDq ? kBlockM : 32>;
+  using DqSums = SharedSums<kBlockM, kHeadDim, kNumWarps>;
+  using Gradients = GradientTile<Options, true>;
+  using Careful = CarefulGradients<Element, Options>;
+
+  struct Arrays {
+    const Element *q, *k, *v, *dout;
+    const float *lse, *delta;
+    Element *dk, *dv;
+    float* dq_sums;  // may be null without kAddsDq
+  };
+
+  static constexpr int kPairBytes = Options::template kTileBytes<kBlockM, kBlockN>;
+  struct alignas(16) TileOfArrays {
+    unsigned char memory[larger(kPairBytes, 16)];
+  };
+  struct alignas(16) Statistics {
+    float lse[kBlockM], delta[kBlockM];
+  };
+  // What a block knows of its job. In shared memory, since it is looked at once a step and registers are few.
+  struct alignas(16) Work {
+    Job job;
+    Band band;
+    int first_key, first_head, m_begin, num_m_blocks, num_steps;
+
+    __device__ __forceinline__ Work(const Job& job, const Problem& problem)
+        : job(job),
+          band(problem.band(job.sequence.seqlen_q, job.sequence.seqlen_k)),
+          first_key(job.tile * kBlockN),
+          first_head(job.head * problem.group_size()) {
+      const Range queries = band.queries_of({first_key, first_key + kBlockN});
+      m_begin = queries.begin / kBlockM;
+      num_m_blocks = larger(0, ceil_div(queries.end, kBlockM) - m_begin);
+      num_steps = num_m_blocks * problem.group_size();
+    }
+
+    // A step is one tile of queries of one head of the group.
+    __device__ __forceinline__ int head_of(int step) const { return first_head + step / num_m_blocks; }
+    __device__ __forceinline__ int first_query_of(int step) const { return (m_begin + step % num_m_blocks) * kBlockM; }
+  };
+  struct Shared {
+    TileK k;
+    TileV v;
+    TileQ q[kStages];
+    TileDout dout[kStages];
+    TileDs ds;
+    TileOfArrays pairs[kStages];
+    Statistics rows[2];
+    typename Careful::Memory careful[kNumWarps];
+    Work work;
+  };
+  // Without the padding at the end of the struct.
+  static constexpr int kSharedBytes = sizeof(TileK) + sizeof(TileV) + sizeof(TileDs) +
+                                      kStages * (sizeof(TileQ) + sizeof(TileDout) + sizeof(TileOfArrays)) +
+                                      sizeof(Shared::rows) + sizeof(Shared::careful) + sizeof(Work);
+
+  static_assert(kNumWarps % kSplits == 0 && kBlockN % (16 * (kNumWarps / kSplits)) == 0);
+  static_assert(kCols % 32 == 0 && kColsV % 32 == 0 && (kStages == 1 || kStages == 2));
+  static_assert(kBlockM <= kNumThreads, "one thread fetches the statistics of one row");
+
+  static __device__ __forceinline__ void run(const Arrays& arrays, const BwdParams& params, const Options& options) {
+    const Problem& problem = params.problem;
+    const Job job = options.template key_job<kBlockN>(problem, blockIdx.x);
+    if (job.tile * kBlockN >= job.sequence.num_keys || job.tile < 0) return;
+    Shared& shared = *reinterpret_cast<Shared*>(dynamic_shared_memory());
+    if (threadIdx.x == 0) shared.work = Work(job, problem);
+    __syncthreads();
+    const Work& work = shared.work;
+    const Sequence& sequence = work.job.sequence;
+    const int warp = threadIdx.x / 32, warp_row = warp / kSplits * kWarpN, split = warp % kSplits;
+
+    const auto skip_hidden = [&](int step) {
+      if constexpr (Options::kSkipsBlocks) {
+        for (; step < work.num_steps; ++step) {
+          Options there = options;
+          there.enter(sequence, work.head_of(step));
+          there.template look_at<kBlockM, kBlockN>(nullptr, work.first_query_of(step), work.first_key);
+          if (!there.hides_all()) break;
+        }
+      }
+      return step;
+    };
+    const auto queries_of = [&](const Element* array, const Strides& strides, int head, int cols) {
+      return Matrix<const Element>(array, strides, sequence.batch, head, sequence.first_query, sequence.seqlen_q, cols);
+    };
+    const auto keys_of = [&](auto* array, const Strides& strides, int num_rows, int cols) {
+      return Matrix(array, strides, sequence.batch, work.job.head, sequence.first_key, num_rows, cols);
+    };
+    const auto load = [&](int stage, int place, int step) {
+      const int head = work.head_of(step), first_query = work.first_query_of(step);
+      shared.q[stage].template load<kNumThreads>(queries_of(arrays.q, params.q, head, problem.head_dim), first_query);
+      shared.dout[stage].template load<kNumThreads>(queries_of(arrays.dout, params.dout, head, problem.head_dim_v),
+                                                    first_query);
+      Options there = options;
+      there.enter(sequence, head);
+      there.template load<kBlockM, kBlockN, kNumThreads>(shared.pairs[stage].memory, first_query, work.first_key);
+      if (threadIdx.x < kBlockM) {
+        const RowStatistics rows(arrays.lse, arrays.delta, params, sequence, head);
+        rows.start_to_copy(first_query + threadIdx.x, shared.rows[place].lse + threadIdx.x,
+                           shared.rows[place].delta + threadIdx.x);
+      }
+    };
+    // What a thread has copied it sees before the others do.
+    const auto finish_statistics = [&](int place) {
+      if (threadIdx.x < kBlockM) {
+        float& lse = shared.rows[place].lse[threadIdx.x];
+        lse = RowStatistics::lse_of_value(lse) * Gradients::kLseUnit;
+      }
+    };
+
+    WarpgroupTile<kCols> dk[kTilesN];
+    WarpgroupTile<kColsV> dv[kTilesN];
+#pragma unroll
+    for (int n = 0; n < kTilesN; ++n) {
+      dk[n].clear();
+      dv[n].clear();
+    }
+    int step = skip_hidden(0);
+    shared.k.template load<kNumThreads>(keys_of(arrays.k, params.k, sequence.seqlen_k, problem.head_dim),
+                                        work.first_key);
+    shared.v.template load<kNumThreads>(keys_of(arrays.v, params.v, sequence.seqlen_k, problem.head_dim_v),
+                                        work.first_key);
+    if (step < work.num_steps) load(0, 0, step);
+    ptx::cp_async_commit();
+
+#pragma unroll 1
+    for (int visited = 0; step < work.num_steps; step = skip_hidden(step + 1), ++visited) {
+      const int turn = (Options::kSkipsBlocks ? visited : step) % 2;
+      const auto load_following = [&](int stage) {
+        const int following = skip_hidden(step + 1);
+        if (following < work.num_steps) load(stage, turn ^ 1, following);
+        ptx::cp_async_commit();
+      };
+      const int stage = kStages == 1 ? 0 : turn;
+      ptx::cp_async_wait<0>();
+      finish_statistics(turn);
+      __syncthreads();  // this stage has arrived, and the previous one is no longer read
+      if (kStages > 1) load_following(turn ^ 1);
+
+      const int first_query = work.first_query_of(step), first_key = work.first_key;
+      Options here = options;
+      here.enter(sequence, work.head_of(step));
+      here.template look_at<kBlockM, kBlockN>(shared.pairs[stage].memory, first_query, first_key);
+      const Pairs<Options> pairs = {here, work.band, problem.softmax_scale};
+      const bool masked =
+          first_query + kBlockM > work.band.seqlen_q ||
+          !work.band.all_visible({first_query, first_query + kBlockM}, {first_key, first_key + kBlockN});
+
+      Scores scores[kTilesN], dweights[kTilesN];
+#pragma unroll
+      for (int n = 0; n < kTilesN; ++n) {
+        scores[n].clear();
+        dweights[n].clear();
+      }
+      add_product_along<kHeadDim>(scores, RowsOf(shared.k, warp_row), shared.q[stage]);
+      add_product_along<kHeadDimV>(dweights, RowsOf(shared.v, warp_row), shared.dout[stage]);
+
+      Weights weights[kTilesN], dscores[kTilesN];
+      const Statistics& rows = shared.rows[turn];
+#pragma unroll
+      for (int n = 0; n < kTilesN; ++n) {
+        unsigned lane = threadIdx.x % 32;
+        ptx::make_opaque(lane);  // as in TileReader
+        const int first_col = lane % 4 * 2, key = first_key + warp_row + 16 * n;
+        const Gradients tile = {pairs, first_query + first_col, key + static_cast<int>(lane / 4)};
+        const Survivors<Options, kBlockM, true> survives(here, first_query, key);
+        tile.differentiate(
+            scores[n], dweights[n], [&](int i) { return rows.lse[first_col + col_of_element(i)]; },
+            [&](int i) { return rows.delta[first_col + col_of_element(i)]; }, survives);
+        if (masked) tile.hide_by_band(scores[n], dweights[n]);
+        tile.hide_by_options(scores[n], dweights[n]);
+        weights[n].round(scores[n]);
+        dscores[n].round(dweights[n]);
+        if (kAddsDq && split == 0) {
+#pragma unroll
+          for (int i = 0; i < kBlockM / 4; ++i) {
+            const int row = warp_row + 16 * n + static_cast<int>(lane / 4) + 8 * (i % 2);
+            shared.ds.store_pair(row, i / 2 * 8 + first_col, dscores[n].x[i / 4][i % 4]);
+          }
+        }
+      }
+      add_product_across<kBlockM>(dv, registers_of(weights), shared.dout[stage], split * kColsV);
+      add_product_across<kBlockM>(dk, registers_of(dscores), shared.q[stage], split * kCols);
+
+      if (kAddsDq || kStages == 1) __syncthreads();  // dS is there, and the only stage is no longer read
+      if (kStages == 1) load_following(0);
+      if constexpr (kAddsDq) {
+        const DqSums sums;
+        typename DqSums::Tile dq[DqSums::kTilesM];
+#pragma unroll
+        for (int m = 0; m < DqSums::kTilesM; ++m) dq[m].clear();
+        add_product_across<kBlockN, kBlockN / 32>(dq, ColumnsOf(shared.ds, sums.row), shared.k, sums.col);
+        unsigned same_step = step;
+        ptx::make_opaque(same_step);  // divided again: the registers belong to the products
+        const long long tile = Options::template query_tile<kBlockM>(problem, sequence, work.head_of(same_step),
+                                                                     work.first_query_of(same_step) / kBlockM);
+        sums.add(arrays.dq_sums + tile * (kBlockM * kHeadDim), dq);
+      }
+    }
+
+    const float scale[2] = {problem.softmax_scale, problem.softmax_scale}, one[2] = {1.0f, 1.0f};
+    auto target_k = keys_of(arrays.dk, params.dk, sequence.num_keys, problem.head_dim);
+    auto target_v = keys_of(arrays.dv, params.dv, sequence.num_keys, problem.head_dim_v);
+    bool finite = true;
+#pragma unroll
+    for (int n = 0; n < kTilesN; ++n) {
+      const int row = work.first_key + warp_row + 16 * n + threadIdx.x % 32 / 4;
+      finite = store_rows(target_k, dk[n], scale, row, split * kCols) && finite;
+      finite = store_rows(target_v, dv[n], one, row, split * kColsV) && finite;
+    }
+    // 0 * NaN is NaN: each query meets all keys, if only with weight 0, and may have spoiled those that do not
+    // see it.
+    const bool hides_pairs = Options::kHidesPairs || !work.band.all_visible({0, work.band.seqlen_q},
+                                                                            {work.first_key, work.first_key + kBlockN});
+    if (hides_pairs && __syncthreads_or(!finite)) {
+      const int first = work.first_key + warp_row;
+      if (split == 0) {
+        Careful::template write_keys<kHeadDim, kHeadDimV>(arrays, params, options, work.job, {first, first + kWarpN}, 1,
+                                                          shared.careful[warp]);
+      }
+    }
+  }
+};
+
+}  // namespace cuflash

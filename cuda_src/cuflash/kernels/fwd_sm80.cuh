@@ -1,0 +1,251 @@
+// FlashAttention-2 forward (arXiv:2307.08691) on mma.sync, ldmatrix and cp.async: scores, weights and output stay in
+// registers. docs/kernels.md draws it.
+#pragma once
+
+#include <cuflash/attention/careful_row.cuh>
+#include <cuflash/attention/key_blocks.cuh>
+#include <cuflash/attention/register_softmax.cuh>
+#include <cuflash/common/shared_memory.cuh>
+#include <cuflash/tile/mma_product.cuh>
+#include <cuflash/tile/row_store.cuh>
+
+namespace cuflash {
+
+// A block computes kBlockM rows of one head's output: it walks over the keys in tiles of kBlockN, from the last to the
+// first. A warp owns kBlockM / kNumWarps rows, in tiles of 16: more than one read K and V less often. With kStages > 1
+// the copies of a tile have the time of kStages - 1 others to arrive, and the block meets once a tile; with one stage
+// V arrives during Q K^T, and the next K during P V. kKeepsQ holds the factors of Q in registers.
+template <class Number, class Options, int kHeadDim, int kHeadDimV, int kBlockM, int kBlockN, int kNumWarps,
+          int kStages, bool kKeepsQ>
+struct FwdSm80 {
+  using Element = typename Number::Element;
+
+  static constexpr int kNumThreads = 32 * kNumWarps;
+  static constexpr int kWarpM = kBlockM / kNumWarps;
+  static constexpr int kTilesM = kWarpM / 16;
+
+  using Scores = WarpgroupTile<kBlockN>;  // the 16 rows of a warp lie in registers as after wgmma
+  using Weights = WarpgroupFactor<Element, kBlockN>;
+  using Output = WarpgroupTile<kHeadDimV>;
+  using TileQ = LdmatrixTile<Element, kBlockM, kHeadDim>;
+  using TileK = LdmatrixTile<Element, kBlockN, kHeadDim>;
+  using TileV = LdmatrixTile<Element, kBlockN, kHeadDimV>;
+  using Blocks = KeyBlocks<kBlockM, kBlockN>;
+  using Careful = CarefulHead<Element, Options>;
+
+  struct Arrays {
+    const Element *q, *k, *v;
+    Element* out;
+    float* lse;  // may be null
+  };
+
+  // What a block knows of its job. In shared memory, since it is looked at once a tile and registers are few.
+  struct alignas(16) Work {
+    Matrix<const Element> q, k, v;
+    Matrix<Element> out;
+    Matrix<float> lse;
+    Band band;
+    Blocks blocks;
+    int first_query;
+
+    __device__ __forceinline__ Work(const Arrays& arrays, const FwdParams& params, const Job& job)
+        : Work(arrays, params, job, job.sequence, job.head / params.problem.group_size()) {}
+
+   private:
+    __device__ __forceinline__ Work(const Arrays& arrays, const FwdParams& params, const Job& job,
+                                    const Sequence& sequence, int head_kv)
+        : q(arrays.q, params.q, sequence.batch, job.head, sequence.first_query, sequence.seqlen_q,
+            params.problem.head_dim),
+          k(arrays.k, params.k, sequence.batch, head_kv, sequence.first_key, sequence.seqlen_k,
+            params.problem.head_dim),
+          v(arrays.v, params.v, sequence.batch, head_kv, sequence.first_key, sequence.seqlen_k,
+            params.problem.head_dim_v),
+          out(arrays.out, params.out, sequence.batch, job.head, sequence.first_query, sequence.seqlen_q,
+              params.problem.head_dim_v),
+          lse(arrays.lse, params.lse, sequence.batch, job.head, sequence.first_query),
+          band(params.problem.band(sequence.seqlen_q, sequence.seqlen_k)),
+          blocks(band, job.tile * kBlockM, {job.tile * kBlockM, (job.tile + 1) * kBlockM}),
+          first_query(job.tile * kBlockM) {}
+  };
+
+  static constexpr int kPairBytes = Options::template kTileBytes<kBlockM, kBlockN>;
+  struct alignas(16) TileOfArrays {
+    unsigned char memory[larger(kPairBytes, 16)];
+  };
+  struct Shared {
+    TileQ q;
+    TileK k[kStages];
+    TileV v[kStages];
+    TileOfArrays pairs[kStages];
+    typename Careful::Memory careful[kNumWarps];
+    Work work;
+  };
+  // Without the padding at the end of the struct.
+  static constexpr int kSharedBytes = sizeof(TileQ) + kStages * (sizeof(TileK) + sizeof(TileV) + sizeof(TileOfArrays)) +
+                                      sizeof(Shared::careful) + sizeof(Work);
+
+  static_assert(kBlockM % (16 * kNumWarps) == 0 && kBlockN % 16 == 0 && kStages >= 1);
+
+  static __device__ __forceinline__ void run(const Arrays& arrays, const FwdParams& params, Options options) {
+    const Job job = options.template query_job<kBlockM>(params.problem, blockIdx.x);
+    if (job.tile * kBlockM >= job.sequence.seqlen_q || job.tile < 0) return;
+    options.enter(job.sequence, job.head);
+
+    Shared& shared = *reinterpret_cast<Shared*>(dynamic_shared_memory());
+    if (threadIdx.x == 0) shared.work = Work(arrays, params, job);
+    __syncthreads();
+    const Work& work = shared.work;
+    const Pairs<Options> pairs = {options, work.band, params.problem.softmax_scale};
+    const int warp_row = threadIdx.x / 32 * kWarpM;
+
+    const auto next = [&](int block) {
+      return Blocks::visited(options, work.first_query, block - 1, work.blocks.begin);
+    };
+    const auto load_keys = [&](int stage, int block) {
+      shared.k[stage].template load<kNumThreads>(work.k, block * kBlockN);
+      options.template load<kBlockM, kBlockN, kNumThreads>(shared.pairs[stage].memory, work.first_query,
+                                                           block * kBlockN);
+    };
+    const auto load_values = [&](int stage, int block) {
+      shared.v[stage].template load<kNumThreads>(work.v, block * kBlockN);
+    };
+    const auto load = [&](int stage, int block) {
+      if (block >= work.blocks.begin) {
+        load_keys(stage, block);
+        if (kStages > 1) load_values(stage, block);
+      }
+      ptx::cp_async_commit();
+    };
+    constexpr int kAhead = larger(1, kStages - 1);  // tiles on their way
+    int block = next(work.blocks.end);
+    shared.q.template load<kNumThreads>(work.q, work.first_query);
+#pragma unroll
+    for (int i = 0, ahead = block; i < kAhead; ++i, ahead = next(ahead)) load(i, ahead);
+
+    Scores scores[kTilesM];
+    Weights weights[kTilesM];
+    Output output[kTilesM];
+    RowPair rows[kTilesM];
+    float factor[kTilesM][2];
+#pragma unroll
+    for (int m = 0; m < kTilesM; ++m) output[m].clear();
+
+    WarpgroupFactor<Element, kHeadDim> kept_q[kTilesM];
+    if constexpr (kKeepsQ) {
+      ptx::cp_async_wait<0>();
+      __syncthreads();
+      const RowsOf rows_of_q(shared.q, warp_row);
+#pragma unroll
+      for (int m = 0; m < kTilesM; ++m) {
+#pragma unroll
+        for (int col = 0; col < kHeadDim; col += 16) rows_of_q(kept_q[m].x[col / 16], m, col);
+      }
+    }
+
+    // Whether the rows of this warp see any key of a tile.
+    const auto sees_any = [&](int first_key) {
+      const int warp_query = work.first_query + warp_row;
+      const Range keys = work.band.keys_of({warp_query, warp_query + kWarpM});
+      return warp_query < work.band.seqlen_q && first_key < keys.end && keys.begin < first_key + kBlockN;
+    };
+#pragma unroll 1
+    for (int stage = 0; block >= work.blocks.begin; block = next(block), stage = (stage + 1) % kStages) {
+      const int first_key = block * kBlockN;
+      const auto tile_at = [&](int m) {
+        unsigned lane = threadIdx.x % 32;
+        ptx::make_opaque(lane);  // as in TileReader
+        return TileOfPairs<Options>{pairs, work.first_query + warp_row + 16 * m + static_cast<int>(lane / 4),
+                                    first_key + static_cast<int>(lane % 4 * 2)};
+      };
+      const bool masked = block < work.blocks.full_begin || block >= work.blocks.full_end;
+      const bool sees = !masked || uniform(sees_any(first_key));  // if not, the warp only helps to load
+
+      ptx::cp_async_wait<larger(0, kStages - 2)>();
+      __syncthreads();  // this stage has arrived, and the one before is no longer read
+      const auto load_ahead = [&](int stage) {
+        int ahead = block;
+#pragma unroll
+        for (int i = 0; i < kAhead; ++i) ahead = next(ahead);
+        load(stage, ahead);
+      };
+      if constexpr (kStages > 1) {
+        load_ahead((stage + kAhead) % kStages);
+      } else {
+        load_values(0, block);
+        ptx::cp_async_commit();
+      }
+      float scale = pairs.scale;
+      if (sees) {
+#pragma unroll
+        for (int m = 0; m < kTilesM; ++m) scores[m].clear();
+        if constexpr (kKeepsQ) {
+          add_product_along<kHeadDim>(scores, registers_of(kept_q), shared.k[stage]);
+        } else {
+          add_product_along<kHeadDim>(scores, RowsOf(shared.q, warp_row), shared.k[stage]);
+        }
+        options.template look_at<kBlockM, kBlockN>(shared.pairs[stage].memory, work.first_query, first_key);
+#pragma unroll
+        for (int m = 0; m < kTilesM; ++m) {
+          const TileOfPairs<Options> tile = tile_at(m);
+          scale = tile.change(scores[m]);
+          if (masked) tile.template hide_by_band<Hidden::kAround>(scores[m]);
+          tile.hide_by_options(scores[m]);
+        }
+      }
+      if constexpr (kStages == 1) {
+        ptx::cp_async_wait<0>();
+        __syncthreads();  // V has arrived, and K is no longer read
+        load_ahead(0);
+      }
+      if (sees) {
+        bool grown = false;
+#pragma unroll
+        for (int m = 0; m < kTilesM; ++m) {
+          rows[m].weigh(scores[m], scale, factor[m]);
+          tile_at(m).drop(scores[m], work.first_query + warp_row + 16 * m, first_key);
+          weights[m].round(scores[m]);
+          grown = grown || factor[m][0] != 1.0f || factor[m][1] != 1.0f;
+        }
+        if (__any_sync(kFullMask, grown)) {
+#pragma unroll
+          for (int m = 0; m < kTilesM; ++m) {
+#pragma unroll
+            for (int i = 0; i < Output::kNumElements; ++i) output[m].x[i] *= factor[m][row_of_element(i)];
+          }
+        }
+        add_product_across<kBlockN>(output, registers_of(weights), shared.v[stage]);
+      }
+    }
+
+    const bool hides_pairs =
+        Options::kHidesPairs || work.blocks.full_begin > work.blocks.begin || work.blocks.full_end < work.blocks.end;
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int m = 0; m < kTilesM; ++m) {
+      const int first_row = work.first_query + warp_row + 16 * m, lane_row = first_row + lane / 4;
+      float inverse[2], shift[2];
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        float sum = rows[m].total(r), survivors = options.survivor_factor();
+        shift[r] = rows[m].softmax[r].shift();
+        if constexpr (Options::kHasSinks) survivors *= rows[m].softmax[r].join(options.sink(), sum);
+        inverse[r] = sum == 0.0f ? 0.0f : __fdividef(survivors, sum);
+        const int row = lane_row + 8 * r;
+        if (arrays.lse != nullptr && lane % 4 == 0 && row < work.out.rows) {
+          *work.lse.at(row, 0) = rows[m].softmax[r].lse(sum);
+        }
+      }
+      const Matrix<Element> out = work.out;
+      const bool finite = store_rows(out, output[m], inverse, lane_row);
+      // 0 * NaN is NaN: each value meets all rows, if only with weight 0, and may have spoiled rows that do not see it.
+      if (hides_pairs && __any_sync(kFullMask, !finite)) {
+        __syncwarp();  // others write again what this lane wrote
+        const Careful head = {work.q,  work.k,    work.v,      work.out,
+                              options, work.band, pairs.scale, shared.careful[threadIdx.x / 32]};
+        head.template write_rows<kHeadDimV>(first_row, shift, inverse);
+      }
+    }
+  }
+};
+
+}  // namespace cuflash

@@ -1,0 +1,119 @@
+// A tile in shared memory as cp.async writes it and ldmatrix reads it.
+#pragma once
+
+#include <cuflash/ptx/ldmatrix.cuh>
+#include <cuflash/ptx/opaque.cuh>
+#include <cuflash/tile/matrix.cuh>
+
+namespace cuflash {
+
+// Rows follow each other; the 16-byte pieces of a row are swizzled, so that the same piece of 8 rows lies in all 32
+// banks of shared memory: piece p of row r is at place p XOR r % 8. Where rows are an odd number of 64 bytes, two of
+// them fill the banks, and the piece is at p XOR r / 2 % 4.
+template <class Element, int kRows, int kCols>
+struct alignas(128) LdmatrixTile {
+  static constexpr int kPiece = 8;                         // elements of 16 bytes
+  static constexpr int kPieces = kCols % 64 == 0 ? 8 : 4;  // that change places with each other
+  static constexpr int kGroup = kPieces * kPiece;          // their columns
+  static constexpr int kPitch = kCols * sizeof(Element);   // bytes
+
+  static_assert(sizeof(Element) == 2 && kCols % 32 == 0 && kRows % 16 == 0);
+
+  Element data[kRows * kCols];
+
+  // Where an element is, in elements.
+  static __device__ __forceinline__ int offset(int row, int col) {
+    const int place = col / kPiece ^ row / (8 / kPieces) % kPieces;
+    return row * kCols + place * kPiece + col % kPiece;
+  }
+
+  // Stores two neighbours of a row, the first in an even column.
+  __device__ __forceinline__ void store_pair(int row, int col, unsigned pair) {
+    *reinterpret_cast<unsigned*>(data + offset(row, col)) = pair;
+  }
+
+  // Starts to copy rows [first_row, first_row + kRows) of a matrix; whatever lies outside of it becomes 0.
+  // Complete after cp_async_wait and a barrier. `thread` counts the kNumThreads threads that share the work.
+  template <int kNumThreads>
+  __device__ __forceinline__ void load(const Matrix<const Element>& source, int first_row,
+                                       unsigned thread = threadIdx.x) {
+    ptx::make_opaque(thread);  // places are found anew for each tile: the registers belong to the products
+    // Each thread copies the same piece of every kRowStep-th row, so that it stays at the same place.
+    constexpr int kRowStep = kNumThreads / kPieces;
+    static_assert(kRowStep % 8 == 0);
+    if (source.vectorized) {
+      const int row = thread / kPieces, col = thread % kPieces * kPiece;
+      Element* const target = data + offset(row, col);
+      const Element* const address = source.at(first_row + row, col);
+      const long long step = kRowStep * source.row_stride;
+      if (kRows % kRowStep == 0 && first_row + kRows <= source.rows && source.cols == kCols) {
+        const Element* of_row = address;
+#pragma unroll
+        for (int i = 0; i < kRows / kRowStep; ++i) {
+#pragma unroll
+          for (int group = 0; group < kCols; group += kGroup) {
+            ptx::cp_async_16(target + i * kRowStep * kCols + group, of_row + group, true);
+          }
+          of_row += step;
+        }
+      } else {
+        const Element* of_row = address;
+        const int num_rows = source.rows - first_row - row, num_cols = source.cols - col;
+#pragma unroll
+        for (int i = 0; i < ceil_div(kRows, kRowStep); ++i) {
+          if (kRows % kRowStep != 0 && row + i * kRowStep >= kRows) break;
+#pragma unroll
+          for (int group = 0; group < kCols; group += kGroup) {
+            ptx::cp_async_16(target + i * kRowStep * kCols + group, of_row + group,
+                             i * kRowStep < num_rows && group < num_cols);
+          }
+          of_row += step;
+        }
+      }
+    } else {
+#pragma unroll 1  // the rare path leaves the registers to the others
+      for (int index = static_cast<int>(thread); index < kRows * kCols; index += kNumThreads) {
+        const int row = index / kCols, col = index % kCols;
+        const bool inside = first_row + row < source.rows && col < source.cols;
+        data[offset(row, col)] = inside ? *source.at(first_row + row, col) : from_float<Element>(0.0f);
+      }
+    }
+  }
+};
+
+// The order in which ldmatrix loads the four 8 x 8 matrices of 16 x 16 elements: by columns, so that x[1] is the lower
+// left one, or by rows, so that it is the upper right one. mma takes registers in a row: a first factor along the rows
+// of memory and a second factor across them come by columns, the other two by rows.
+enum class Order { kByColumns, kByRows };
+
+// How a lane reads such a tile by ldmatrix, from a multiple of 16 rows on: it gives the address of one row of one
+// matrix. Make one where it is needed: that takes less time than the registers of an old one would cost.
+template <class Tile, Order kOrder>
+struct TileReader {
+  int start;  // bytes
+
+  __device__ __forceinline__ explicit TileReader(int first_row = 0) {
+    unsigned thread = threadIdx.x;
+    ptx::make_opaque(thread);
+    const int lane = thread % 32, first = lane / 8 % 2 * 8, second = lane / 16 * 8;
+    const bool by_rows = kOrder == Order::kByRows;
+    start = 2 * Tile::offset(first_row + lane % 8 + (by_rows ? second : first), by_rows ? first : second);
+  }
+
+  // The corner is at multiples of 16; a column that is no constant takes an instruction more.
+  __device__ __forceinline__ void load(unsigned (&x)[4], const Tile& tile, int row, int col) const {
+    ptx::ldmatrix(x, at(tile, row, col));
+  }
+  __device__ __forceinline__ void load_transposed(unsigned (&x)[4], const Tile& tile, int row, int col) const {
+    ptx::ldmatrix_transposed(x, at(tile, row, col));
+  }
+
+ private:
+  // A piece keeps its place from 16 rows to the next; columns change it by XOR.
+  __device__ __forceinline__ const void* at(const Tile& tile, int row, int col) const {
+    return reinterpret_cast<const unsigned char*>(tile.data) + (start ^ 2 * (col % Tile::kGroup)) + row * Tile::kPitch +
+           2 * (col / Tile::kGroup * Tile::kGroup);
+  }
+};
+
+}  // namespace cuflash

@@ -1,0 +1,47 @@
+// The sums of a tile in global memory, to which many blocks add: float32, in the order of registers, so that a warp
+// adds to whole lines of memory.
+#pragma once
+
+#include <cuflash/ptx/reduce.cuh>
+#include <cuflash/tile/warpgroup_tile.cuh>
+
+namespace cuflash {
+
+// How the warps of a block share kRows x kCols sums: in a grid, each 32 rows, or 16 where that leaves whole 32 columns.
+template <int kRows, int kCols, int kNumWarps>
+struct SharedSums {
+  static constexpr int kWarpRows = kRows % 32 == 0 && kRows / 32 * kCols / kNumWarps % 32 == 0 ? 32 : 16;
+  static constexpr int kWarpsM = kRows / kWarpRows;
+  static constexpr int kWarpsN = kNumWarps / kWarpsM;
+  static constexpr int kTilesM = kWarpRows / 16;
+  static constexpr int kWarpCols = kCols / kWarpsN;
+
+  static_assert(kNumWarps % kWarpsM == 0 && kWarpCols % 32 == 0);
+
+  using Tile = WarpgroupTile<kWarpCols>;
+
+  int warp = threadIdx.x / 32, row = warp / kWarpsN * kWarpRows, col = warp % kWarpsN * kWarpCols;
+
+  __device__ __forceinline__ void add(float* sums, const Tile (&tiles)[kTilesM]) const {
+#pragma unroll
+    for (int m = 0; m < kTilesM; ++m) {
+#pragma unroll
+      for (int i = 0; i < Tile::kNumElements; i += 4) ptx::add_4(sums + place(m, i), tiles[m].x + i);
+    }
+  }
+
+  __device__ __forceinline__ void load(Tile (&tiles)[kTilesM], const float* sums) const {
+#pragma unroll
+    for (int m = 0; m < kTilesM; ++m) {
+#pragma unroll
+      for (int i = 0; i < Tile::kNumElements; i += 4) ptx::load_4(tiles[m].x + i, sums + place(m, i));
+    }
+  }
+
+ private:
+  __device__ __forceinline__ int place(int m, int i) const {
+    return ((warp * kTilesM + m) * Tile::kNumElements + i) * 32;
+  }
+};
+
+}  // namespace cuflash

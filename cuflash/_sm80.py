@@ -1,0 +1,306 @@
+"""The sm80 family: FlashAttention-2 by mma.sync, for Ampere and everything since, with its tiles (docs/kernels.md)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ._call import Call, Run
+from ._device import Array, Chip
+from ._kernel import NUMBERS, Kernel, padded_head_dims
+from ._options import PLAIN, Options
+from ._problem import Operand, Problem
+from ._wmma import BACKWARD_INPUTS, Inputs, num_jobs, operand_of_delta, plan_gradients
+
+CAPABILITY = (8, 0)
+WORK_BYTES, DKDV_WORK_BYTES, DQ_WORK_BYTES = 240, 80, 224  # what a block knows of its job
+MIN_SCALE = float(np.finfo(np.float32).tiny)  # less is 0 for kernels, and maxima of products are not those of scores
+
+
+class Tile(NamedTuple):
+    """Forward: queries of a block, keys of a step, warps, stages of K and V, and whether Q stays in registers."""
+
+    block_m: int
+    block_n: int
+    warps: int
+    stages: int
+    keeps_q: bool = False
+
+
+class DkDvTile(NamedTuple):
+    """Queries of a step, keys of a block of threads, warps, warps that share their keys, stages of Q and dO."""
+
+    block_m: int
+    block_n: int
+    warps: int
+    splits: int
+    stages: int
+    adds_dq: bool = False  # to sums in global memory
+
+
+class DqTile(NamedTuple):
+    """Queries of a block of threads, keys of a step, warps, stages of K and V."""
+
+    block_m: int
+    block_n: int
+    warps: int
+    stages: int
+
+
+# By head_dim, head_dim_v, and the KiB of shared memory that a block may use: those of the largest class that a chip
+# reaches. The first that suits the call and fits is taken, so further ones are for calls with arrays of pairs.
+# A multiprocessor has 64 K registers: two blocks of 4 warps at 255, or one of 8, and shared memory for two of
+# 113 KiB (sm_90), 81 (sm_80) or 50 (sm_86, 89, 120).
+Tiles = dict[tuple[int, int, int], tuple[Any, ...]]
+
+SMALLEST = Tile(64, 32, 4, 1)  # fits everywhere
+FORWARD_TILES: Tiles = {
+    # 32 rows a warp: K and V are read from shared memory half as often as with 16.
+    (32, 32, 99): (Tile(128, 64, 4, 2), Tile(128, 64, 4, 1), SMALLEST),
+    (64, 64, 99): (Tile(128, 64, 4, 2), Tile(128, 64, 4, 1), SMALLEST),
+    (96, 96, 99): (Tile(128, 64, 4, 1), Tile(64, 64, 4, 1), SMALLEST),
+    (96, 96, 163): (Tile(128, 64, 4, 2), Tile(128, 64, 4, 1), SMALLEST),
+    # Two stages of 64 keys take a few registers too many.
+    (128, 128, 99): (Tile(128, 32, 4, 1), SMALLEST),
+    (128, 128, 163): (Tile(128, 64, 4, 1), SMALLEST),
+    (192, 128, 99): (Tile(64, 64, 4, 1), SMALLEST),
+    (192, 128, 163): (Tile(64, 64, 4, 1), SMALLEST),
+    (192, 128, 227): (Tile(128, 64, 4, 1), Tile(64, 64, 4, 1), SMALLEST),
+    # Output of 32 rows would take 192 registers or more: 16 rows a warp.
+    (192, 192, 99): (Tile(64, 64, 4, 1), SMALLEST),
+    (192, 192, 163): (Tile(128, 64, 8, 1), Tile(64, 64, 4, 1), SMALLEST),
+    (192, 192, 227): (Tile(128, 64, 8, 2), Tile(128, 64, 8, 1), SMALLEST),
+    (256, 256, 99): (Tile(64, 64, 4, 1), SMALLEST),
+    (256, 256, 163): (Tile(128, 64, 8, 1), Tile(64, 64, 4, 1), SMALLEST),
+    (256, 256, 227): (Tile(128, 64, 8, 2), Tile(128, 64, 8, 1), SMALLEST),
+}
+# What calls take first if their options take more registers than the first tiles leave.
+HUNGRY = {"alibi", "bias", "mask", "mod", "sinks", "dropout"}
+FRUGAL_TILES = {(128, 128): Tile(128, 32, 4, 2)}
+
+# Gradients of K and V. A warp holds its keys' dK and dV, and their scores and gradients of weights of a step.
+DKDV_TILES: Tiles = {
+    (32, 32, 99): (DkDvTile(64, 128, 4, 1, 2), DkDvTile(32, 64, 4, 1, 1)),
+    # 32 keys a warp: Q and dO are read half as often for dK and dV.
+    (64, 64, 99): (DkDvTile(32, 128, 4, 1, 1), DkDvTile(32, 64, 4, 1, 1)),
+    (64, 64, 163): (DkDvTile(32, 128, 4, 1, 2), DkDvTile(32, 64, 4, 1, 1)),
+    (96, 96, 99): (DkDvTile(64, 64, 4, 1, 1), DkDvTile(32, 64, 4, 1, 1)),
+    (128, 128, 99): (DkDvTile(32, 64, 4, 1, 2), DkDvTile(32, 64, 4, 1, 1)),
+    (128, 128, 163): (DkDvTile(64, 128, 8, 1, 2), DkDvTile(32, 64, 4, 1, 1)),
+    (192, 128, 99): (DkDvTile(32, 64, 4, 1, 1),),
+    # 384 columns of dK and dV, and more, do not fit the registers of one warp beside its scores.
+    (192, 192, 99): (DkDvTile(32, 32, 4, 2, 1),),
+    (192, 192, 163): (DkDvTile(64, 64, 8, 2, 1), DkDvTile(32, 32, 4, 2, 1)),
+    (256, 256, 99): (DkDvTile(32, 32, 4, 2, 1),),
+    (256, 256, 163): (DkDvTile(32, 64, 8, 2, 1), DkDvTile(32, 32, 4, 2, 1)),
+}
+# Gradient of Q.
+DQ_TILES: Tiles = {
+    (32, 32, 99): (DqTile(128, 64, 4, 2), DqTile(64, 32, 4, 1)),
+    (64, 64, 99): (DqTile(128, 32, 4, 2), DqTile(64, 32, 4, 1)),
+    (96, 96, 99): (DqTile(64, 64, 4, 1), DqTile(64, 32, 4, 1)),
+    (128, 128, 99): (DqTile(64, 64, 4, 1), DqTile(64, 32, 4, 1)),
+    (128, 128, 227): (DqTile(128, 32, 4, 1), DqTile(64, 32, 4, 1)),
+    (192, 128, 99): (DqTile(64, 32, 4, 1),),
+    (192, 192, 99): (DqTile(64, 32, 4, 1), DqTile(32, 32, 2, 1)),
+    (256, 256, 99): (DqTile(64, 16, 4, 1), DqTile(32, 32, 2, 1)),
+    (256, 256, 163): (DqTile(64, 32, 4, 1),),
+}
+
+
+def why_not(
+    problem: Problem, number: str, chip: Chip, options: Options = PLAIN, operands: Mapping[str, Operand] | None = None
+) -> str | None:
+    """The reason why the family cannot compute the problem on a GPU, or None if it can."""
+    if chip.capability < CAPABILITY:
+        return (
+            f"it needs compute capability {CAPABILITY[0]}.{CAPABILITY[1]} or newer, "
+            f"{chip.name} has {chip.capability[0]}.{chip.capability[1]}"
+        )
+    if number not in ("float16", "bfloat16"):
+        return f"it multiplies float16 and bfloat16, not {problem.dtype}"
+    if problem.softmax_scale < MIN_SCALE:
+        return f"it takes scales from {MIN_SCALE:.3g}, not {problem.softmax_scale}"
+    if any(kernel.tile(problem, options, chip) is None for kernel in (forward, backward, backward_dkdv, backward_dq)):
+        return f"{chip.name} has too little shared memory for a tile with {', '.join(options.arguments)}"
+    return None
+
+
+def _forward_bytes(dims: tuple[int, int], tile: Tile, options: Options) -> int:
+    """Tiles of Q, K and V, of arrays of pairs, and those of careful rows (attention/careful_row.cuh)."""
+    pairs, careful = options.tile_bytes(*tile[:2]), options.tile_bytes(1, 32)
+    stage = 2 * tile.block_n * sum(dims) + max(pairs, 16)
+    return 2 * tile.block_m * dims[0] + tile.stages * stage + tile.warps * max(careful, 16) + WORK_BYTES
+
+
+def _dkdv_bytes(dims: tuple[int, int], tile: DkDvTile, options: Options) -> int:
+    stage = 2 * tile.block_m * sum(dims) + max(options.tile_bytes(*tile[:2]), 16)
+    scores = 2 * (tile.block_n * tile.block_m if tile.adds_dq else 16 * 32)
+    tiles = 2 * tile.block_n * sum(dims) + scores + tile.stages * stage
+    return tiles + 16 * tile.block_m + _careful_bytes(tile.warps, options) + DKDV_WORK_BYTES
+
+
+def _dq_bytes(dims: tuple[int, int], tile: DqTile, options: Options) -> int:
+    stage = 2 * tile.block_n * sum(dims) + max(options.tile_bytes(*tile[:2]), 16)
+    return 2 * tile.block_m * sum(dims) + tile.stages * stage + _careful_bytes(tile.warps, options) + DQ_WORK_BYTES
+
+
+def _careful_bytes(warps: int, options: Options) -> int:
+    """Of attention/careful_gradients.cuh."""
+    return warps * max(options.tile_bytes(16, 16), 16)
+
+
+def tile_class(tiles: Tiles, problem: Problem, chip: Chip) -> tuple[int, int, int]:
+    """The entry of a table for a problem on a chip."""
+    dims = padded_head_dims(problem)
+    classes = [kib for *of_dims, kib in tiles if tuple(of_dims) == dims]
+    return (*dims, max((kib for kib in classes if kib * 1024 <= chip.shared_memory), default=min(classes)))
+
+
+@dataclass(frozen=True)
+class _TiledKernel:
+    """A kernel template; called for a problem, it gives the kernel to launch and the number of its blocks."""
+
+    template: str
+    header: str
+    tiles: Tiles
+    shared_bytes: Callable[[tuple[int, int], Any, Options], int]
+    num_blocks: Callable[[Problem, Any], int]
+    pointers: tuple[str, ...]
+    params: str
+    frugal_tiles: dict[tuple[int, int], Any] = field(default_factory=dict)
+    change: Callable[[Any], Any] = lambda tile: tile
+    name: str = ""  # if not that of the header
+
+    def tile(self, problem: Problem, options: Options, chip: Chip) -> Any:
+        """The tile that suits a call, or None if none fits the shared memory."""
+        dims = padded_head_dims(problem)
+        tiles = self.tiles[tile_class(self.tiles, problem, chip)]
+        if dims in self.frugal_tiles and HUNGRY.intersection(options.names):
+            tiles = (self.frugal_tiles[dims], *tiles)
+        return next(
+            (
+                tile
+                for tile in map(self.change, tiles)
+                if options.allows_tile(*tile[:2]) and self.shared_bytes(dims, tile, options) <= chip.shared_memory
+            ),
+            None,
+        )
+
+    def __call__(self, problem: Problem, options: Options, number: str, chip: Chip) -> tuple[Kernel, int]:
+        name, short, _ = NUMBERS[number]
+        dims, tile = padded_head_dims(problem), self.tile(problem, options, chip)
+        assert tile is not None, "why_not has found one"
+        kernel = Kernel(
+            template=self.template,
+            header=self.header,
+            symbol="_".join(("cuflash", self.name or self.header, short, f"d{dims[0]}x{dims[1]}", *options.names)),
+            arguments=(f"cuflash::{name}", options.type, *dims, *map(int, tile)),
+            pointers=self.pointers,
+            params=self.params,
+            num_threads=32 * tile.warps,
+            shared_bytes=self.shared_bytes(dims, tile, options),
+            options=options,
+        )
+        return kernel, self.num_blocks(problem, tile)
+
+
+def _query_blocks(problem: Problem, tile: Tile | DqTile) -> int:
+    return num_jobs(problem, problem.seqlen_q, tile.block_m) * problem.num_heads
+
+
+def _key_blocks(problem: Problem, tile: DkDvTile) -> int:
+    return num_jobs(problem, problem.seqlen_k, tile.block_n) * problem.num_heads_kv
+
+
+forward = _TiledKernel(
+    template="FwdSm80",
+    header="fwd_sm80",
+    tiles=FORWARD_TILES,
+    shared_bytes=_forward_bytes,
+    num_blocks=_query_blocks,
+    pointers=("const Element* q", "const Element* k", "const Element* v", "Element* out", "float* lse"),
+    params="FwdParams",
+    frugal_tiles=FRUGAL_TILES,
+)
+backward_dkdv = _TiledKernel(
+    template="BwdSm80DkDv",
+    header="bwd_sm80_dkdv",
+    tiles=DKDV_TILES,
+    shared_bytes=_dkdv_bytes,
+    num_blocks=_key_blocks,
+    pointers=(*BACKWARD_INPUTS, "Element* dk", "Element* dv", "float* dq_sums"),
+    params="BwdParams",
+)
+backward = replace(backward_dkdv, name="bwd_sm80", change=lambda tile: tile._replace(adds_dq=True))
+backward_dq = _TiledKernel(
+    template="BwdSm80Dq",
+    header="bwd_sm80_dq",
+    tiles=DQ_TILES,
+    shared_bytes=_dq_bytes,
+    num_blocks=_query_blocks,
+    pointers=(*BACKWARD_INPUTS, "Element* dq"),
+    params="BwdParams",
+)
+
+
+def plan_forward(call: Call) -> Run:
+    """A function of (q, k, v, out, lse or None) and the arrays of the options that computes out and lse."""
+    step = call.step(forward(call.problem, call.options, call.number, call.chip))
+    null = call.device.null
+
+    def run(q: Array, k: Array, v: Array, out: Array, lse: Array | None, **extras: Any) -> None:
+        step(q, k, v, out, null if lse is None else lse, options=call.options_argument(extras))
+
+    return run
+
+
+def why_no_backward(problem: Problem, chip: Chip, options: Options = PLAIN) -> str | None:
+    """None: it can compute gradients."""
+    return None
+
+
+def finish(problem: Problem, options: Options, number: str, chip: Chip) -> tuple[Kernel, int]:
+    """The kernel that rounds the sums of dq, and the number of its blocks."""
+    name, short, _ = NUMBERS[number]
+    dims, tile = padded_head_dims(problem), backward.tile(problem, options, chip)
+    kernel = Kernel(
+        template="BwdSm80Finish",
+        header="bwd_sm80_finish",
+        symbol="_".join(("cuflash_bwd_sm80_finish", short, f"d{dims[0]}x{dims[1]}", *options.names)),
+        arguments=(f"cuflash::{name}", options.type, *dims, tile.block_m, tile.warps),
+        pointers=(*BACKWARD_INPUTS, "Element* dq", "const float* dq_sums"),
+        params="BwdParams",
+        num_threads=32 * tile.warps,
+        shared_bytes=_careful_bytes(tile.warps, options),
+        options=options,
+    )
+    return kernel, _query_blocks(problem, tile)
+
+
+def plan_backward(call: Call) -> Run:
+    """A function of (dout, q, k, v, out, lse, dq, dk, dv) and the arrays of the options that computes gradients."""
+    device, problem, delta = call.device, call.problem, operand_of_delta(call.problem)
+    of_call = problem, call.options, call.number, call.chip
+    if call.deterministic:
+        dkdv_step, dq_step = (call.step(make(*of_call), delta=delta) for make in (backward_dkdv, backward_dq))
+
+        def apart(inputs: Inputs, dq: Array, dk: Array, dv: Array, options: tuple[Any, ...]) -> None:
+            dkdv_step(*inputs, dk, dv, device.null, options=options)
+            dq_step(*inputs, dq, options=options)
+
+        return plan_gradients(call, apart)
+
+    step, finish_step = (call.step(make(*of_call), delta=delta) for make in (backward, finish))
+    tile = backward.tile(problem, call.options, call.chip)
+    num_sums = _query_blocks(problem, tile) * tile.block_m * padded_head_dims(problem)[0]
+
+    def in_one_pass(inputs: Inputs, dq: Array, dk: Array, dv: Array, options: tuple[Any, ...]) -> None:
+        sums = device.zeros((max(num_sums, 1),), "float32")
+        step(*inputs, dk, dv, sums, options=options)
+        finish_step(*inputs, dq, sums, options=options)
+
+    return plan_gradients(call, in_one_pass)
