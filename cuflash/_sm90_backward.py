@@ -44,8 +44,6 @@ HUNGRY = {"softcap", "mod", "dropout", "bias"}  # options for which 128 queries 
 
 def why_not(problem: Problem, options: Options, chip: Chip) -> str | None:
     """The reason why there is no kernel for a problem that the forward can do, or None if there is one."""
-    if problem.packed:
-        return "its backward takes no packed sequences: short ones can stop it (docs/notes/sm90_backward.md)"
     if max(problem.head_dim, problem.head_dim_v) > MAX_HEAD_DIM:
         return f"its backward takes head_dim up to {MAX_HEAD_DIM}, not {max(problem.head_dim, problem.head_dim_v)}"
     if _tile(problem, options, chip) is None:
@@ -66,7 +64,7 @@ def _shared_bytes(dim: int, tile: Tile, options: Options) -> int:
     pairs = tile.stages_pairs * max(options.tile_bytes(tile.block_m, tile.block_n), 16)
     rows = tile.stages * 8 * tile.block_m
     stages_of_jobs = 2 * tile.stages_kv
-    stages = tile.stages_kv + 2 * tile.stages + 1 + tile.stages_pairs + stages_of_jobs
+    stages = tile.stages_kv + 3 * tile.stages + tile.stages_pairs + stages_of_jobs
     rings = 16 * stages + ceil_div(JOB_BYTES * stages_of_jobs, 8) * 8
     return tiles + gradients + pairs + rows + rings
 

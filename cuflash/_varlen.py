@@ -156,8 +156,8 @@ def attention_varlen_backward(
         As they were in the forward call.
     score_mod, mask_mod, mod_args
         Likewise.
-    kernel : {"auto", "sm80", "wmma"}
-        As for :func:`attention_backward`; "sm90" has no gradients of packed sequences.
+    kernel : {"auto", "sm90", "sm80", "wmma"}
+        As for :func:`attention_backward`.
     dlse : array, shape (Hq, total_q), optional
         Gradient with respect to ``lse``. Default: 0.
     return_dsinks, deterministic : bool

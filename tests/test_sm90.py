@@ -315,8 +315,7 @@ def test_every_set_of_options_has_a_tile_and_every_tile_a_call() -> None:
 def test_every_set_of_options_has_a_tile_for_its_gradients() -> None:
     for head_dim, options, deterministic in itertools.product(_sm90_backward.TILES, combinations(), (False, True)):
         problem = Problem("bfloat16", 1, 1, 1, 64, 64, head_dim, head_dim, 1.0, packed="packed" in options.names)
-        reason = _sm90.why_no_backward(problem, H200, options)
-        assert reason is None or (problem.packed and "packed" in reason)
+        assert _sm90.why_no_backward(problem, H200, options) is None
         kernels = _sm90_backward.kernels(problem, options, "bfloat16", H200, deterministic=deterministic)
         assert max(kernel.shared_bytes for kernel in kernels[:2]) <= H200.shared_memory
 
@@ -448,18 +447,6 @@ def test_packed_sequences_are_one_array(notebook: Notebook) -> None:
     cu_seqlens = np.array([0, 100, 300], np.int32)
     cuflash.attention_varlen(q, q, q, cu_seqlens, cu_seqlens, kernel="sm90")
     assert [(shape, strides) for _, shape, strides, _ in notebook.maps[0]] == [((64, 300, 2, 1), (128, 64, 8))] * 3
-
-
-def test_gradients_of_packed_sequences_are_those_of_sm80(notebook: Notebook) -> None:
-    q = np.zeros((300, 2, 64), BF16)
-    cu_seqlens = np.array([0, 100, 300], np.int32)
-    out, vjp = cuflash.attention_varlen_vjp(q, q, q, cu_seqlens, cu_seqlens)
-    vjp(out)
-    assert len(notebook.maps) == 1  # of the forward alone
-    assert [symbol[:17] for symbol in notebook.symbols[-2:]] == ["cuflash_bwd_sm80_"] * 2
-    _, vjp = cuflash.attention_varlen_vjp(q, q, q, cu_seqlens, cu_seqlens, kernel="sm90")
-    with pytest.raises(NotImplementedError, match="sm90: its backward takes no packed sequences"):
-        vjp(out)
 
 
 # The instructions
@@ -764,10 +751,6 @@ def test_gradients_of_options_are_accurate(hopper: Any, head_dim: int, name: str
     assert_right(problem, inputs, gradients_of(problem, inputs, deterministic=deterministic))
 
 
-NO_PACKED_GRADIENTS = pytest.mark.skip(reason="sm90 has no gradients of packed sequences (docs/notes/sm90_backward.md)")
-
-
-@NO_PACKED_GRADIENTS
 @pytest.mark.gpu
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("seqused_k", [None, (65, 5, 131, 0, 131, 0, 0)])
@@ -789,11 +772,7 @@ POISONED = {"q": QUERIES, "k": KEYS, "v": KEYS, "dout": QUERIES}
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", POISONED)
-@pytest.mark.parametrize(
-    "options",
-    [name for name in LONG if name != "full"]
-    + [pytest.param(name, marks=NO_PACKED_GRADIENTS) for name in ("packed", "packed causal")],
-)
+@pytest.mark.parametrize("options", [name for name in LONG if name != "full"] + ["packed", "packed causal"])
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_gradients_beside_nan_are_as_without_it(hopper: Any, head_dim: int, options: str, name: str) -> None:
     """The reference says which gradients a value takes part in: those are like its own, all others stay."""
@@ -917,8 +896,6 @@ def racing(cupy: Any, name: str, head_dim: int, op: str) -> Callable[[], tuple[A
 @pytest.mark.parametrize("name", [*RACES, "bias"])
 def test_500_repetitions_give_the_same_bits(hopper: Any, name: str, head_dim: int, op: str) -> None:
     """Races show as differences; other work on a second stream shuffles the order of jobs."""
-    if name == "packed" and op != "forward":
-        pytest.skip("sm90 has no gradients of packed sequences (docs/notes/sm90_backward.md)")
     call = racing(hopper, name, head_dim, op)
     noise = hopper.ones((512, 512), "float32")
     other = hopper.cuda.Stream(non_blocking=True)

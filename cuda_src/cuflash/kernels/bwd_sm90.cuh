@@ -81,8 +81,8 @@ struct BwdSm90 {
   };
   struct Rings {
     RingKv kv;
-    Ring q, dout;         // statistics of rows come and go with Q
-    Pipeline<1> partial;  // queries of which only a part is kept
+    Ring q, dout;  // statistics of rows come and go with Q
+    Ring partial;  // queries of which only a part is kept
     RingPairs pairs;
     Jobs jobs;
   };
@@ -163,7 +163,7 @@ struct BwdSm90 {
     typename Jobs::Position job_at;
     typename RingKv::Position kv_at;
     typename Ring::Position at;
-    Pipeline<1>::Position partial_at;
+    typename Ring::Position partial_at;
     for (Job job = jobs.job(blockIdx.x);;) {
       shared.rings.jobs.put(job_at, job);
       if (job.tile == Job::kNoTile) break;
@@ -239,7 +239,7 @@ struct BwdSm90 {
     const bool first_warp = uniform(threadIdx.x / 32) == 0, leader = threadIdx.x % 32 == 0;
     typename Jobs::Position job_at;
     typename Ring::Position at;
-    Pipeline<1>::Position partial_at;
+    typename Ring::Position partial_at;
     typename RingPairs::Position pairs_at;
     for (Job job; (job = shared.rings.jobs.template take<Options>(job_at, problem)).tile != Job::kNoTile;) {
       for (Walk walk(options, problem, job, band_of(problem, job)); !walk.done(); walk.advance()) {
