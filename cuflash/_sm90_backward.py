@@ -19,7 +19,7 @@ from ._wgmma import wgmma
 ARCH = "sm_90a"
 JOB_BYTES = 36  # attention/sequence.cuh
 NUM_THREADS = 384
-MAX_HEAD_DIM = 128
+MAX_HEAD_DIM = 256
 
 
 class Tile(NamedTuple):
@@ -34,10 +34,12 @@ class Tile(NamedTuple):
 
 # By head_dim, the fastest first; the first that fits the shared memory is taken. Measured on an H200
 # (docs/notes/sm90_backward.md). A consumer holds 64 keys: dK and dV of 128 columns leave registers for 64 queries,
-# those of 64 columns for 128. A second place for K and V lets the next job's come beside the epilogue.
+# those of 64 columns for 128; beyond 128 columns both consumers have the same 64 keys. A second place for K and V lets
+# the next job's come beside the epilogue.
 TILES: dict[int, tuple[Tile, ...]] = {
     64: (Tile(128, 128, 2, 2), Tile(64, 128, 2, 4)),
     128: (Tile(64, 128, 2, 2), Tile(64, 128, 1, 2)),
+    256: (Tile(64, 64, 1, 2), Tile(64, 64, 1, 1)),
 }
 HUNGRY = {"softcap", "mod", "dropout", "bias"}  # options for which 128 queries are too many
 
@@ -53,14 +55,14 @@ def why_not(problem: Problem, options: Options, chip: Chip) -> str | None:
 
 def _dim(problem: Problem) -> int:
     """The head_dim of the kernels: TMA fills what is missing with zeros."""
-    return 64 if max(problem.head_dim, problem.head_dim_v) <= 64 else 128
+    return next(dim for dim in TILES if max(problem.head_dim, problem.head_dim_v) <= dim)
 
 
 def _shared_bytes(dim: int, tile: Tile, options: Options) -> int:
     """Tiles in panels of 128-byte rows, arrays of pairs, statistics of rows, rings of barriers and jobs."""
     row = 128 * ceil_div(dim, PANEL)
     tiles = 2 * row * (tile.stages_kv * tile.block_n + tile.stages * tile.block_m)
-    gradients = 2 * tile.block_n * 128 * ceil_div(tile.block_m, PANEL)
+    gradients = 2 * tile.block_n * 128 * ceil_div(tile.block_m, PANEL)  # of scores, twice or beside weights
     pairs = tile.stages_pairs * max(options.tile_bytes(tile.block_m, tile.block_n), 16)
     rows = tile.stages * 8 * tile.block_m
     stages_of_jobs = 2 * tile.stages_kv
@@ -93,9 +95,10 @@ def kernels(
     assert tile is not None, "why_not has found one"
     of_call = "_".join((short, f"d{dim}x{dim}", *options.names))
     cols = dim if tile.block_m == 128 else dim // 2  # of a part of dQ
+    wide = dim > 128
     main = Kernel(
-        template="BwdSm90",
-        header="bwd_sm90",
+        template="BwdSm90Wide" if wide else "BwdSm90",
+        header="bwd_sm90_wide" if wide else "bwd_sm90",
         symbol=f"cuflash_bwd_sm90_{of_call}" + ("_deterministic" if deterministic else ""),
         arguments=(f"cuflash::{name}", options.type, dim, dim, *tile, "true" if deterministic else "false"),
         pointers=(

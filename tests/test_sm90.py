@@ -210,15 +210,13 @@ def test_gradients_have_kernels_of_their_own(notebook: Notebook) -> None:
     ]
 
 
-@pytest.mark.parametrize("head_dims", [(192, 192), (192, 128), (64, 136), (256, 256)])
-def test_wide_gradients_are_those_of_sm80(notebook: Notebook, head_dims: tuple[int, int]) -> None:
-    q, k, v = arrays(64, *head_dims)
-    cuflash.attention(q, k, v, kernel="sm90")
-    reason = f"sm90: its backward takes head_dim up to 128, not {max(head_dims)}"
-    with pytest.raises(NotImplementedError, match=f"kernel='sm90' cannot compute this call: {reason}"):
-        backward(q, k, v, kernel="sm90")
-    backward(q, k, v)
-    assert [symbol[:17] for symbol in notebook.symbols[-2:]] == ["cuflash_bwd_sm80_"] * 2
+@pytest.mark.parametrize(
+    ("head_dims", "name"),
+    [((64, 40), "d64x64"), ((64, 96), "d128x128"), ((64, 136), "d256x256"), ((192, 128), "d256x256")],
+)
+def test_gradients_of_other_widths_are_padded(notebook: Notebook, head_dims: tuple[int, int], name: str) -> None:
+    backward(*arrays(64, *head_dims), kernel="sm90")
+    assert notebook.symbols[-2:] == [f"cuflash_bwd_sm90_bf16_{name}", f"cuflash_bwd_sm90_finish_bf16_{name}"]
 
 
 @pytest.mark.parametrize("name", [*"qkv", "dout"])
@@ -335,7 +333,7 @@ def test_the_blocks_of_a_backward(
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_the_workspace_of_a_backward_is_linear(notebook: Notebook, head_dim: int, deterministic: bool) -> None:
     """Float32 sums of dq, and a few words a tile (docs/kernels.md)."""
     for seqlen in (1024, 8192):
@@ -718,7 +716,7 @@ PACKED = PackedProblem(
 @pytest.mark.gpu
 @pytest.mark.parametrize(("dtype", "deterministic"), [("bfloat16", False), ("float16", True)])
 @pytest.mark.parametrize("name", LONG)
-@pytest.mark.parametrize("head_dims", [(64, 64), (128, 128), (8, 40), (64, 128), (128, 96)])
+@pytest.mark.parametrize("head_dims", [(64, 64), (128, 128), (8, 40), (64, 128), (128, 96), (256, 256), (192, 128)])
 def test_gradients_of_many_tiles_are_accurate(
     hopper: Any, head_dims: tuple[int, int], name: str, dtype: str, deterministic: bool
 ) -> None:
@@ -744,7 +742,7 @@ GRADIENTS_OF_OPTIONS: dict[str, dict[str, Any]] = {
 @pytest.mark.gpu
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("name", GRADIENTS_OF_OPTIONS)
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_gradients_of_options_are_accurate(hopper: Any, head_dim: int, name: str, deterministic: bool) -> None:
     problem = long(head_dim, **GRADIENTS_OF_OPTIONS[name])
     inputs = inputs_by_name(problem)
@@ -755,7 +753,7 @@ def test_gradients_of_options_are_accurate(hopper: Any, head_dim: int, name: str
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("seqused_k", [None, (65, 5, 131, 0, 131, 0, 0)])
 @pytest.mark.parametrize("options", [{}, {"causal": True}, {"window_size": (90, 20)}, {"sinks": "float32"}], ids=str)
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_gradients_of_packed_sequences_are_accurate(
     hopper: Any, head_dim: int, options: dict[str, Any], seqused_k: Any, deterministic: bool
 ) -> None:
@@ -773,7 +771,7 @@ POISONED = {"q": QUERIES, "k": KEYS, "v": KEYS, "dout": QUERIES}
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", POISONED)
 @pytest.mark.parametrize("options", [name for name in LONG if name != "full"] + ["packed", "packed causal"])
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_gradients_beside_nan_are_as_without_it(hopper: Any, head_dim: int, options: str, name: str) -> None:
     """The reference says which gradients a value takes part in: those are like its own, all others stay."""
     problem: Problems = long(head_dim, **LONG.get(options, {}))
@@ -800,7 +798,7 @@ def test_gradients_beside_nan_are_as_without_it(hopper: Any, head_dim: int, opti
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("options", [{}, {"causal": True}, {"softcap": 5.0, "window_size": (700, 10)}], ids=str)
-@pytest.mark.parametrize("head_dim", [64, 96, 128])
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 192, 256])
 def test_gradients_agree_with_those_of_wmma(hopper: Any, head_dim: int, options: dict[str, Any]) -> None:
     """With more jobs than multiprocessors, and heads in groups."""
     q, k, v = inputs_of(hopper, 2500, head_dim, heads=12)
@@ -813,19 +811,6 @@ def test_gradients_agree_with_those_of_wmma(hopper: Any, head_dim: int, options:
     for gradient, other in zip(*of_families, strict=True):
         gradient, other = gradient.astype("float32"), other.astype("float32")
         assert float(abs(gradient - other).max()) <= 2.0**-6 * float(abs(other).max())
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("head_dim", [136, 192, 256])
-def test_wide_gradients_are_computed_by_another_family(hopper: Any, head_dim: int) -> None:
-    problem = AttentionProblem(*[(2, 200, head_dim)] * 3, "bfloat16", causal=True)
-    dout, q, k, v = (hopper.asarray(x) for x in inputs_by_name(problem).values())
-    out, lse = cuflash.attention(q, k, v, causal=True, return_lse=True, kernel="sm90")
-    reason = f"sm90: its backward takes head_dim up to 128, not {head_dim}"
-    with pytest.raises(NotImplementedError, match=reason):
-        cuflash.attention_backward(dout, q, k, v, out, lse, causal=True, kernel="sm90")
-    gradients = cuflash.attention_backward(dout, q, k, v, out, lse, causal=True)
-    assert_gradients_accurate(dout, q, k, v, *gradients, causal=True)
 
 
 @pytest.mark.gpu
@@ -892,7 +877,7 @@ def racing(cupy: Any, name: str, head_dim: int, op: str) -> Callable[[], tuple[A
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("op", ["forward", "backward", "deterministic backward"])
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
 @pytest.mark.parametrize("name", [*RACES, "bias"])
 def test_500_repetitions_give_the_same_bits(hopper: Any, name: str, head_dim: int, op: str) -> None:
     """Races show as differences; other work on a second stream shuffles the order of jobs."""

@@ -29,9 +29,33 @@ struct ScoreGradients {
   const RowsOfTile<kBlockM>& rows;
   int first_col;  // of this lane
 
-  // Scores become weights, and `weights` these as the factor of dV. With all pairs visible nothing is hidden.
-  __device__ __forceinline__ void weigh(Scores& scores, Factor& weights, bool all_visible, unsigned* survivors) const {
-    draw(survivors);
+  // Bits of dropout: lanes draw those of a 16 x 16 tile whose rows are queries (attention/dropout.cuh), so that each
+  // asks two others for its own.
+  __device__ __forceinline__ void draw(unsigned* survivors) const {
+    if constexpr (Options::kHasDropout) {
+      const int lane = threadIdx.x % 32, warp_key = first_key - lane / 4, tile_query = first_query - first_col;
+#pragma unroll
+      for (int first = 0; first < kCount; first += 8) {
+        unsigned query = tile_query + 2 * first;
+        ptx::make_opaque(query);  // one draw after another: all at once would not fit the registers
+        const unsigned drawn = pairs.options.draw(query, warp_key);
+        unsigned mine = 0;
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+          const unsigned of_owner = __shfl_sync(kFullMask, drawn, (2 * (lane % 4) + j) * 4 + lane / 8) >> lane / 4 % 2;
+#pragma unroll
+          for (int i = j; i < 8; i += 2) mine |= (of_owner >> (i / 4 * 4 + i / 2 % 2 * 2) & 1) << i;
+        }
+        if (first % 32 == 0) survivors[first / 32] = 0;
+        survivors[first / 32] |= mine << first % 32;
+      }
+    }
+  }
+
+  // Scores become weights times the slopes of options (with kPlainWeights they are left), and `weights` the weights as
+  // the factor of dV. With all pairs visible nothing is hidden.
+  __device__ __forceinline__ void weigh(Scores& scores, Factor& weights, bool all_visible,
+                                        const unsigned* survivors) const {
     use_pairs(pairs, scores, [&](const auto& pairs) {
       if (all_visible) {
         weigh(pairs, scores, weights, survivors, [](int) { return true; });
@@ -47,17 +71,18 @@ struct ScoreGradients {
     });
   }
 
-  // dweights become gradients of the scores. Those of hidden pairs are 0, or NaN where what they meet is not finite.
-  __device__ __forceinline__ void differentiate(Scores& dweights, const Scores& slopes, const Factor& weights,
+  // dweights become gradients of the scores: slope_of(i) is the weight of element i times the slope of options. Those
+  // of hidden pairs are 0, or NaN where what they meet is not finite.
+  template <class SlopeOf>
+  __device__ __forceinline__ void differentiate(Scores& dweights, const SlopeOf& slope_of,
                                                 const unsigned* survivors) const {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      float weight = slopes.x[i], dweight = dweights.x[i];
-      if constexpr (kPlainWeights) weight = weights.at(i);
+      float dweight = dweights.x[i];
       if constexpr (Options::kHasDropout) {
         dweight = survives(survivors, i) ? dweight * pairs.options.survivor_factor() : 0.0f;
       }
-      dweights.x[i] = weight * (dweight - rows.delta[col(i)]);
+      dweights.x[i] = slope_of(i) * (dweight - rows.delta[col(i)]);
     }
   }
 
@@ -100,29 +125,6 @@ struct ScoreGradients {
         }
       }
       weights.x[i / 8][i / 2 % 4] = Factor::packed(weight[0], weight[1]);
-    }
-  }
-
-  // Bits of dropout: lanes draw those of a 16 x 16 tile whose rows are queries (attention/dropout.cuh), so that each
-  // asks two others for its own.
-  __device__ __forceinline__ void draw(unsigned* survivors) const {
-    if constexpr (Options::kHasDropout) {
-      const int lane = threadIdx.x % 32, warp_key = first_key - lane / 4, tile_query = first_query - first_col;
-#pragma unroll
-      for (int first = 0; first < kCount; first += 8) {
-        unsigned query = tile_query + 2 * first;
-        ptx::make_opaque(query);  // one draw after another: all at once would not fit the registers
-        const unsigned drawn = pairs.options.draw(query, warp_key);
-        unsigned mine = 0;
-#pragma unroll
-        for (int j = 0; j < 2; ++j) {
-          const unsigned of_owner = __shfl_sync(kFullMask, drawn, (2 * (lane % 4) + j) * 4 + lane / 8) >> lane / 4 % 2;
-#pragma unroll
-          for (int i = j; i < 8; i += 2) mine |= (of_owner >> (i / 4 * 4 + i / 2 % 2 * 2) & 1) << i;
-        }
-        if (first % 32 == 0) survivors[first / 32] = 0;
-        survivors[first / 32] |= mine << first % 32;
-      }
     }
   }
 

@@ -2,8 +2,10 @@
 #pragma once
 
 #include <cuflash/common/math.cuh>
+#include <cuflash/ptx/stmatrix.cuh>
 #include <cuflash/ptx/tma.cuh>
 #include <cuflash/ptx/wgmma.cuh>
+#include <cuflash/tile/warpgroup_tile.cuh>
 
 namespace cuflash {
 
@@ -31,6 +33,13 @@ struct alignas(1024) SwizzledTile {
         *reinterpret_cast<uint4*>(data + panel * kRows * 128 + byte) = make_uint4(0, 0, 0, 0);
       }
     }
+  }
+
+  // Writes 16 rows from this one on, by the warp that holds them.
+  __device__ __forceinline__ void store(const WarpgroupFactor<Element, kCols>& rows, int first_row) {
+    const int lane = threadIdx.x % 32, row = first_row + lane % 16;
+#pragma unroll
+    for (int i = 0; i < kCols / 16; ++i) ptx::stmatrix(piece(row, 16 * i + lane / 16 * 8), rows.x[i]);
   }
 
   // As a factor whose depth runs along the columns: 16 of them from this place.

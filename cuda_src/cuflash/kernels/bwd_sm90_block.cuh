@@ -1,0 +1,289 @@
+// What the kernels of the Hopper backward share: a block's jobs, its tiles in shared memory, the warps that copy them
+// there, and the way out.
+#pragma once
+
+#include <cuflash/attention/job_ring.cuh>
+#include <cuflash/attention/query_walk.cuh>
+#include <cuflash/attention/recompute.cuh>
+#include <cuflash/attention/score_gradients.cuh>
+#include <cuflash/common/shared_memory.cuh>
+#include <cuflash/ptx/warpgroup.cuh>
+#include <cuflash/tile/row_store.cuh>
+#include <cuflash/tile/swizzled_tile.cuh>
+
+namespace cuflash {
+
+// Where TMA finds the inputs, and in boxes of which sizes.
+struct BwdMaps {
+  ptx::TensorMap q, k, v, dout;
+};
+
+// One struct, because each argument costs the host time (mirrored in cuflash/_params.py).
+struct BwdSm90Params {
+  BwdParams bwd;
+  const void *q, *k, *v, *dout;  // where the host has filled in the maps
+  BwdMaps maps;
+};
+
+// A block stays on its multiprocessor and takes one job after another: kBlockN keys of one key/value head, and the
+// queries that see them, in tiles of kBlockM, of every query head of the group. Warps of their own copy what is needed
+// to shared memory, ahead of two consumers.
+template <class Element, class Options, int kHeadDim, int kHeadDimV, int kBlockM, int kBlockN, int kStagesKv,
+          int kStages, int kStagesPairs, bool kDeterministic>
+struct BwdSm90Block {
+  static constexpr int kNumConsumers = 2, kNumThreads = 128 * (1 + kNumConsumers);
+  // Of each thread. The kernel starts with as many for all as fit into the 64 K of a multiprocessor.
+  static constexpr int kProducerRegisters = kHeadDim <= 64 && kBlockM == 64 ? 40 : 24;
+  static constexpr int kConsumerRegisters = 256 - (kProducerRegisters + 8) / 2;
+
+  using Rows = RowsOfTile<kBlockM>;
+  using TileQ = SwizzledTile<Element, kBlockM, kHeadDim>;
+  using TileDout = SwizzledTile<Element, kBlockM, kHeadDimV>;
+  using TileK = SwizzledTile<Element, kBlockN, kHeadDim>;
+  using TileV = SwizzledTile<Element, kBlockN, kHeadDimV>;
+
+  // Registers are few: rings in their compact form.
+  using RingKv = Pipeline<kStagesKv, true>;
+  using Ring = Pipeline<kStages, true>;
+  using RingPairs = Pipeline<kStagesPairs, true>;
+  using Jobs = JobRing<2 * kStagesKv, true>;
+  // In a fixed order everybody waits for the turn of each tile: none may be left out.
+  using Walk = QueryWalk<kBlockM, kBlockN, Options, Options::kSkipsBlocks && !kDeterministic>;
+
+  // Arrays of pairs, which two warps copy ahead of the consumers; and whether those have anything to do.
+  static constexpr int kPairBytes = Options::template kTileBytes<kBlockM, kBlockN>;
+  static constexpr bool kLoadsPairs = kPairBytes > 0;
+  static constexpr bool kHelps = kLoadsPairs || Options::kPacked;
+
+  struct alignas(16) TileOfArrays {
+    unsigned char memory[larger(kPairBytes, 16)];
+  };
+  struct Rings {
+    RingKv kv;
+    Ring q, dout;  // statistics of rows come and go with Q
+    Ring partial;  // queries of which only a part is kept
+    RingPairs pairs;
+    Jobs jobs;
+  };
+  struct Shared {
+    TileK k[kStagesKv];
+    TileV v[kStagesKv];
+    TileQ q[kStages];
+    TileDout dout[kStages];
+    TileOfArrays pairs[kStagesPairs];
+    Rows rows[kStages];
+    Rings rings;
+  };
+  // Without the padding that makes the struct a multiple of 1024.
+  static constexpr int kSharedBytes = (sizeof(TileK) + sizeof(TileV)) * kStagesKv +
+                                      (sizeof(TileQ) + sizeof(TileDout) + sizeof(Rows)) * kStages +
+                                      sizeof(TileOfArrays) * kStagesPairs + sizeof(Rings);
+
+  struct Arrays {
+    const float *lse, *delta;
+    float* dq_sums;
+    unsigned* turns;    // of each part of the sums, how many blocks have added to it; used by kDeterministic alone
+    unsigned* spoiled;  // of each tile of keys, whether its gradients must be computed once more
+    Element *dk, *dv;
+    unsigned* counter;  // 0 before and after the kernel
+  };
+
+  // Starts the rings, then each warp does its part: `consume` is that of two warpgroups, of which so many warps ask for
+  // pairs.
+  template <class Consume>
+  static __device__ __forceinline__ void run(const Arrays& arrays, const BwdSm90Params& all, const Options& options,
+                                             Shared& shared, int num_warps_of_pairs, const Consume& consume) {
+    const BwdParams& params = all.bwd;
+    const BwdMaps& maps = all.maps;
+    if (threadIdx.x == 0) {
+      ptx::tma_prefetch(&maps.q);
+      ptx::tma_prefetch(&maps.k);
+      ptx::tma_prefetch(&maps.v);
+      ptx::tma_prefetch(&maps.dout);
+      const int num_warps = 4 * kNumConsumers;  // wgmma ends warp by warp: each releases what it has read
+      shared.rings.kv.init(num_warps);
+      shared.rings.q.init(num_warps, 1 + 32);
+      shared.rings.dout.init(num_warps);
+      shared.rings.pairs.init(num_warps_of_pairs, 64);  // every lane copies
+      shared.rings.partial.init(1);
+      shared.rings.jobs.init(num_warps + (kHelps ? 3 : 1));
+      ptx::barrier_init_fence();
+    }
+    __syncthreads();
+    if (threadIdx.x < 128) {
+      ptx::release_registers<kProducerRegisters>();
+      if (threadIdx.x < 64) {
+        if constexpr (kHelps) help(params, options, shared);
+      } else if (threadIdx.x < 96) {
+        load(arrays, maps, params, options, shared);
+      } else {
+        load_rows(arrays, params, options, shared);
+      }
+    } else {
+      ptx::acquire_registers<kConsumerRegisters>();
+      consume();
+    }
+  }
+
+  // ---- Loads
+
+  // The coordinate along an axis: arrays that are broadcast along it have the stride 0, and one entry.
+  static __device__ __forceinline__ int along(long long stride, int index) { return stride == 0 ? 0 : index; }
+
+  static __device__ __forceinline__ Band band_of(const Problem& problem, const Job& job) {
+    return problem.band(job.sequence.seqlen_q, job.sequence.seqlen_k);
+  }
+
+  // Run by one warp, which also asks for jobs.
+  static __device__ __forceinline__ void load(const Arrays& arrays, const BwdMaps& maps, const BwdParams& params,
+                                              const Options& options, Shared& shared) {
+    const Problem& problem = params.problem;
+    const bool leader = threadIdx.x % 32 == 0;
+    const JobCounter<KeyJobs<kBlockN, kDeterministic>, Options> jobs(options, problem, arrays.counter);
+    typename Jobs::Position job_at;
+    typename RingKv::Position kv_at;
+    typename Ring::Position at;
+    typename Ring::Position partial_at;
+    for (Job job = jobs.job(blockIdx.x);;) {
+      shared.rings.jobs.put(job_at, job);
+      if (job.tile == Job::kNoTile) break;
+      const unsigned index = jobs.ask();  // the answer comes while the tiles are loaded
+      const Sequence& sequence = job.sequence;
+      if (leader) {
+        const int first_key = sequence.first_key + job.tile * kBlockN;
+        shared.rings.kv.wait_empty(kv_at);
+        ptx::Barrier* const arrived = shared.rings.kv.expect(kv_at, sizeof(TileK) + sizeof(TileV));
+        shared.k[kv_at.stage()].load(&maps.k, arrived, first_key, along(params.k.head, job.head),
+                                     along(params.k.batch, sequence.batch));
+        shared.v[kv_at.stage()].load(&maps.v, arrived, first_key, along(params.v.head, job.head),
+                                     along(params.v.batch, sequence.batch));
+      }
+      kv_at.advance();
+#pragma unroll 1
+      for (Walk walk(options, problem, job, band_of(problem, job)); !walk.done(); walk.advance()) {
+        if (leader) {
+          const int first_query = sequence.first_query + walk.block * kBlockM, stage = at.stage();
+          const bool partial = is_partial(job, walk.block);
+          shared.rings.q.wait_empty(at);
+          shared.rings.dout.wait_empty(at);
+          ptx::Barrier *q_arrived, *dout_arrived;
+          if (partial) {
+            q_arrived = dout_arrived = shared.rings.partial.expect(partial_at, sizeof(TileQ) + sizeof(TileDout));
+          } else {
+            q_arrived = shared.rings.q.expect(at, sizeof(TileQ));
+            dout_arrived = shared.rings.dout.expect(at, sizeof(TileDout));
+          }
+          shared.q[stage].load(&maps.q, q_arrived, first_query, along(params.q.head, walk.head),
+                               along(params.q.batch, sequence.batch));
+          shared.dout[stage].load(&maps.dout, dout_arrived, first_query, along(params.dout.head, walk.head),
+                                  along(params.dout.batch, sequence.batch));
+        }
+        at.advance();
+        if (is_partial(job, walk.block)) partial_at.advance();
+      }
+      job = jobs.job(uniform(index));
+    }
+  }
+
+  // Run by another warp.
+  static __device__ __forceinline__ void load_rows(const Arrays& arrays, const BwdParams& params,
+                                                   const Options& options, Shared& shared) {
+    const Problem& problem = params.problem;
+    typename Jobs::Position job_at;
+    typename Ring::Position at;
+    for (Job job; (job = shared.rings.jobs.template take<Options>(job_at, problem)).tile != Job::kNoTile;) {
+      for (Walk walk(options, problem, job, band_of(problem, job)); !walk.done(); walk.advance()) {
+        const RowStatistics statistics(arrays.lse, arrays.delta, params, job.sequence, walk.head);
+        shared.rings.q.wait_empty(at);
+        Rows& rows = shared.rows[at.stage()];
+#pragma unroll
+        for (int i = 0; i < kBlockM; i += 32) {
+          const int row = i + threadIdx.x % 32;
+          rows.lse_log2[row] = statistics.lse_of(walk.block * kBlockM + row) * kLog2e;
+          rows.delta[row] = statistics.delta_of(walk.block * kBlockM + row);
+        }
+        shared.rings.q.fill(at);
+        at.advance();
+      }
+    }
+  }
+
+  // Rows behind a packed sequence belong to others: a weight of 0 times what they hold may be NaN.
+  static __device__ __forceinline__ bool is_partial(const Job& job, int block) {
+    return Options::kPacked && job.sequence.seqlen_q < (block + 1) * kBlockM;
+  }
+
+  // Run by two more warps: they copy arrays of pairs, and the first clears queries that do not belong to a sequence.
+  static __device__ __forceinline__ void help(const BwdParams& params, const Options& options, Shared& shared) {
+    const Problem& problem = params.problem;
+    const bool first_warp = uniform(threadIdx.x / 32) == 0, leader = threadIdx.x % 32 == 0;
+    typename Jobs::Position job_at;
+    typename Ring::Position at;
+    typename Ring::Position partial_at;
+    typename RingPairs::Position pairs_at;
+    for (Job job; (job = shared.rings.jobs.template take<Options>(job_at, problem)).tile != Job::kNoTile;) {
+      for (Walk walk(options, problem, job, band_of(problem, job)); !walk.done(); walk.advance()) {
+        if (first_warp && is_partial(job, walk.block)) {
+          const int first_row = larger(0, job.sequence.seqlen_q - walk.block * kBlockM);
+          shared.rings.partial.wait_full(partial_at);
+          shared.q[at.stage()].clear(first_row, kBlockM);
+          shared.dout[at.stage()].clear(first_row, kBlockM);
+          ptx::async_proxy_fence();
+          __syncwarp();
+          if (leader) {
+            shared.rings.q.fill(at);
+            shared.rings.dout.fill(at);
+          }
+          partial_at.advance();
+        }
+        at.advance();
+        if constexpr (kLoadsPairs) {
+          shared.rings.pairs.wait_empty(pairs_at);
+          Options here = options;
+          here.enter(job.sequence, walk.head);
+          here.template load<kBlockM, kBlockN, 64>(shared.pairs[pairs_at.stage()].memory, walk.block * kBlockM,
+                                                   job.tile * kBlockN);
+          ptx::cp_async_commit();
+          ptx::cp_async_wait<0>();
+          shared.rings.pairs.fill(pairs_at);
+          pairs_at.advance();
+        }
+      }
+    }
+  }
+
+  // ---- For the consumers
+
+  // Keys behind those in use are hidden, but a gradient of 0 times what they hold may be NaN. Each warp clears its own.
+  static __device__ __forceinline__ void clear_keys(TileK& k, const Sequence& sequence, int warp_key, int row) {
+    const int first = clamp(sequence.seqlen_k - warp_key, 0, 16);
+    if (first == 16) return;
+    k.clear(row + first, row + 16);
+    ptx::async_proxy_fence();
+  }
+
+  // Writes rows of dK, times the scale of scores; false if this lane's part is not finite.
+  static __device__ __forceinline__ bool write_dk(const Arrays& arrays, const BwdParams& params, const Job& job,
+                                                  const WarpgroupTile<kHeadDim>& dk, int first_key) {
+    const Problem& problem = params.problem;
+    const Matrix<Element> out(arrays.dk, params.dk, job.sequence.batch, job.head, job.sequence.first_key,
+                              job.sequence.num_keys, problem.head_dim);
+    const float scale[2] = {problem.softmax_scale, problem.softmax_scale};
+    return store_rows_16<true>(out, dk, scale, first_key);
+  }
+  static __device__ __forceinline__ bool write_dv(const Arrays& arrays, const BwdParams& params, const Job& job,
+                                                  const WarpgroupTile<kHeadDimV>& dv, int first_key) {
+    const Matrix<Element> out(arrays.dv, params.dv, job.sequence.batch, job.head, job.sequence.first_key,
+                              job.sequence.num_keys, params.problem.head_dim_v);
+    const float one[2] = {1.0f, 1.0f};
+    return store_rows_16(out, dv, one, first_key);
+  }
+
+  // Gradients that are not finite must be computed once more where pairs are hidden: 0 * NaN is NaN, so queries that
+  // others see may have spoiled all keys, and values their own.
+  static __device__ __forceinline__ void note_spoiled(const Arrays& arrays, const Problem& problem, const Job& job) {
+    arrays.spoiled[Options::template key_tile<kBlockN>(problem, job.sequence, job.head, job.tile)] = 1;
+  }
+};
+
+}  // namespace cuflash

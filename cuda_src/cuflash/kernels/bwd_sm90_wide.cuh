@@ -1,0 +1,191 @@
+// FlashAttention backward for Hopper with head dimensions beyond 128: dK and dV of 64 keys fill the registers of two
+// warpgroups, so each computes one of them. docs/kernels.md draws it.
+#pragma once
+
+#include <cuflash/attention/query_sums.cuh>
+#include <cuflash/kernels/bwd_sm90_block.cuh>
+#include <cuflash/tile/wgmma_product.cuh>
+
+namespace cuflash {
+
+// Both consumers have the same 64 keys. The first computes scores, weights and dV, the second the gradients of weights
+// and of scores, and dK; of dQ each computes a half of the columns. Weights go from the first to the second, gradients
+// of scores to both.
+template <class Number, class Options, int kHeadDim, int kHeadDimV, int kBlockM, int kBlockN, int kStagesKv,
+          int kStages, int kStagesPairs, bool kDeterministic>
+struct BwdSm90Wide {
+  using Element = typename Number::Element;
+  using Block = BwdSm90Block<Element, Options, kHeadDim, kHeadDimV, kBlockM, kBlockN, kStagesKv, kStages, kStagesPairs,
+                             kDeterministic>;
+  using Arrays = typename Block::Arrays;
+
+  using Gradients = ScoreGradients<Element, Options, kBlockM>;
+  using Scores = typename Gradients::Scores;
+  using Factor = typename Gradients::Factor;
+  using Sums = QuerySums<Options, kHeadDim, kBlockM, kBlockN>;
+  using GradQ = typename Sums::Layout::Part;
+  using TileDs = SwizzledTile<Element, kBlockN, kBlockM>;
+
+  // What the first consumer hands to the second: weights times slopes, where the thread with the same keys finds them.
+  struct Slopes {
+    uint4 pieces[kBlockM / 16][128];
+
+    __device__ __forceinline__ void store(const Factor& slopes) {
+#pragma unroll
+      for (int i = 0; i < kBlockM / 16; ++i) {
+        pieces[i][threadIdx.x % 128] = make_uint4(slopes.x[i][0], slopes.x[i][1], slopes.x[i][2], slopes.x[i][3]);
+      }
+    }
+    __device__ __forceinline__ void load(Factor& slopes) const {
+#pragma unroll
+      for (int i = 0; i < kBlockM / 16; ++i) {
+        const uint4 piece = pieces[i][threadIdx.x % 128];
+        slopes.x[i][0] = piece.x;
+        slopes.x[i][1] = piece.y;
+        slopes.x[i][2] = piece.z;
+        slopes.x[i][3] = piece.w;
+      }
+    }
+  };
+  struct Shared {
+    TileDs ds;
+    Slopes slopes;
+    typename Block::Shared block;
+  };
+  static constexpr int kNumThreads = Block::kNumThreads;
+  static constexpr int kSharedBytes = sizeof(TileDs) + sizeof(Slopes) + Block::kSharedBytes;
+
+  static_assert(kBlockN == 64 && kBlockM == 64);
+
+  // Barriers of both consumers: each also tells that the other has done with the array before.
+  enum Barrier { kSlopesAreThere = 1, kDsIsThere };
+
+  static __device__ __forceinline__ void run(const Arrays& arrays, const BwdSm90Params& params,
+                                             const Options& options) {
+    Shared& shared = *reinterpret_cast<Shared*>(dynamic_shared_memory());
+    Block::run(arrays, params, options, shared.block, 4, [&] {
+      if (threadIdx.x < 256) {
+        consume<true>(arrays, params.bwd, options, shared);
+      } else {
+        consume<false>(arrays, params.bwd, options, shared);
+      }
+    });
+  }
+
+  // Job after job, of which the first consumer or the second computes its part.
+  template <bool kFirst>
+  static __device__ __forceinline__ void consume(const Arrays& arrays, const BwdParams& params, const Options& options,
+                                                 Shared& shared) {
+    const Problem& problem = params.problem;
+    typename Block::Shared& tiles = shared.block;
+    typename Block::Rings& rings = tiles.rings;
+    const int warp_row = threadIdx.x / 32 % 4 * 16, lane = threadIdx.x % 32;
+    typename Block::Jobs::Position job_at;
+    typename Block::RingKv::Position kv_at;
+    typename Block::Ring::Position at;
+    typename Block::RingPairs::Position pairs_at;
+    const auto release = [&](auto& ring, const auto& at) {
+      if (lane == 0) ring.release(at);
+    };
+
+    for (Job job; (job = rings.jobs.template take<Options>(job_at, problem)).tile != Job::kNoTile;) {
+      const Sequence& sequence = job.sequence;
+      const Band band = Block::band_of(problem, job);
+      const int block_key = job.tile * kBlockN, first_key = block_key + warp_row + lane / 4, first_col = lane % 4 * 2;
+      typename Block::TileK& k = tiles.k[kv_at.stage()];
+      const typename Block::TileV& v = tiles.v[kv_at.stage()];
+      WarpgroupTile<kFirst ? kHeadDimV : kHeadDim> grad;  // dV or dK
+      grad.clear();
+      bool hides_pairs = false;
+
+      rings.kv.wait_full(kv_at);
+      if (Options::kPacked && kFirst) Block::clear_keys(k, sequence, block_key + warp_row, warp_row);
+#pragma unroll 1
+      for (typename Block::Walk walk(options, problem, job, band); !walk.done(); walk.advance()) {
+        const int first_query = walk.block * kBlockM, stage = at.stage();
+        Options here = options;
+        here.enter(sequence, walk.head);
+        const Pairs<Options> pairs = {here, band, problem.softmax_scale};
+        const Gradients gradients = {pairs, first_query + first_col, first_key, tiles.rows[stage], first_col};
+        const Sums sums(arrays.dq_sums, arrays.turns, problem, job, band, walk, kFirst ? 0 : 1);
+        const auto start_dq = [&](GradQ& dq) {
+          start_product_across(dq, shared.ds, 0, k, Sums::Layout::first_col(kFirst ? 0 : 1));
+          if constexpr (kDeterministic) sums.await_turn();
+        };
+        unsigned survivors[Gradients::kSurvivorWords];
+        if constexpr (kFirst && Block::kLoadsPairs) rings.pairs.wait_full(pairs_at);
+        here.template look_at<kBlockM, kBlockN>(tiles.pairs[pairs_at.stage()].memory, first_query, block_key);
+        const bool all_visible = band.all_visible({first_query, first_query + kBlockM}, {block_key, block_key + 64}) &&
+                                 first_query + kBlockM <= sequence.seqlen_q &&
+                                 (!Options::kHidesPairs || here.shows_all());
+        hides_pairs |= !all_visible;
+        Scores scores;  // or gradients of weights
+        GradQ dq;
+        if constexpr (kFirst) {
+          rings.q.wait_full(at);
+          start_product_along<kHeadDim>(scores, k, 0, tiles.q[stage]);
+          gradients.draw(survivors);
+          ptx::wgmma_wait<0>();
+          Factor weights;
+          gradients.weigh(scores, weights, all_visible, survivors);
+          release(rings.q, at);
+          if constexpr (Block::kLoadsPairs) {
+            __syncwarp();
+            release(rings.pairs, pairs_at);
+            pairs_at.advance();
+          }
+          if constexpr (Gradients::kPlainWeights) {
+            shared.slopes.store(weights);
+          } else {
+            Factor slopes;
+            slopes.round(scores);
+            shared.slopes.store(slopes);
+          }
+          ptx::named_barrier_arrive(kSlopesAreThere, 256);
+          rings.dout.wait_full(at);
+          start_adding_across(grad, weights, tiles.dout[stage]);
+          ptx::named_barrier_sync(kDsIsThere, 256);
+          start_dq(dq);
+          ptx::wgmma_wait<0>();
+          release(rings.dout, at);
+          sums.add(dq);
+        } else {
+          rings.dout.wait_full(at);
+          start_product_along<kHeadDimV>(scores, v, 0, tiles.dout[stage]);
+          gradients.draw(survivors);
+          ptx::wgmma_wait<0>();
+          release(rings.dout, at);
+          rings.q.wait_full(at);
+          Factor slopes, dscores;
+          ptx::named_barrier_sync(kSlopesAreThere, 256);
+          shared.slopes.load(slopes);
+          gradients.differentiate(scores, [&](int i) { return slopes.at(i); }, survivors);
+          dscores.round(scores);
+          shared.ds.store(dscores, warp_row);
+          ptx::async_proxy_fence();
+          ptx::named_barrier_sync(kDsIsThere, 256);
+          start_dq(dq);
+          start_adding_across(grad, dscores, tiles.q[stage]);
+          ptx::wgmma_wait<1>();
+          sums.add(dq);
+          ptx::wgmma_wait<0>();
+          release(rings.q, at);
+        }
+        if constexpr (kDeterministic) sums.pass_turn();
+        at.advance();
+      }
+      release(rings.kv, kv_at);
+      kv_at.advance();
+
+      bool finite;
+      if constexpr (kFirst) {
+        finite = Block::write_dv(arrays, params, job, grad, first_key);
+      } else {
+        finite = Block::write_dk(arrays, params, job, grad, first_key);
+      }
+      if (hides_pairs && !finite) Block::note_spoiled(arrays, problem, job);
+    }
+  }
+};
+
+}  // namespace cuflash
