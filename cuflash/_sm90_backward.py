@@ -94,8 +94,8 @@ def kernels(
     dim, tile = _dim(problem), _tile(problem, options, chip)
     assert tile is not None, "why_not has found one"
     of_call = "_".join((short, f"d{dim}x{dim}", *options.names))
-    cols = dim if tile.block_m == 128 else dim // 2  # of a part of dQ
     wide = dim > 128
+    cols = dim if tile.block_m == 128 else dim // 4 if wide else dim // 2  # of a product for dQ
     main = Kernel(
         template="BwdSm90Wide" if wide else "BwdSm90",
         header="bwd_sm90_wide" if wide else "bwd_sm90",

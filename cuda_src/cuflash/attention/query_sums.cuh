@@ -36,10 +36,13 @@ struct QuerySums {
     meet();
   }
 
-  __device__ __forceinline__ void add(const typename Layout::Part& dq) const {
+  // Columns of the part, from this one on.
+  template <int kCols>
+  __device__ __forceinline__ void add(const WarpgroupTile<kCols>& dq, int first_col = 0) const {
 #pragma unroll
-    for (int i = 0; i < Layout::kPieces; ++i) {
-      ptx::add_16(pieces + i * 128, dq.x[4 * i], dq.x[4 * i + 1], dq.x[4 * i + 2], dq.x[4 * i + 3]);
+    for (int i = 0; i < kCols / 8; ++i) {
+      float4* const piece = pieces + (first_col / 8 + i) * 128;
+      ptx::add_16(piece, dq.x[4 * i], dq.x[4 * i + 1], dq.x[4 * i + 2], dq.x[4 * i + 3]);
     }
   }
 

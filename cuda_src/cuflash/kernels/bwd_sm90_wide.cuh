@@ -23,7 +23,7 @@ struct BwdSm90Wide {
   using Scores = typename Gradients::Scores;
   using Factor = typename Gradients::Factor;
   using Sums = QuerySums<Options, kHeadDim, kBlockM, kBlockN>;
-  using GradQ = typename Sums::Layout::Part;
+  using GradQ = WarpgroupTile<Sums::Layout::kCols / 2>;  // a half of this consumer's part
   using TileDs = SwizzledTile<Element, kBlockN, kBlockM>;
 
   // What the first consumer hands to the second: weights times slopes, where the thread with the same keys finds them.
@@ -98,34 +98,41 @@ struct BwdSm90Wide {
       grad.clear();
       bool hides_pairs = false;
 
+      Scores scores;  // or the gradients of weights
+      const auto wait_for_scores = [&](const auto& at) { (kFirst ? rings.q : rings.dout).wait_full(at); };
+      const auto start_scores = [&](const auto& at) {
+        if constexpr (kFirst) {
+          start_product_along<kHeadDim>(scores, k, 0, tiles.q[at.stage()]);
+        } else {
+          start_product_along<kHeadDimV>(scores, v, 0, tiles.dout[at.stage()]);
+        }
+      };
       rings.kv.wait_full(kv_at);
       if (Options::kPacked && kFirst) Block::clear_keys(k, sequence, block_key + warp_row, warp_row);
+      typename Block::Walk walk(options, problem, job, band);
+      if (!walk.done()) {
+        wait_for_scores(at);
+        start_scores(at);
+      }
 #pragma unroll 1
-      for (typename Block::Walk walk(options, problem, job, band); !walk.done(); walk.advance()) {
+      while (!walk.done()) {
         const int first_query = walk.block * kBlockM, stage = at.stage();
         Options here = options;
         here.enter(sequence, walk.head);
         const Pairs<Options> pairs = {here, band, problem.softmax_scale};
         const Gradients gradients = {pairs, first_query + first_col, first_key, tiles.rows[stage], first_col};
-        const Sums sums(arrays.dq_sums, arrays.turns, problem, job, band, walk, kFirst ? 0 : 1);
-        const auto start_dq = [&](GradQ& dq) {
-          start_product_across(dq, shared.ds, 0, k, Sums::Layout::first_col(kFirst ? 0 : 1));
-          if constexpr (kDeterministic) sums.await_turn();
-        };
-        unsigned survivors[Gradients::kSurvivorWords];
         if constexpr (kFirst && Block::kLoadsPairs) rings.pairs.wait_full(pairs_at);
         here.template look_at<kBlockM, kBlockN>(tiles.pairs[pairs_at.stage()].memory, first_query, block_key);
         const bool all_visible = band.all_visible({first_query, first_query + kBlockM}, {block_key, block_key + 64}) &&
                                  first_query + kBlockM <= sequence.seqlen_q &&
                                  (!Options::kHidesPairs || here.shows_all());
         hides_pairs |= !all_visible;
-        Scores scores;  // or gradients of weights
-        GradQ dq;
+        unsigned survivors[Gradients::kSurvivorWords];
+        gradients.draw(survivors);
+        Factor slopes;  // of options times weights, which the first consumer hands to the second
+        GradQ dq[2];
+        ptx::wgmma_wait<0>();
         if constexpr (kFirst) {
-          rings.q.wait_full(at);
-          start_product_along<kHeadDim>(scores, k, 0, tiles.q[stage]);
-          gradients.draw(survivors);
-          ptx::wgmma_wait<0>();
           Factor weights;
           gradients.weigh(scores, weights, all_visible, survivors);
           release(rings.q, at);
@@ -134,46 +141,50 @@ struct BwdSm90Wide {
             release(rings.pairs, pairs_at);
             pairs_at.advance();
           }
-          if constexpr (Gradients::kPlainWeights) {
-            shared.slopes.store(weights);
-          } else {
-            Factor slopes;
-            slopes.round(scores);
-            shared.slopes.store(slopes);
-          }
+          slopes = weights;
+          if constexpr (!Gradients::kPlainWeights) slopes.round(scores);
+          shared.slopes.store(slopes);
           ptx::named_barrier_arrive(kSlopesAreThere, 256);
           rings.dout.wait_full(at);
           start_adding_across(grad, weights, tiles.dout[stage]);
           ptx::named_barrier_sync(kDsIsThere, 256);
-          start_dq(dq);
-          ptx::wgmma_wait<0>();
-          release(rings.dout, at);
-          sums.add(dq);
         } else {
-          rings.dout.wait_full(at);
-          start_product_along<kHeadDimV>(scores, v, 0, tiles.dout[stage]);
-          gradients.draw(survivors);
-          ptx::wgmma_wait<0>();
           release(rings.dout, at);
           rings.q.wait_full(at);
-          Factor slopes, dscores;
           ptx::named_barrier_sync(kSlopesAreThere, 256);
           shared.slopes.load(slopes);
           gradients.differentiate(scores, [&](int i) { return slopes.at(i); }, survivors);
+          Factor dscores;
           dscores.round(scores);
           shared.ds.store(dscores, warp_row);
           ptx::async_proxy_fence();
           ptx::named_barrier_sync(kDsIsThere, 256);
-          start_dq(dq);
           start_adding_across(grad, dscores, tiles.q[stage]);
-          ptx::wgmma_wait<1>();
-          sums.add(dq);
-          ptx::wgmma_wait<0>();
+        }
+        const auto start_dq = [&](int half) {
+          start_product_across(dq[half], shared.ds, 0, k,
+                               Sums::Layout::first_col(kFirst ? 0 : 1) + half * GradQ::kCols);
+        };
+        start_dq(0);
+        const Sums sums(arrays.dq_sums, arrays.turns, problem, job, band, walk, kFirst ? 0 : 1);
+        if constexpr (kDeterministic) sums.await_turn();
+        ptx::wgmma_wait<0>();
+        if constexpr (kFirst) {
+          release(rings.dout, at);
+        } else {
           release(rings.q, at);
         }
-        if constexpr (kDeterministic) sums.pass_turn();
         at.advance();
+        walk.advance();
+        start_dq(1);
+        sums.add(dq[0]);  // beside the product of the second
+        ptx::wgmma_wait<0>();
+        if (!walk.done()) wait_for_scores(at);
+        start_scores(at);  // after the last tile nobody asks for them
+        sums.add(dq[1], GradQ::kCols);
+        if constexpr (kDeterministic) sums.pass_turn();
       }
+      ptx::wgmma_wait<0>();
       release(rings.kv, kv_at);
       kv_at.advance();
 
