@@ -19,7 +19,6 @@ from ._wgmma import wgmma
 ARCH = "sm_90a"
 JOB_BYTES = 36  # attention/sequence.cuh
 NUM_THREADS = 384
-MAX_HEAD_DIM = 256
 
 
 class Tile(NamedTuple):
@@ -32,36 +31,36 @@ class Tile(NamedTuple):
     stages_pairs: int = 1
 
 
-# By head_dim, the fastest first; the first that fits the shared memory is taken. Measured on an H200
+# By head_dim and head_dim_v, the fastest first; the first that fits the shared memory is taken. Measured on an H200
 # (docs/notes/sm90_backward.md). A consumer holds 64 keys: dK and dV of 128 columns leave registers for 64 queries,
 # those of 64 columns for 128; beyond 128 columns both consumers have the same 64 keys. A second place for K and V lets
 # the next job's come beside the epilogue.
-TILES: dict[int, tuple[Tile, ...]] = {
-    64: (Tile(128, 128, 2, 2), Tile(64, 128, 2, 4)),
-    128: (Tile(64, 128, 2, 2), Tile(64, 128, 1, 2)),
-    256: (Tile(64, 64, 1, 2), Tile(64, 64, 1, 1)),
+TILES: dict[tuple[int, int], tuple[Tile, ...]] = {
+    (64, 64): (Tile(128, 128, 2, 2), Tile(64, 128, 2, 4)),
+    (128, 128): (Tile(64, 128, 2, 2), Tile(64, 128, 1, 2)),
+    (192, 128): (Tile(64, 64, 2, 2), Tile(64, 64, 1, 2)),
+    (192, 192): (Tile(64, 64, 2, 2), Tile(64, 64, 1, 2)),
+    (256, 256): (Tile(64, 64, 1, 2), Tile(64, 64, 1, 1)),
 }
 HUNGRY = {"softcap", "mod", "dropout", "bias"}  # options for which 128 queries are too many
 
 
 def why_not(problem: Problem, options: Options, chip: Chip) -> str | None:
     """The reason why there is no kernel for a problem that the forward can do, or None if there is one."""
-    if max(problem.head_dim, problem.head_dim_v) > MAX_HEAD_DIM:
-        return f"its backward takes head_dim up to {MAX_HEAD_DIM}, not {max(problem.head_dim, problem.head_dim_v)}"
     if _tile(problem, options, chip) is None:
         return f"{chip.name} has too little shared memory for a tile with {', '.join(options.arguments)}"
     return None
 
 
-def _dim(problem: Problem) -> int:
-    """The head_dim of the kernels: TMA fills what is missing with zeros."""
-    return next(dim for dim in TILES if max(problem.head_dim, problem.head_dim_v) <= dim)
+def _dims(problem: Problem) -> tuple[int, int]:
+    """The head_dim and head_dim_v of the kernels: TMA fills what is missing with zeros."""
+    return next(dims for dims in TILES if problem.head_dim <= dims[0] and problem.head_dim_v <= dims[1])
 
 
-def _shared_bytes(dim: int, tile: Tile, options: Options) -> int:
+def _shared_bytes(dims: tuple[int, int], tile: Tile, options: Options) -> int:
     """Tiles in panels of 128-byte rows, arrays of pairs, statistics of rows, rings of barriers and jobs."""
-    row = 128 * ceil_div(dim, PANEL)
-    tiles = 2 * row * (tile.stages_kv * tile.block_n + tile.stages * tile.block_m)
+    row = 128 * sum(ceil_div(dim, PANEL) for dim in dims)
+    tiles = row * (tile.stages_kv * tile.block_n + tile.stages * tile.block_m)
     gradients = 2 * tile.block_n * 128 * ceil_div(tile.block_m, PANEL)  # of scores, twice or beside weights
     pairs = tile.stages_pairs * max(options.tile_bytes(tile.block_m, tile.block_n), 16)
     rows = tile.stages * 8 * tile.block_m
@@ -73,13 +72,13 @@ def _shared_bytes(dim: int, tile: Tile, options: Options) -> int:
 
 def _tile(problem: Problem, options: Options, chip: Chip) -> Tile | None:
     """The tile that suits a call, or None if none fits the shared memory."""
-    dim = _dim(problem)
+    dims = _dims(problem)
     return next(
         (
             tile
-            for tile in TILES[dim]
+            for tile in TILES[dims]
             if options.allows_tile(*tile[:2])
-            and _shared_bytes(dim, tile, options) <= chip.shared_memory
+            and _shared_bytes(dims, tile, options) <= chip.shared_memory
             and (tile.block_m == 64 or not HUNGRY.intersection(options.names))
         ),
         None,
@@ -91,32 +90,32 @@ def kernels(
 ) -> tuple[Kernel, Kernel, Tile]:
     """The main kernel, the one that comes last, and their tile."""
     name, short, _ = NUMBERS[number]
-    dim, tile = _dim(problem), _tile(problem, options, chip)
+    dims, tile = _dims(problem), _tile(problem, options, chip)
     assert tile is not None, "why_not has found one"
-    of_call = "_".join((short, f"d{dim}x{dim}", *options.names))
-    wide = dim > 128
-    cols = dim if tile.block_m == 128 else dim // 4 if wide else dim // 2  # of a product for dQ
+    of_call = "_".join((short, f"d{dims[0]}x{dims[1]}", *options.names))
+    wide = dims[0] > 128
+    cols = dims[0] if tile.block_m == 128 else min(64, dims[0] // 2)  # of a part of dQ
     main = Kernel(
         template="BwdSm90Wide" if wide else "BwdSm90",
         header="bwd_sm90_wide" if wide else "bwd_sm90",
         symbol=f"cuflash_bwd_sm90_{of_call}" + ("_deterministic" if deterministic else ""),
-        arguments=(f"cuflash::{name}", options.type, dim, dim, *tile, "true" if deterministic else "false"),
+        arguments=(f"cuflash::{name}", options.type, *dims, *tile, "true" if deterministic else "false"),
         pointers=(
             *("const float* lse", "const float* delta", "float* dq_sums", "unsigned* turns"),
             *("unsigned* spoiled", "Element* dk", "Element* dv", "unsigned* counter"),
         ),
         params="BwdSm90Params",
         num_threads=NUM_THREADS,
-        shared_bytes=_shared_bytes(dim, tile, options),
+        shared_bytes=_shared_bytes(dims, tile, options),
         options=options,
-        definitions="".join(wgmma(number, width) for width in sorted({tile.block_m, dim, cols})),
+        definitions="".join(wgmma(number, width) for width in sorted({tile.block_m, *dims, cols})),
         arch=ARCH,
     )
     finish = Kernel(
         template="BwdSm90Finish",
         header="bwd_sm90_finish",
         symbol=f"cuflash_bwd_sm90_finish_{of_call}",
-        arguments=(f"cuflash::{name}", options.type, dim, dim, tile.block_m, tile.block_n),
+        arguments=(f"cuflash::{name}", options.type, *dims, tile.block_m, tile.block_n),
         pointers=(
             *("const Element* q", "const Element* k", "const Element* v", "const Element* dout"),
             *("const float* lse", "const float* delta", "float* dq_sums", "const unsigned* spoiled"),
@@ -150,7 +149,7 @@ def plan(call: Call) -> Run:
     rows = {"q": tile.block_m, "k": tile.block_n, "v": tile.block_n, "dout": tile.block_m}
     mapped = MappedParams(device, call.number, params, operands, rows)
     finish_step = call.step((finish, query_tiles + key_tiles), delta=delta)
-    sizes = query_tiles * tile.block_m * _dim(problem), key_tiles, 2 * query_tiles if call.deterministic else 0
+    sizes = query_tiles * tile.block_m * _dims(problem)[0], key_tiles, 2 * query_tiles if call.deterministic else 0
 
     def products(inputs: _wmma.Inputs, dq: Array, dk: Array, dv: Array, options: tuple[Any, ...]) -> None:
         q, k, v, dout, lse, delta = inputs

@@ -63,10 +63,10 @@ def sm90_forward(options: Options, number: str, head_dims: tuple[int, int], *, c
 
 
 def sm90_backward(
-    options: Options, number: str, head_dim: int, *, deterministic: bool = False
+    options: Options, number: str, head_dims: tuple[int, int], *, deterministic: bool = False
 ) -> tuple[Kernel, Kernel]:
     """The main kernel and the one that comes last."""
-    changed = replace(problem(head_dim, head_dim), packed="packed" in options.names)
+    changed = replace(problem(*head_dims), packed="packed" in options.names)
     main, finish, _ = _sm90_backward.kernels(changed, options, number, CHIPS[90], deterministic=deterministic)
     return main, finish
 
@@ -97,8 +97,8 @@ def plain_kernels(arch: int) -> Iterator[Kernel]:
     if arch == 90:
         for number, head_dims, causal in product(HALF, _sm90.TILES, (False, True)):  # the tile may differ
             yield sm90_forward(Options(), number, head_dims, causal=causal)
-        for number, head_dim, deterministic in product(HALF, _sm90_backward.TILES, (False, True)):
-            yield from sm90_backward(Options(), number, head_dim, deterministic=deterministic)
+        for number, head_dims, deterministic in product(HALF, _sm90_backward.TILES, (False, True)):
+            yield from sm90_backward(Options(), number, head_dims, deterministic=deterministic)
 
 
 def kernels_with_options(arch: int) -> Iterator[Kernel]:
@@ -111,7 +111,8 @@ def kernels_with_options(arch: int) -> Iterator[Kernel]:
         yield find_blocks(options("mask_mod"))
         for feature, head_dims in product(FEATURES, ((64, 64), (128, 128))):
             yield sm90_forward(options(feature), "bfloat16", head_dims)
-            yield from sm90_backward(options(feature), "bfloat16", head_dims[0])
+        for feature, head_dims in product(FEATURES, ((64, 64), (128, 128), (256, 256))):
+            yield from sm90_backward(options(feature), "bfloat16", head_dims)
     if arch in (80, 90, 100, 120):
         yield _wmma.dsinks(problem(1, 1), options("sinks"), "float32")[0]
         for number, head_dims in product(("float16", "bfloat16", "float32"), HEAD_DIMS):
@@ -194,7 +195,7 @@ def test_a_kernel_compiles_within_its_registers_and_uses_tensor_cores(kernel: Ke
         assert found["HGMMA"] > 0
         assert found["UTMALDG"] > 0, "tiles must be copied by TMA"
         assert SERIALIZED not in log, log
-    if kernel.header == "bwd_sm90":
+    if kernel.header in ("bwd_sm90", "bwd_sm90_wide"):
         assert found["REDG"] > 0, "the sums of dQ must be added by the memory, which returns nothing"
     if "wmma" in kernel.header or ("sm80" in kernel.header and "finish" not in kernel.header):
         assert found["HMMA"] > 0
@@ -211,7 +212,7 @@ def test_every_tile_fits_the_shared_memory(arch: int) -> None:
 CHECKED = [
     (80, _wmma.forward(problem(64, 64), Options(), "float16", CHIPS[80])[0]),
     (90, sm90_forward(options("bias"), "float16", (64, 64))),
-    *((90, kernel) for kernel in sm90_backward(options("bias"), "float16", 64)),
+    *((90, kernel) for kernel in sm90_backward(options("bias"), "float16", (64, 64))),
 ]
 
 

@@ -212,7 +212,13 @@ def test_gradients_have_kernels_of_their_own(notebook: Notebook) -> None:
 
 @pytest.mark.parametrize(
     ("head_dims", "name"),
-    [((64, 40), "d64x64"), ((64, 96), "d128x128"), ((64, 136), "d256x256"), ((192, 128), "d256x256")],
+    [
+        ((64, 40), "d64x64"),
+        ((64, 96), "d128x128"),
+        ((160, 128), "d192x128"),
+        ((64, 136), "d192x192"),
+        ((193, 64), "d256x256"),
+    ],
 )
 def test_gradients_of_other_widths_are_padded(notebook: Notebook, head_dims: tuple[int, int], name: str) -> None:
     backward(*arrays(64, *head_dims), kernel="sm90")
@@ -311,8 +317,8 @@ def test_every_set_of_options_has_a_tile_and_every_tile_a_call() -> None:
 
 
 def test_every_set_of_options_has_a_tile_for_its_gradients() -> None:
-    for head_dim, options, deterministic in itertools.product(_sm90_backward.TILES, combinations(), (False, True)):
-        problem = Problem("bfloat16", 1, 1, 1, 64, 64, head_dim, head_dim, 1.0, packed="packed" in options.names)
+    for head_dims, options, deterministic in itertools.product(_sm90_backward.TILES, combinations(), (False, True)):
+        problem = Problem("bfloat16", 1, 1, 1, 64, 64, *head_dims, 1.0, packed="packed" in options.names)
         assert _sm90.why_no_backward(problem, H200, options) is None
         kernels = _sm90_backward.kernels(problem, options, "bfloat16", H200, deterministic=deterministic)
         assert max(kernel.shared_bytes for kernel in kernels[:2]) <= H200.shared_memory
@@ -716,7 +722,9 @@ PACKED = PackedProblem(
 @pytest.mark.gpu
 @pytest.mark.parametrize(("dtype", "deterministic"), [("bfloat16", False), ("float16", True)])
 @pytest.mark.parametrize("name", LONG)
-@pytest.mark.parametrize("head_dims", [(64, 64), (128, 128), (8, 40), (64, 128), (128, 96), (256, 256), (192, 128)])
+@pytest.mark.parametrize(
+    "head_dims", [(64, 64), (128, 128), (8, 40), (64, 128), (128, 96), (256, 256), (192, 192), (192, 128)]
+)
 def test_gradients_of_many_tiles_are_accurate(
     hopper: Any, head_dims: tuple[int, int], name: str, dtype: str, deterministic: bool
 ) -> None:

@@ -6,11 +6,13 @@
 
 namespace cuflash {
 
-// A tile of queries of one head is two parts, one for each of two warpgroups: half of the queries, or of the columns.
+// A tile of queries of one head is parts that a warpgroup holds, one after another: 64 of 128 queries, or some of the
+// columns.
 template <int kHeadDim, int kBlockM>
 struct QueryGradient {
   static constexpr bool kSplitsQueries = kBlockM == 128;
-  static constexpr int kCols = kSplitsQueries ? kHeadDim : kHeadDim / 2;
+  static constexpr int kCols = kSplitsQueries ? kHeadDim : smaller(64, kHeadDim / 2);
+  static constexpr int kParts = kBlockM / 64 * (kHeadDim / kCols);
   static constexpr int kPieces = kCols / 8;  // of 16 bytes, that a thread holds
   using Part = WarpgroupTile<kCols>;
 
@@ -19,7 +21,7 @@ struct QueryGradient {
 
   // Where a thread of the warpgroup finds its first piece; the others are 128 pieces further each.
   static __device__ __forceinline__ float4* pieces(float* sums, long long tile, int part, int thread) {
-    return reinterpret_cast<float4*>(sums) + (tile * 2 + part) * (kPieces * 128) + thread;
+    return reinterpret_cast<float4*>(sums) + (tile * kParts + part) * (kPieces * 128) + thread;
   }
 };
 

@@ -9,24 +9,25 @@
 
 namespace cuflash {
 
-// One part of one tile of queries, for one block of keys. In a fixed order, if need be: the last keys first. They begin
-// with the latest queries, so that blocks seldom wait, and only for jobs that were taken before.
+// What one of two consumers adds to one tile of queries, for one block of keys. In a fixed order, if need be: the last
+// keys first. They begin with the latest queries, so that blocks seldom wait, and only for jobs that were taken before.
 template <class Options, int kHeadDim, int kBlockM, int kBlockN>
 struct QuerySums {
   using Layout = QueryGradient<kHeadDim, kBlockM>;
 
-  float4* pieces;  // of this thread
+  float* sums;
+  long long tile;
   unsigned* turn;
   unsigned before;  // blocks that add earlier
-  int part;
+  int consumer;
 
   template <class Walk>
   __device__ __forceinline__ QuerySums(float* sums, unsigned* turns, const Problem& problem, const Job& job,
-                                       const Band& band, const Walk& walk, int part)
-      : part(part) {
-    const long long tile = Options::template query_tile<kBlockM>(problem, job.sequence, walk.head, walk.block);
-    pieces = Layout::pieces(sums, tile, part, threadIdx.x % 128);
-    turn = turns + tile * 2 + part;
+                                       const Band& band, const Walk& walk, int consumer)
+      : sums(sums),
+        tile(Options::template query_tile<kBlockM>(problem, job.sequence, walk.head, walk.block)),
+        consumer(consumer) {
+    turn = turns + tile * 2 + consumer;
     before = (band.keys_of({walk.block * kBlockM, (walk.block + 1) * kBlockM}).end - 1) / kBlockN - job.tile;
   }
 
@@ -36,13 +37,11 @@ struct QuerySums {
     meet();
   }
 
-  // Columns of the part, from this one on.
-  template <int kCols>
-  __device__ __forceinline__ void add(const WarpgroupTile<kCols>& dq, int first_col = 0) const {
+  __device__ __forceinline__ void add(int part, const typename Layout::Part& dq) const {
+    float4* const pieces = Layout::pieces(sums, tile, part, threadIdx.x % 128);
 #pragma unroll
-    for (int i = 0; i < kCols / 8; ++i) {
-      float4* const piece = pieces + (first_col / 8 + i) * 128;
-      ptx::add_16(piece, dq.x[4 * i], dq.x[4 * i + 1], dq.x[4 * i + 2], dq.x[4 * i + 3]);
+    for (int i = 0; i < Layout::kPieces; ++i) {
+      ptx::add_16(pieces + i * 128, dq.x[4 * i], dq.x[4 * i + 1], dq.x[4 * i + 2], dq.x[4 * i + 3]);
     }
   }
 
@@ -52,7 +51,7 @@ struct QuerySums {
   }
 
  private:
-  __device__ __forceinline__ void meet() const { ptx::named_barrier_sync(kFirstBarrier + part, 128); }
+  __device__ __forceinline__ void meet() const { ptx::named_barrier_sync(kFirstBarrier + consumer, 128); }
 
   static constexpr int kFirstBarrier = 14;  // kernels count theirs from 1
 };

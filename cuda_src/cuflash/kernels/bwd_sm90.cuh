@@ -133,7 +133,7 @@ struct BwdSm90 {
         ptx::wgmma_wait<1>();
         release(rings.dout, at);
         const Sums sums = sums_here();
-        sums.add(dq);
+        sums.add(consumer, dq);
         auto next = at;
         next.advance();
         walk.advance();

@@ -8,8 +8,8 @@
 
 namespace cuflash {
 
-// A block writes the rows of a tile of queries of one head, with a warpgroup for each part of the sums. Blocks behind
-// those look after the tiles of keys.
+// A block writes the rows of a tile of queries of one head: its warpgroups take turns with the parts of the sums.
+// Blocks behind those look after the tiles of keys.
 template <class Number, class Options, int kHeadDim, int kHeadDimV, int kBlockM, int kBlockN>
 struct BwdSm90Finish {
   using Element = typename Number::Element;
@@ -56,21 +56,25 @@ struct BwdSm90Finish {
     const Sequence& sequence = job.sequence;
     const Matrix<Element> dq(arrays.dq, params.dq, sequence.batch, job.head, sequence.first_query, sequence.seqlen_q,
                              problem.head_dim);
-    const int part = threadIdx.x / 128, thread = threadIdx.x % 128;
+    const int thread = threadIdx.x % 128;
     const long long tile = Options::template query_tile<kBlockM>(problem, sequence, job.head, job.tile);
-    const float4* const pieces = Sums::pieces(arrays.dq_sums, tile, part, thread);
-    typename Sums::Part sums;
-#pragma unroll
-    for (int i = 0; i < Sums::kPieces; ++i) {
-      const float4 piece = pieces[i * 128];
-      sums.x[4 * i] = piece.x;
-      sums.x[4 * i + 1] = piece.y;
-      sums.x[4 * i + 2] = piece.z;
-      sums.x[4 * i + 3] = piece.w;
-    }
     const float scale[2] = {problem.softmax_scale, problem.softmax_scale};
-    const int first_row = job.tile * kBlockM + Sums::first_query(part) + thread / 32 * 16 + thread % 32 / 4;
-    return store_rows_16(dq, sums, scale, first_row, Sums::first_col(part));
+    bool finite = true;
+    for (int part = threadIdx.x / 128; part < Sums::kParts; part += kNumThreads / 128) {
+      const float4* const pieces = Sums::pieces(arrays.dq_sums, tile, part, thread);
+      typename Sums::Part sums;
+#pragma unroll
+      for (int i = 0; i < Sums::kPieces; ++i) {
+        const float4 piece = pieces[i * 128];
+        sums.x[4 * i] = piece.x;
+        sums.x[4 * i + 1] = piece.y;
+        sums.x[4 * i + 2] = piece.z;
+        sums.x[4 * i + 3] = piece.w;
+      }
+      const int first_row = job.tile * kBlockM + Sums::first_query(part) + thread / 32 * 16 + thread % 32 / 4;
+      finite &= store_rows_16(dq, sums, scale, first_row, Sums::first_col(part));
+    }
+    return finite;
   }
 
   // Of this warp.

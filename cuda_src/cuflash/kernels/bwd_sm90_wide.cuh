@@ -9,7 +9,7 @@
 namespace cuflash {
 
 // Both consumers have the same 64 keys. The first computes scores, weights and dV, the second the gradients of weights
-// and of scores, and dK; of dQ each computes a half of the columns. Weights go from the first to the second, gradients
+// and of scores, and dK; of dQ each computes a part of the columns. Weights go from the first to the second, gradients
 // of scores to both.
 template <class Number, class Options, int kHeadDim, int kHeadDimV, int kBlockM, int kBlockN, int kStagesKv,
           int kStages, int kStagesPairs, bool kDeterministic>
@@ -23,7 +23,9 @@ struct BwdSm90Wide {
   using Scores = typename Gradients::Scores;
   using Factor = typename Gradients::Factor;
   using Sums = QuerySums<Options, kHeadDim, kBlockM, kBlockN>;
-  using GradQ = WarpgroupTile<Sums::Layout::kCols / 2>;  // a half of this consumer's part
+  using GradQ = typename Sums::Layout::Part;
+  // Parts of dQ of the first consumer; the others are those of the second.
+  static constexpr int kPartsOfFirst = ceil_div(Sums::Layout::kParts, 2);
   using TileDs = SwizzledTile<Element, kBlockN, kBlockM>;
 
   // What the first consumer hands to the second: weights times slopes, where the thread with the same keys finds them.
@@ -79,6 +81,8 @@ struct BwdSm90Wide {
     const Problem& problem = params.problem;
     typename Block::Shared& tiles = shared.block;
     typename Block::Rings& rings = tiles.rings;
+    constexpr int kFirstPart = kFirst ? 0 : kPartsOfFirst;
+    constexpr int kNumParts = kFirst ? kPartsOfFirst : Sums::Layout::kParts - kPartsOfFirst;
     const int warp_row = threadIdx.x / 32 % 4 * 16, lane = threadIdx.x % 32;
     typename Block::Jobs::Position job_at;
     typename Block::RingKv::Position kv_at;
@@ -110,7 +114,9 @@ struct BwdSm90Wide {
       rings.kv.wait_full(kv_at);
       if (Options::kPacked && kFirst) Block::clear_keys(k, sequence, block_key + warp_row, warp_row);
       typename Block::Walk walk(options, problem, job, band);
-      if (!walk.done()) {
+      if (walk.done()) {
+        release(rings.kv, kv_at);
+      } else {
         wait_for_scores(at);
         start_scores(at);
       }
@@ -130,7 +136,7 @@ struct BwdSm90Wide {
         unsigned survivors[Gradients::kSurvivorWords];
         gradients.draw(survivors);
         Factor slopes;  // of options times weights, which the first consumer hands to the second
-        GradQ dq[2];
+        GradQ dq[kNumParts];
         ptx::wgmma_wait<0>();
         if constexpr (kFirst) {
           Factor weights;
@@ -161,31 +167,35 @@ struct BwdSm90Wide {
           ptx::named_barrier_sync(kDsIsThere, 256);
           start_adding_across(grad, dscores, tiles.q[stage]);
         }
-        const auto start_dq = [&](int half) {
-          start_product_across(dq[half], shared.ds, 0, k,
-                               Sums::Layout::first_col(kFirst ? 0 : 1) + half * GradQ::kCols);
+        const auto start_dq = [&](int i) {
+          start_product_across(dq[i], shared.ds, 0, k, Sums::Layout::first_col(kFirstPart + i));
         };
         start_dq(0);
         const Sums sums(arrays.dq_sums, arrays.turns, problem, job, band, walk, kFirst ? 0 : 1);
         if constexpr (kDeterministic) sums.await_turn();
-        ptx::wgmma_wait<0>();
-        if constexpr (kFirst) {
-          release(rings.dout, at);
-        } else {
-          release(rings.q, at);
+#pragma unroll
+        for (int i = 0; i < kNumParts; ++i) {  // a part of dQ goes to memory beside the next product
+          ptx::wgmma_wait<0>();
+          if (i == 0) {
+            release(kFirst ? rings.dout : rings.q, at);
+            at.advance();
+            walk.advance();
+          }
+          if (i + 1 < kNumParts) {
+            start_dq(i + 1);
+          } else {
+            if (walk.done()) {
+              release(rings.kv, kv_at);
+            } else {
+              wait_for_scores(at);
+            }
+            start_scores(at);  // after the last tile nobody asks for them
+          }
+          sums.add(kFirstPart + i, dq[i]);
         }
-        at.advance();
-        walk.advance();
-        start_dq(1);
-        sums.add(dq[0]);  // beside the product of the second
-        ptx::wgmma_wait<0>();
-        if (!walk.done()) wait_for_scores(at);
-        start_scores(at);  // after the last tile nobody asks for them
-        sums.add(dq[1], GradQ::kCols);
         if constexpr (kDeterministic) sums.pass_turn();
       }
       ptx::wgmma_wait<0>();
-      release(rings.kv, kv_at);
       kv_at.advance();
 
       bool finite;

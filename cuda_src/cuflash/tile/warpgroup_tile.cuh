@@ -10,9 +10,9 @@ namespace cuflash {
 __device__ __forceinline__ constexpr int row_of_element(int i) { return i / 2 % 2; }
 __device__ __forceinline__ constexpr int col_of_element(int i) { return i / 4 * 8 + i % 2; }
 
-template <int kNumCols>
+template <int kCols>
 struct WarpgroupTile {
-  static constexpr int kCols = kNumCols, kNumElements = kCols / 2;
+  static constexpr int kNumElements = kCols / 2;
 
   float x[kNumElements];
 
