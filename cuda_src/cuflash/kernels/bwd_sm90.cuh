@@ -39,8 +39,7 @@ struct BwdSm90 {
 
   static_assert(kBlockN == 128 && (kBlockM == 64 || kBlockM == 128));
 
-  static __device__ __forceinline__ void run(const Arrays& arrays, const BwdSm90Params& params,
-                                             const Options& options) {
+  static __device__ __forceinline__ void run(const Arrays& arrays, const BwdSm90Params& params, Options options) {
     Shared& shared = *reinterpret_cast<Shared*>(dynamic_shared_memory());
     Block::run(arrays, params, options, shared.block, 8, [&] { consume(arrays, params.bwd, options, shared); });
   }

@@ -149,22 +149,21 @@ struct BwdSm90Block {
       if (job.tile == Job::kNoTile) break;
       const unsigned index = jobs.ask();  // the answer comes while the tiles are loaded
       const Sequence& sequence = job.sequence;
-      const auto load_keys = [&] {
-        if (leader) {
-          const int first_key = sequence.first_key + job.tile * kBlockN;
-          shared.rings.kv.wait_empty(kv_at);
-          ptx::Barrier* const arrived = shared.rings.kv.expect(kv_at, sizeof(TileK) + sizeof(TileV));
-          shared.k[kv_at.stage()].load(&maps.k, arrived, first_key, along(params.k.head, job.head),
-                                       along(params.k.batch, sequence.batch));
-          shared.v[kv_at.stage()].load(&maps.v, arrived, first_key, along(params.v.head, job.head),
-                                       along(params.v.batch, sequence.batch));
-        }
-        kv_at.advance();
-      };
-      const auto load_queries = [&](const Walk& walk) {
-        const bool partial = is_partial(job, walk.block);
+      if (leader) {
+        const int first_key = sequence.first_key + job.tile * kBlockN;
+        shared.rings.kv.wait_empty(kv_at);
+        ptx::Barrier* const arrived = shared.rings.kv.expect(kv_at, sizeof(TileK) + sizeof(TileV));
+        shared.k[kv_at.stage()].load(&maps.k, arrived, first_key, along(params.k.head, job.head),
+                                     along(params.k.batch, sequence.batch));
+        shared.v[kv_at.stage()].load(&maps.v, arrived, first_key, along(params.v.head, job.head),
+                                     along(params.v.batch, sequence.batch));
+      }
+      kv_at.advance();
+#pragma unroll 1
+      for (Walk walk(options, problem, job, band_of(problem, job)); !walk.done(); walk.advance()) {
         if (leader) {
           const int first_query = sequence.first_query + walk.block * kBlockM, stage = at.stage();
+          const bool partial = is_partial(job, walk.block);
           shared.rings.q.wait_empty(at);
           shared.rings.dout.wait_empty(at);
           ptx::Barrier *q_arrived, *dout_arrived;
@@ -180,16 +179,7 @@ struct BwdSm90Block {
                                   along(params.dout.batch, sequence.batch));
         }
         at.advance();
-        if (partial) partial_at.advance();
-      };
-      Walk walk(options, problem, job, band_of(problem, job));
-#pragma unroll 1
-      for (bool first = true; first || !walk.done(); first = false) {
-        if (!walk.done()) {
-          load_queries(walk);
-          walk.advance();
-        }
-        if (first) load_keys();  // behind the first queries, which often find room while the last keys are still in use
+        if (is_partial(job, walk.block)) partial_at.advance();
       }
       job = jobs.job(uniform(index));
     }

@@ -62,8 +62,7 @@ struct BwdSm90Wide {
   // Barriers of both consumers: each also tells that the other has done with the array before.
   enum Barrier { kSlopesAreThere = 1, kDsIsThere };
 
-  static __device__ __forceinline__ void run(const Arrays& arrays, const BwdSm90Params& params,
-                                             const Options& options) {
+  static __device__ __forceinline__ void run(const Arrays& arrays, const BwdSm90Params& params, Options options) {
     Shared& shared = *reinterpret_cast<Shared*>(dynamic_shared_memory());
     Block::run(arrays, params, options, shared.block, 4, [&] {
       if (threadIdx.x < 256) {
