@@ -38,9 +38,9 @@ class Tile(NamedTuple):
 # the last for options that take many registers. Measured on an H200 (docs/notes/sm90.md). Two consumers have 232
 # registers a thread, three have 160.
 TILES: dict[tuple[int, int], tuple[Tile, ...]] = {
-    # Three consumers hide the exponentials best; causal rows below 2048 are too short for 192, and most options need
-    # the registers of two.
-    (64, 64): (Tile(192, 128, 2, 4, 4), Tile(128, 128, 3, 4, 4)),
+    # Three consumers hide the exponentials best; causal rows below 2048 are too short for 192, and some options need
+    # the registers of fewer keys, or of two consumers.
+    (64, 64): (Tile(192, 128, 2, 4, 4), Tile(192, 96, 2, 4, 4), Tile(128, 128, 3, 4, 4)),
     (96, 96): (Tile(128, 128, 2, 2, 2),),
     # A second place for Q lets a job begin beside the epilogue of the one before it.
     (128, 128): (Tile(128, 128, 2, 2, 2), Tile(128, 96, 2, 2, 2)),
@@ -59,8 +59,10 @@ PAIR_TILES: dict[tuple[int, int], tuple[Tile, ...]] = {
     (256, 256): (Tile(128, 64, 1, 2, 2, 1), Tile(128, 64, 1, 1, 1, 1)),
 }
 LONG_CAUSAL = 2048
-FRUGAL = {"sinks"}  # options for which three consumers have registers enough
-HUNGRY = {"dropout", "mod"}  # options that take the smaller tile
+# What options take of the registers of three consumers, roughly, and what is left beside so many keys. Others take more.
+COSTS = {"sinks": 0, "alibi": 1, "packed": 1, "softcap": 2, "mod": 2}
+LEFT = {128: 1, 96: sum(COSTS.values())}
+HUNGRY = {"dropout", "mod"}  # options for which two consumers take the smaller tile
 
 
 def why_not(
@@ -113,17 +115,21 @@ def _tile(problem: Problem, options: Options, chip: Chip) -> Tile | None:
         for tile in (PAIR_TILES if has_pairs else TILES)[dims]
         if options.allows_tile(tile.block_m, tile.block_n)
         and _shared_bytes(dims, tile, options) <= chip.shared_memory
-        and (tile.block_m <= 128 or _suits_three_consumers(problem, options))
+        and (tile.block_m <= 128 or _suits_three_consumers(problem, options, tile))
     ]
     if not tiles:
         return None
-    return tiles[-1] if HUNGRY.intersection(options.names) and not has_pairs else tiles[0]
+    takes_smaller = HUNGRY.intersection(options.names) and not has_pairs and tiles[0].block_m <= 128
+    return tiles[-1] if takes_smaller else tiles[0]
 
 
-def _suits_three_consumers(problem: Problem, options: Options) -> bool:
-    band = problem.band
+def _suits_three_consumers(problem: Problem, options: Options, tile: Tile) -> bool:
+    band, length = problem.band, problem.seqlen_q
     full = not problem.packed and band.end >= problem.seqlen_k and band.begin <= -problem.seqlen_q
-    return FRUGAL.issuperset(options.names) and (full or problem.seqlen_q >= LONG_CAUSAL)
+    if problem.packed:  # of different lengths the longer half does most of the work
+        length = 2 * length // problem.batch
+    cost = sum(COSTS.get(name, 1 + LEFT[96]) for name in options.names)
+    return cost <= LEFT[tile.block_n] and (full or length >= LONG_CAUSAL)
 
 
 def forward(problem: Problem, options: Options, number: str, chip: Chip) -> tuple[Kernel, Tile, int]:

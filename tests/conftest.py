@@ -160,7 +160,7 @@ class Ring:
 
         Tuned kernels compute rows beside NaN in another way, and may round them otherwise.
         """
-        if self.may_take_tuned_kernels and np.isnan(poison):
+        if self.name != "numpy" and self.kernel in ("auto", "sm80") and np.isnan(poison):
             eps = 2.0**-8 if "bfloat16" in str(result.dtype) else 2.0**-11
             result, expected = self.numpy(result).astype(np.float64), self.numpy(expected).astype(np.float64)
             np.testing.assert_allclose(result, expected, rtol=0, atol=2 * eps * np.abs(expected).max())
