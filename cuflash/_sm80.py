@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from . import _parts
 from ._call import Call, Run
 from ._device import Array, Chip
 from ._kernel import NUMBERS, Kernel, padded_head_dims
@@ -176,6 +177,7 @@ class _TiledKernel:
     frugal_tiles: dict[tuple[int, int], Any] = field(default_factory=dict)
     change: Callable[[Any], Any] = lambda tile: tile
     name: str = ""  # if not that of the header
+    more_arguments: tuple[str, ...] = ()
 
     def tile(self, problem: Problem, options: Options, chip: Chip) -> Any:
         """The tile that suits a call, or None if none fits the shared memory."""
@@ -200,7 +202,7 @@ class _TiledKernel:
             template=self.template,
             header=self.header,
             symbol="_".join(("cuflash", self.name or self.header, short, f"d{dims[0]}x{dims[1]}", *options.names)),
-            arguments=(f"cuflash::{name}", options.type, *dims, *map(int, tile)),
+            arguments=(f"cuflash::{name}", options.type, *dims, *map(int, tile), *self.more_arguments),
             pointers=self.pointers,
             params=self.params,
             num_threads=32 * tile.warps,
@@ -228,6 +230,12 @@ forward = _TiledKernel(
     params="FwdParams",
     frugal_tiles=FRUGAL_TILES,
 )
+forward_parts = replace(
+    forward,
+    name="fwd_sm80_parts",
+    pointers=("const Element* q", "const Element* k", "const Element* v", "float* parts", "float* part_lse"),
+    more_arguments=("float",),
+)
 backward_dkdv = _TiledKernel(
     template="BwdSm80DkDv",
     header="bwd_sm80_dkdv",
@@ -249,10 +257,26 @@ backward_dq = _TiledKernel(
 )
 
 
+def num_places(kernel: Kernel, chip: Chip) -> int:
+    """The blocks of threads that a chip runs at the same time: as many as have their registers, and shared memory.
+
+    Kernels take about all of the registers that a thread can have, 255 of 64 K, and the driver 1 KiB of a block's
+    shared memory.
+    """
+    reserved = 1024
+    by_memory = (chip.shared_memory + reserved) // (kernel.shared_bytes + reserved)
+    return chip.multiprocessors * min(256 // kernel.num_threads, by_memory)
+
+
 def plan_forward(call: Call) -> Run:
     """A function of (q, k, v, out, lse or None) and the arrays of the options that computes out and lse."""
-    step = call.step(forward(call.problem, call.options, call.number, call.chip))
-    null = call.device.null
+    of_call = call.problem, call.options, call.number, call.chip
+    kernel, num_blocks = forward(*of_call)
+    tile = forward.tile(call.problem, call.options, call.chip)
+    num_parts = _parts.num_parts(call.problem, num_blocks, num_places(kernel, call.chip), tile[:2])
+    if num_parts > 1:
+        return _parts.plan_forward(call, forward_parts(*of_call), num_parts)
+    step, null = call.step((kernel, num_blocks)), call.device.null
 
     def run(q: Array, k: Array, v: Array, out: Array, lse: Array | None, **extras: Any) -> None:
         step(q, k, v, out, null if lse is None else lse, options=call.options_argument(extras))
