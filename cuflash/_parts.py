@@ -12,10 +12,11 @@ from ._device import Array
 from ._kernel import NUMBERS, Kernel
 from ._problem import Operand, Problem, ceil_div
 
-MIN_TILES = 4
-"""The tiles of keys that make a part worth its start, its way through memory and its merge."""
+MIN_TILES = 2
+"""The tiles of keys that make a part worth its start, its way through memory and its merge (docs/notes/sm80.md)."""
 
 MERGE_WARPS = 4
+COLS = 4  # of a thread that merges, in 16 bytes
 
 
 def num_parts(problem: Problem, num_jobs: int, num_places: int, tile: tuple[int, int]) -> int:
@@ -33,7 +34,7 @@ def num_parts(problem: Problem, num_jobs: int, num_places: int, tile: tuple[int,
 
 def operands(problem: Problem, count: int) -> dict[str, Operand]:
     """The workspace: float32 results and log-sum-exps of parts, as if each part were so many heads more."""
-    heads, rows, cols = count * problem.num_heads, problem.seqlen_q, problem.head_dim_v
+    heads, rows, cols = count * problem.num_heads, problem.seqlen_q, ceil_div(problem.head_dim_v, COLS) * COLS
     batch, batch_rows = (1, 0) if problem.packed else (problem.batch, heads * rows)
     return {
         "parts": Operand((batch, heads, rows, cols), (batch_rows * cols, rows * cols, cols, 1), "float32"),
@@ -55,8 +56,8 @@ def merge(problem: Problem, number: str) -> tuple[Kernel, int]:
         shared_bytes=0,
     )
     batch = 1 if problem.packed else problem.batch
-    elements = batch * problem.num_heads * problem.seqlen_q * problem.head_dim_v
-    return kernel, ceil_div(elements, 32 * MERGE_WARPS)
+    threads = batch * problem.num_heads * problem.seqlen_q * ceil_div(problem.head_dim_v, COLS)
+    return kernel, ceil_div(threads, 32 * MERGE_WARPS)
 
 
 def plan_forward(call: Call, made: tuple[Kernel, int], count: int) -> Run:

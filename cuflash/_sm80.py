@@ -83,6 +83,8 @@ FORWARD_TILES: Tiles = {
 # What calls take first if their options take more registers than the first tiles leave.
 HUNGRY = {"alibi", "bias", "mask", "mod", "sinks", "dropout"}
 FRUGAL_TILES = {(64, 64): Tile(128, 64, 4, 2), (128, 128): Tile(128, 32, 4, 2)}
+# What calls with so few queries take first: memory decides, and copies have two stages.
+SHORT_TILES = {(64, 64): Tile(64, 128, 4, 2), (128, 128): Tile(64, 64, 4, 2)}
 
 # Gradients of K and V. A warp holds its keys' dK and dV, and their scores and gradients of weights of a step.
 DKDV_TILES: Tiles = {
@@ -175,6 +177,7 @@ class _TiledKernel:
     pointers: tuple[str, ...]
     params: str
     frugal_tiles: dict[tuple[int, int], Any] = field(default_factory=dict)
+    short_tiles: dict[tuple[int, int], Any] = field(default_factory=dict)
     change: Callable[[Any], Any] = lambda tile: tile
     name: str = ""  # if not that of the header
     more_arguments: tuple[str, ...] = ()
@@ -185,6 +188,8 @@ class _TiledKernel:
         tiles = self.tiles[tile_class(self.tiles, problem, chip)]
         if dims in self.frugal_tiles and HUNGRY.intersection(options.names):
             tiles = (self.frugal_tiles[dims], *tiles)
+        if dims in self.short_tiles and problem.seqlen_q <= self.short_tiles[dims].block_m:
+            tiles = (self.short_tiles[dims], *tiles)
         return next(
             (
                 tile
@@ -229,6 +234,7 @@ forward = _TiledKernel(
     pointers=("const Element* q", "const Element* k", "const Element* v", "Element* out", "float* lse"),
     params="FwdParams",
     frugal_tiles=FRUGAL_TILES,
+    short_tiles=SHORT_TILES,
 )
 forward_parts = replace(
     forward,

@@ -932,8 +932,8 @@ MUTANTS += [
         "merged parts are not rescaled when a maximum grows",
         "forward",
         "kernels/merge_parts.cuh",
-        "acc = acc * factor + weight * out;",
-        "acc = acc + weight * out;",
+        "acc[i] = acc[i] * factor + weight * x[i];",
+        "acc[i] = acc[i] + weight * x[i];",
         IN_PARTS,
         "forward",
     ),
@@ -1003,6 +1003,7 @@ def numpy_arrays_on(device: HostDevice, family: str, *, one_stage: bool = False)
         patch.setattr(_parts, "MIN_TILES", 1)
         for table, tile in (TILES_OF_ONE_STAGE if one_stage else TILES).items():
             patch.setitem(getattr(_wmma, table), (2, 64), [tile])
+        patch.delitem(_sm80.SHORT_TILES, (64, 64))
         for table, sm80_tile in (SM80_TILES_OF_ONE_STAGE if one_stage else SM80_TILES).items():
             tiles = getattr(_sm80, table)
             for key in [key for key in tiles if key[:2] == (64, 64)]:
