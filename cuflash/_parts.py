@@ -64,7 +64,7 @@ def plan_forward(call: Call, made: tuple[Kernel, int], count: int) -> Run:
     """A forward in so many parts, by a kernel that writes them and the number of its jobs.
 
     It takes 4 * `count` bytes of workspace for each number of out and lse. Jobs times `count` are not more than the
-    places on the chip: so that is a few MiB, whatever the lengths are.
+    places on the chip, so that is at most a float32 tile of out for each place, whatever the lengths are.
     """
     kernel, num_jobs = made
     workspace, device = operands(call.problem, count), call.device
