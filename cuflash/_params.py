@@ -28,6 +28,7 @@ def _struct(operands: tuple[str, ...], sizes: tuple[str, ...] = ()) -> np.dtype[
 
 PARAMS = {
     "FwdParams": _struct(("q", "k", "v", "out", "lse")),
+    "MergeParams": _struct(("out", "lse", "parts", "part_lse"), ("num_rows", "num_parts")),
     "BwdParams": _struct(("q", "k", "v", "out", "dout", "lse", "dlse", "delta", "dq", "dk", "dv")),
     "DbiasParams": _struct(("q", "k", "v", "dout", "lse", "delta", "dbias"), ("batch", "heads", "rows", "cols")),
 }
@@ -56,4 +57,7 @@ def fill(struct: str, problem: Problem, operands: Mapping[str, Operand]) -> np.n
         params["problem"][name] = sizes[name] if name in sizes else getattr(problem, name)
     if struct == "DbiasParams":
         params["batch"], params["heads"], params["rows"], params["cols"] = operands["dbias"].shape
+    if struct == "MergeParams":
+        batch, heads, rows, _ = operands["parts"].shape
+        params["num_rows"], params["num_parts"] = batch * problem.num_heads * rows, heads // problem.num_heads
     return params

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from . import _parts
 from ._call import Call, Run
 from ._device import Array, Chip
 from ._kernel import NUMBERS, Kernel, padded_head_dims
@@ -82,6 +83,8 @@ FORWARD_TILES: Tiles = {
 # What calls take first if their options take more registers than the first tiles leave.
 HUNGRY = {"alibi", "bias", "mask", "mod", "sinks", "dropout"}
 FRUGAL_TILES = {(64, 64): Tile(128, 64, 4, 2), (128, 128): Tile(128, 32, 4, 2)}
+# What calls with so few queries take first: memory decides, and copies have two stages.
+SHORT_TILES = {(64, 64): Tile(64, 128, 4, 2), (128, 128): Tile(64, 64, 4, 2)}
 
 # Gradients of K and V. A warp holds its keys' dK and dV, and their scores and gradients of weights of a step.
 DKDV_TILES: Tiles = {
@@ -174,8 +177,10 @@ class _TiledKernel:
     pointers: tuple[str, ...]
     params: str
     frugal_tiles: dict[tuple[int, int], Any] = field(default_factory=dict)
+    short_tiles: dict[tuple[int, int], Any] = field(default_factory=dict)
     change: Callable[[Any], Any] = lambda tile: tile
     name: str = ""  # if not that of the header
+    more_arguments: tuple[str, ...] = ()
 
     def tile(self, problem: Problem, options: Options, chip: Chip) -> Any:
         """The tile that suits a call, or None if none fits the shared memory."""
@@ -183,6 +188,8 @@ class _TiledKernel:
         tiles = self.tiles[tile_class(self.tiles, problem, chip)]
         if dims in self.frugal_tiles and HUNGRY.intersection(options.names):
             tiles = (self.frugal_tiles[dims], *tiles)
+        if dims in self.short_tiles and problem.seqlen_q <= self.short_tiles[dims].block_m:
+            tiles = (self.short_tiles[dims], *tiles)
         return next(
             (
                 tile
@@ -200,7 +207,7 @@ class _TiledKernel:
             template=self.template,
             header=self.header,
             symbol="_".join(("cuflash", self.name or self.header, short, f"d{dims[0]}x{dims[1]}", *options.names)),
-            arguments=(f"cuflash::{name}", options.type, *dims, *map(int, tile)),
+            arguments=(f"cuflash::{name}", options.type, *dims, *map(int, tile), *self.more_arguments),
             pointers=self.pointers,
             params=self.params,
             num_threads=32 * tile.warps,
@@ -227,6 +234,13 @@ forward = _TiledKernel(
     pointers=("const Element* q", "const Element* k", "const Element* v", "Element* out", "float* lse"),
     params="FwdParams",
     frugal_tiles=FRUGAL_TILES,
+    short_tiles=SHORT_TILES,
+)
+forward_parts = replace(
+    forward,
+    name="fwd_sm80_parts",
+    pointers=("const Element* q", "const Element* k", "const Element* v", "float* parts", "float* part_lse"),
+    more_arguments=("float",),
 )
 backward_dkdv = _TiledKernel(
     template="BwdSm80DkDv",
@@ -249,10 +263,26 @@ backward_dq = _TiledKernel(
 )
 
 
+def num_places(kernel: Kernel, chip: Chip) -> int:
+    """The blocks of threads that a chip runs at the same time: as many as have their registers, and shared memory.
+
+    Kernels take about all of the registers that a thread can have, 255 of 64 K, and the driver 1 KiB of a block's
+    shared memory.
+    """
+    reserved = 1024
+    by_memory = (chip.shared_memory + reserved) // (kernel.shared_bytes + reserved)
+    return chip.multiprocessors * min(256 // kernel.num_threads, by_memory)
+
+
 def plan_forward(call: Call) -> Run:
     """A function of (q, k, v, out, lse or None) and the arrays of the options that computes out and lse."""
-    step = call.step(forward(call.problem, call.options, call.number, call.chip))
-    null = call.device.null
+    of_call = call.problem, call.options, call.number, call.chip
+    kernel, num_blocks = forward(*of_call)
+    tile = forward.tile(call.problem, call.options, call.chip)
+    num_parts = _parts.num_parts(call.problem, num_blocks, num_places(kernel, call.chip), tile[:2])
+    if num_parts > 1:
+        return _parts.plan_forward(call, forward_parts(*of_call), num_parts)
+    step, null = call.step((kernel, num_blocks)), call.device.null
 
     def run(q: Array, k: Array, v: Array, out: Array, lse: Array | None, **extras: Any) -> None:
         step(q, k, v, out, null if lse is None else lse, options=call.options_argument(extras))

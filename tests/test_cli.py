@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 import cuflash
-from cuflash import _backends, _sm90
+from cuflash import _backends, _sm80, _sm90
 from cuflash._cli import console, families, info, tune
 from cuflash._cli.bench import ahead, cells, command, first_call, naive, plots, records, sweeps, tables, variants
 from cuflash._cli.bench.cells import Cell
@@ -28,6 +28,7 @@ from cuflash._cli.bench.timing import Contender, Spread, describe, measure_in_tu
 from cuflash._cli.main import main
 from cuflash._device import Chip
 from cuflash._launch import LaunchBackend
+from cuflash._problem import Problem
 
 ROOT = Path(__file__).resolve().parents[1]
 CELL = Cell(64, False, 4096, batch=4, heads=32, dtype="bfloat16")
@@ -1059,6 +1060,12 @@ class TestTune:
         table = tune.listed(chip, "bfloat16", 64)
         assert {row[0] for row in table.rows} == families_
         assert all(float(row[2]) <= chip.shared_memory / 1024 for row in table.rows)
+
+    def test_the_tiles_of_sm80_are_among_its_candidates(self):
+        for (dim, dim_v, kib), tiles in _sm80.FORWARD_TILES.items():
+            problem = Problem("bfloat16", 1, 1, 1, 4096, 4096, dim, dim_v, 1.0)
+            chip = Chip("chip", (8, 0), kib * 1024)
+            assert set(tiles) <= set(tune._sm80_candidates(problem, chip))
 
     def test_without_a_gpu_it_says_so(self, monkeypatch, capsys):
         monkeypatch.setitem(sys.modules, "cuflash._cli.bench.gpu", None)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from cuflash import _sm80, _sm90, _sm90_backward, _wmma
+from cuflash import _parts, _sm80, _sm90, _sm90_backward, _wmma
 from cuflash._device import KernelSource
 from cuflash._kernel import HEAD_DIMS, NUMBERS, Kernel, find_blocks
 from cuflash._options import Options
@@ -77,13 +77,15 @@ def passes(options: Options, number: str, head_dims: tuple[int, int], arch: int)
         yield make(problem(*head_dims), options, number, CHIPS[arch])[0]
 
 
-SM80_PASSES = (_sm80.forward, _sm80.backward, _sm80.finish, _sm80.backward_dkdv, _sm80.backward_dq)
+SM80_PASSES = (_sm80.forward, _sm80.forward_parts, _sm80.backward, _sm80.finish, _sm80.backward_dkdv, _sm80.backward_dq)
 
 
 def sm80_passes(options: Options, number: str, head_dims: tuple[int, int], arch: int) -> Iterator[Kernel]:
-    """The forward, the backward in one pass with its end, and the deterministic one's two kernels."""
+    """The forward, whole and in parts, the backward in one pass with its end, and the two kernels of the other one."""
     for make in SM80_PASSES:
         yield make(problem(*head_dims), options, number, CHIPS[arch])[0]
+    if head_dims in _sm80.SHORT_TILES:  # that above is for few queries
+        yield _sm80.forward(replace(problem(*head_dims), seqlen_q=4096), options, number, CHIPS[arch])[0]
 
 
 def plain_kernels(arch: int) -> Iterator[Kernel]:
@@ -92,6 +94,8 @@ def plain_kernels(arch: int) -> Iterator[Kernel]:
         for head_dims in HEAD_DIMS:
             yield from passes(Options(), number, head_dims, arch)
     if arch >= 80:
+        for number in HALF:
+            yield _parts.merge(problem(1, 1), number)[0]
         for number, head_dims in product(HALF, HEAD_DIMS):
             yield from sm80_passes(Options(), number, head_dims, arch)
     if arch == 90:

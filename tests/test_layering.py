@@ -26,6 +26,7 @@ PYTHON_LAYERS = [
     {"_options"},
     {"_kernel"},
     {"_call", "_tensor_maps", "_wgmma"},
+    {"_parts"},
     {"_wmma"},
     {"_sm90_backward"},
     {"_sm90"},

@@ -17,13 +17,14 @@ import numpy as np
 import pytest
 
 import cuflash
-from cuflash import _backends, _sm80, _wmma
+from cuflash import _backends, _parts, _sm80, _wmma
 from cuflash._launch import LaunchBackend
 from cuflash.testing import assert_attention_accurate, assert_gradients_accurate
 from cuflash.testing.strategies import AttentionProblem, PackedProblem, PairArray
 from tests.conftest import host_ring
 from tests.hostcuda import CompileError, HostCudaError, HostDevice
 from tests.hostcuda.build import can_instrument
+from tests.hostcuda.device import HOST_CHIP
 from tests.hostcuda.sources import CUDA_SRC
 
 pytestmark = [
@@ -79,6 +80,7 @@ class Problem:
     deterministic: bool = False
     growth: float = 1.0  # of the keys from the first to the last, so that the largest score comes late
     poisoned: tuple[str, int] | None = None  # the array, and the row, that hold one NaN
+    in_parts: bool = False  # keys are shared out, as on a chip with many multiprocessors
     masked: bool = False  # by an array
 
     @property
@@ -121,6 +123,7 @@ NARROW = Problem(40, 100, head_dim=40, head_dim_v=24)
 ONE_STAGE = Problem(140, 140, one_stage=True)
 APART = Problem(100, 150, causal=True, deterministic=True)
 APART_ONE_STAGE = replace(APART, one_stage=True)
+IN_PARTS = replace(GROWING, in_parts=True)
 # Query 51 is the first that sees key 181, and query 10 sees no key of the second tile.
 NAN_IN_V = Problem(70, 200, causal=True, poisoned=("v", 181))
 NAN_IN_K = Problem(70, 200, causal=True, poisoned=("k", 181))
@@ -906,7 +909,34 @@ MUTANTS += [
         APART,
         "forward",
     ),
+    sm80(
+        "parts of the keys overlap",
+        "forward",
+        "attention/key_blocks.cuh",
+        "end = min(begin + length, end);",
+        "end = min(begin + length + 1, end);",
+        IN_PARTS,
+        "forward",
+    ),
+    sm80(
+        "rows beside NaN are computed again from the keys of other parts too",
+        "forward",
+        "attention/careful_row.cuh",
+        "begin = max(keys.begin, in_band.begin), end = min(keys.end, in_band.end);",
+        "begin = in_band.begin, end = in_band.end;",
+        replace(NAN_IN_V, in_parts=True),
+        "forward",
+    ),
     # Wrong numbers
+    sm80(
+        "merged parts are not rescaled when a maximum grows",
+        "forward",
+        "kernels/merge_parts.cuh",
+        "acc[i] = acc[i] * factor + weight * x[i];",
+        "acc[i] = acc[i] + weight * x[i];",
+        IN_PARTS,
+        "forward",
+    ),
     sm80(
         "the output is not rescaled when a maximum grows",
         "forward",
@@ -970,8 +1000,10 @@ def numpy_arrays_on(device: HostDevice, family: str, *, one_stage: bool = False)
     """Calls on NumPy arrays take the kernels' path, with the tiles of the family fixed."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_backends, "numpy_backend", LaunchBackend(device))
+        patch.setattr(_parts, "MIN_TILES", 1)
         for table, tile in (TILES_OF_ONE_STAGE if one_stage else TILES).items():
             patch.setitem(getattr(_wmma, table), (2, 64), [tile])
+        patch.delitem(_sm80.SHORT_TILES, (64, 64))
         for table, sm80_tile in (SM80_TILES_OF_ONE_STAGE if one_stage else SM80_TILES).items():
             tiles = getattr(_sm80, table)
             for key in [key for key in tiles if key[:2] == (64, 64)]:
@@ -991,7 +1023,8 @@ def run(
 
 def run_plain(direction: str, problem: Problem, way: str, cuda_src: Path, family: str) -> None:
     # Arrays behind the pointers of options do not travel to a process of its own.
-    device = HostDevice(**WAYS[way], isolated=not problem.masked, timeout=60, cuda_src=cuda_src)
+    chip = replace(HOST_CHIP, multiprocessors=100 if problem.in_parts else 1)
+    device = HostDevice(chip, **WAYS[way], isolated=not problem.masked, timeout=60, cuda_src=cuda_src)
     if not can_instrument(device.flavour):
         pytest.skip(f"the compiler cannot link {device.flavour}")
     dout, q, k, v = problem.arrays()

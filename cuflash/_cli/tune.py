@@ -111,13 +111,13 @@ def _sm90_candidates(problem: Problem, chip: Chip) -> Iterator[Tile]:
 
 
 def _sm80_candidates(problem: Problem, chip: Chip) -> Iterator[Tile]:
-    """As many keys as the registers of a warp's 16, 32 or 48 rows allow, beside the output."""
-    dim_v = padded_head_dims(problem)[1]
-    shapes = [(64, 4, 64), (64, 4, 128), *((128, 4, keys) for keys in (32, 48, 64, 96, 128)), (192, 4, 64)]
-    shapes += [(128, 8, 64), (128, 8, 128)]
-    for block_m, warps, block_n in shapes:
-        if block_m // warps // 16 * (block_n + dim_v) // 2 <= 200:
-            yield from ((block_m, block_n, warps, *ways) for ways in ((1, 0), (2, 0), (2, 1), (3, 0)))
+    """As many keys as the registers of a warp's 16, 32 or 48 rows allow, beside the output, and Q if it stays there."""
+    dim, dim_v = padded_head_dims(problem)
+    shapes = [*((64, 4, keys) for keys in (32, 64, 128)), *((128, 4, keys) for keys in (32, 48, 64, 96, 128))]
+    shapes += [(192, 4, 64), (128, 8, 64), (128, 8, 128)]
+    for (block_m, warps, block_n), (stages, keeps_q) in product(shapes, ((1, 0), (2, 0), (1, 1), (2, 1), (3, 0))):
+        if block_m // warps // 16 * (block_n + dim_v + keeps_q * dim // 2) // 2 <= 210:
+            yield block_m, block_n, warps, stages, keeps_q
 
 
 def _sm80_key(problem: Problem, number: str, chip: Chip) -> tuple[int, ...]:

@@ -9,7 +9,7 @@
 namespace cuflash {
 
 // What a warp needs to know of its head.
-template <class Element, class Options>
+template <class Element, class Options, class Result = Element>
 struct CarefulHead {
   // What a warp needs for the pairs of one row.
   struct alignas(16) Memory {
@@ -17,9 +17,10 @@ struct CarefulHead {
   };
 
   const Matrix<const Element>&q, &k, &v;
-  const Matrix<Element>& out;
+  const Matrix<Result>& out;
   const Options& options;
   const Band& band;
+  Range keys;  // that count: all, or a part of them
   float scale;
   Memory& memory;  // of this warp
 
@@ -28,9 +29,10 @@ struct CarefulHead {
   __device__ __forceinline__ void write_row(int row, float shift, float inverse) const {
     const int lane = threadIdx.x % 32;
     float sum[kHeadDimV / 32] = {};
-    const Range keys = band.keys_of({row, row + 1});
+    const Range in_band = band.keys_of({row, row + 1});
+    const int begin = max(keys.begin, in_band.begin), end = min(keys.end, in_band.end);
 #pragma unroll 1
-    for (int first_key = keys.begin / 32 * 32; first_key < keys.end; first_key += 32) {
+    for (int first_key = begin / 32 * 32; first_key < end; first_key += 32) {
       Options here = options;
       here.template load<1, 32, 32>(memory.pairs, row, first_key, lane);
       ptx::cp_async_commit();
@@ -40,7 +42,7 @@ struct CarefulHead {
       const Pairs<Options> pairs = {here, band, scale};
 
       const int key = first_key + lane;
-      const bool visible = pairs.visible(row, key);
+      const bool visible = begin <= key && key < end && pairs.visible(row, key);
       float weight = 0.0f;
       if (visible) {
         float product = 0.0f;
@@ -67,7 +69,7 @@ struct CarefulHead {
 #pragma unroll
     for (int i = 0; i < kHeadDimV / 32; ++i) {
       const int col = 32 * i + lane;
-      if (col < out.cols) *out.at(row, col) = from_float<Element>(sum[i] * inverse);
+      if (col < out.cols) *out.at(row, col) = from_float<Result>(sum[i] * inverse);
     }
   }
 

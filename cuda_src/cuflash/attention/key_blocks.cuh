@@ -19,6 +19,13 @@ struct KeyBlocks {
     full_end = clamp(min(some_queries.begin + band.end, band.seqlen_k) / kBlockN, begin, end);
   }
 
+  // Leaves one of several parts, of the same length or less; it may be empty.
+  __device__ __forceinline__ void keep(const Part& part) {
+    const int length = ceil_div(end - begin, part.count);
+    begin = min(begin + part.number * length, end);
+    end = min(begin + length, end);
+  }
+
   // This block, or the next before it that options do not hide altogether. The first is visited in any case.
   template <class Options>
   static __device__ __forceinline__ int visited(const Options& options, int first_query, int block, int begin) {

@@ -27,6 +27,12 @@ struct FwdParams {
   Problem problem;
 };
 
+struct MergeParams {
+  Strides out, lse, parts, part_lse;
+  Problem problem;
+  int num_rows, num_parts;  // of all heads; of each head's keys
+};
+
 struct BwdParams {
   Strides q, k, v, out, dout, lse, dlse, delta, dq, dk, dv;
   Problem problem;

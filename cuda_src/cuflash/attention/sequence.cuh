@@ -21,6 +21,11 @@ struct Job {
   int head, tile;
 };
 
+// Which of several parts of a job's keys a block of threads has.
+struct Part {
+  int number, count;
+};
+
 // A tile of one of several heads, by the number of the job. Groups of heads run one after another, so that L2 holds
 // what they read; in a group all heads go through the tiles in step, so that long jobs that come first in each head
 // come first in all.

@@ -15,11 +15,14 @@ namespace cuflash {
 // first. A warp owns kBlockM / kNumWarps rows, in tiles of 16: more than one read K and V less often. With kStages > 1
 // the copies of a tile have the time of kStages - 1 others to arrive, and the block meets once a tile; with one stage
 // V arrives during Q K^T, and the next K during P V. kKeepsQ holds the factors of Q in registers.
+// Where Result is float, jobs are few, and the blocks of a job share its keys: each writes the result of its part, as
+// if there were that many times the heads, for merge_parts.cuh.
 template <class Number, class Options, int kHeadDim, int kHeadDimV, int kBlockM, int kBlockN, int kNumWarps,
-          int kStages, bool kKeepsQ>
+          int kStages, bool kKeepsQ, class Result = typename Number::Element>
 struct FwdSm80 {
   using Element = typename Number::Element;
 
+  static constexpr bool kHasParts = sizeof(Result) != sizeof(Element);
   static constexpr int kNumThreads = 32 * kNumWarps;
   static constexpr int kWarpM = kBlockM / kNumWarps;
   static constexpr int kTilesM = kWarpM / 16;
@@ -31,38 +34,41 @@ struct FwdSm80 {
   using TileK = LdmatrixTile<Element, kBlockN, kHeadDim>;
   using TileV = LdmatrixTile<Element, kBlockN, kHeadDimV>;
   using Blocks = KeyBlocks<kBlockM, kBlockN>;
-  using Careful = CarefulHead<Element, Options>;
+  using Careful = CarefulHead<Element, Options, Result>;
 
   struct Arrays {
     const Element *q, *k, *v;
-    Element* out;
+    Result* out;
     float* lse;  // may be null
   };
 
   // What a block knows of its job. In shared memory, since it is looked at once a tile and registers are few.
   struct alignas(16) Work {
     Matrix<const Element> q, k, v;
-    Matrix<Element> out;
+    Matrix<Result> out;
     Matrix<float> lse;
     Band band;
     Blocks blocks;
     int first_query;
 
-    __device__ __forceinline__ Work(const Arrays& arrays, const FwdParams& params, const Job& job)
-        : Work(arrays, params, job, job.sequence, job.head / params.problem.group_size()) {}
+    __device__ __forceinline__ Work(const Arrays& arrays, const FwdParams& params, const Job& job, const Part& part)
+        : Work(arrays, params, job, job.sequence, job.head / params.problem.group_size(),
+               part.number * params.problem.num_heads + job.head) {
+      if constexpr (kHasParts) blocks.keep(part);
+    }
 
    private:
     __device__ __forceinline__ Work(const Arrays& arrays, const FwdParams& params, const Job& job,
-                                    const Sequence& sequence, int head_kv)
+                                    const Sequence& sequence, int head_kv, int head_out)
         : q(arrays.q, params.q, sequence.batch, job.head, sequence.first_query, sequence.seqlen_q,
             params.problem.head_dim),
           k(arrays.k, params.k, sequence.batch, head_kv, sequence.first_key, sequence.seqlen_k,
             params.problem.head_dim),
           v(arrays.v, params.v, sequence.batch, head_kv, sequence.first_key, sequence.seqlen_k,
             params.problem.head_dim_v),
-          out(arrays.out, params.out, sequence.batch, job.head, sequence.first_query, sequence.seqlen_q,
+          out(arrays.out, params.out, sequence.batch, head_out, sequence.first_query, sequence.seqlen_q,
               params.problem.head_dim_v),
-          lse(arrays.lse, params.lse, sequence.batch, job.head, sequence.first_query),
+          lse(arrays.lse, params.lse, sequence.batch, head_out, sequence.first_query),
           band(params.problem.band(sequence.seqlen_q, sequence.seqlen_k)),
           blocks(band, job.tile * kBlockM, {job.tile * kBlockM, (job.tile + 1) * kBlockM}),
           first_query(job.tile * kBlockM) {}
@@ -87,12 +93,15 @@ struct FwdSm80 {
   static_assert(kBlockM % (16 * kNumWarps) == 0 && kBlockN % 16 == 0 && kStages >= 1);
 
   static __device__ __forceinline__ void run(const Arrays& arrays, const FwdParams& params, Options options) {
-    const Job job = options.template query_job<kBlockM>(params.problem, blockIdx.x);
+    const int num_blocks = gridDim.x, block_index = blockIdx.x;
+    const int num_parts = kHasParts ? num_blocks / Options::template num_query_jobs<kBlockM>(params.problem) : 1;
+    const Part part = {block_index % num_parts, num_parts};
+    const Job job = options.template query_job<kBlockM>(params.problem, block_index / num_parts);
     if (job.tile * kBlockM >= job.sequence.seqlen_q || job.tile < 0) return;
     options.enter(job.sequence, job.head);
 
     Shared& shared = *reinterpret_cast<Shared*>(dynamic_shared_memory());
-    if (threadIdx.x == 0) shared.work = Work(arrays, params, job);
+    if (threadIdx.x == 0) shared.work = Work(arrays, params, job, part);
     __syncthreads();
     const Work& work = shared.work;
     const Pairs<Options> pairs = {options, work.band, params.problem.softmax_scale};
@@ -146,8 +155,9 @@ struct FwdSm80 {
     const auto sees_any = [&](int first_key) {
       const int warp_query = work.first_query + warp_row;
       const Range keys = work.band.keys_of({warp_query, warp_query + kWarpM});
-      return warp_query < work.band.seqlen_q && first_key < keys.end && keys.begin < first_key + kBlockN;
+      return first_key < keys.end && keys.begin < first_key + kBlockN;
     };
+    const auto has_rows = [&] { return work.first_query + warp_row < work.band.seqlen_q; };
 #pragma unroll 1
     for (int stage = 0; block >= work.blocks.begin; block = next(block), stage = (stage + 1) % kStages) {
       const int first_key = block * kBlockN;
@@ -158,7 +168,8 @@ struct FwdSm80 {
                                     first_key + static_cast<int>(lane % 4 * 2)};
       };
       const bool masked = block < work.blocks.full_begin || block >= work.blocks.full_end;
-      const bool sees = !masked || uniform(sees_any(first_key));  // if not, the warp only helps to load
+      // If not, the warp only helps to load.
+      const bool sees = uniform(has_rows() && (!masked || sees_any(first_key)));
 
       ptx::cp_async_wait<larger(0, kStages - 2)>();
       __syncthreads();  // this stage has arrived, and the one before is no longer read
@@ -228,20 +239,23 @@ struct FwdSm80 {
       for (int r = 0; r < 2; ++r) {
         float sum = rows[m].total(r), survivors = options.survivor_factor();
         shift[r] = rows[m].softmax[r].shift();
-        if constexpr (Options::kHasSinks) survivors *= rows[m].softmax[r].join(options.sink(), sum);
+        if constexpr (Options::kHasSinks) {
+          if (part.number == 0) survivors *= rows[m].softmax[r].join(options.sink(), sum);
+        }
         inverse[r] = sum == 0.0f ? 0.0f : __fdividef(survivors, sum);
         const int row = lane_row + 8 * r;
         if (arrays.lse != nullptr && lane % 4 == 0 && row < work.out.rows) {
           *work.lse.at(row, 0) = rows[m].softmax[r].lse(sum);
         }
       }
-      const Matrix<Element> out = work.out;
+      const Matrix<Result> out = work.out;
       const bool finite = store_rows(out, output[m], inverse, lane_row);
       // 0 * NaN is NaN: each value meets all rows, if only with weight 0, and may have spoiled rows that do not see it.
       if (hides_pairs && __any_sync(kFullMask, !finite)) {
         __syncwarp();  // others write again what this lane wrote
-        const Careful head = {work.q,  work.k,    work.v,      work.out,
-                              options, work.band, pairs.scale, shared.careful[threadIdx.x / 32]};
+        const Range keys = {work.blocks.begin * kBlockN, work.blocks.end * kBlockN};
+        const Careful head = {
+            work.q, work.k, work.v, work.out, options, work.band, keys, pairs.scale, shared.careful[threadIdx.x / 32]};
         head.template write_rows<kHeadDimV>(first_row, shift, inverse);
       }
     }

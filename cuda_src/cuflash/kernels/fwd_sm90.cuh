@@ -487,7 +487,7 @@ struct FwdSm90 {
                                   problem.head_dim_v);
     const Matrix<Element> out(arrays.out, params.out, sequence.batch, job.head, sequence.first_query, sequence.seqlen_q,
                               problem.head_dim_v);
-    const Careful head = {q, k, v, out, options, band, problem.softmax_scale, memory};
+    const Careful head = {q, k, v, out, options, band, {0, sequence.seqlen_k}, problem.softmax_scale, memory};
     head.template write_rows<kHeadDimV>(job.tile * kBlockM + warp_row, shift, inverse);
   }
 };

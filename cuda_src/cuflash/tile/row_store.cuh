@@ -55,7 +55,9 @@ __device__ __forceinline__ bool store_rows_16(const Matrix<Element>& out, const 
 template <class Element, int kCols>
 __device__ __forceinline__ bool store_rows(const Matrix<Element>& out, const WarpgroupTile<kCols>& tile,
                                            const float (&factor)[2], int first_row, int first_col = 0) {
-  if (out.vectorized) return store_rows_16(out, tile, factor, first_row, first_col);
+  if constexpr (sizeof(Element) == 2) {
+    if (out.vectorized) return store_rows_16(out, tile, factor, first_row, first_col);
+  }
   float zero = 0.0f;
 #pragma unroll
   for (int i = 0; i < WarpgroupTile<kCols>::kNumElements; ++i) {
