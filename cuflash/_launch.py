@@ -34,7 +34,7 @@ class Family(Protocol):
 
 FAMILIES: dict[str, Family] = {"sm90": _sm90, "sm80": _sm80, "wmma": _wmma, "fa1": _fa1, "naive": _naive}
 AUTO = ("sm90", "sm80", "wmma")
-"""What ``kernel="auto"`` chooses from: the first that can do it."""
+"""What ``kernel="auto"`` chooses from: the first that can do it, or sm80 where sm90 left most of the chip idle."""
 
 
 class LaunchBackend:
@@ -68,18 +68,22 @@ class LaunchBackend:
         return Call(self.device, number, problem, operands, Options.of(problem, operands), deterministic)
 
     def family_name(self, call: Call, kernel: str, *, backward: bool = False) -> str:
-        """The family that `kernel` names; for "auto" the first, and so the fastest, that can do it."""
-        reasons = {}
-        for name in AUTO if kernel == "auto" else (kernel,):
-            family = FAMILIES[name]
-            reason = family.why_not(call.problem, call.number, call.chip, call.options, call.operands)
-            if backward:
-                reason = reason or family.why_no_backward(call.problem, call.chip, call.options)
-            if reason is None:
-                return name
-            reasons[name] = reason
+        """The family that `kernel` names; for "auto" the fastest that can do it."""
+        names = AUTO if kernel == "auto" else (kernel,)
+        reasons = {name: self._why_not(call, name, backward) for name in names}
+        able = [name for name, reason in reasons.items() if reason is None]
+        if able:
+            in_parts = able[:2] == ["sm90", "sm80"] and not backward and _sm90.is_better_in_parts(call)
+            return able[1 if in_parts else 0]
         listed = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
         raise NotImplementedError(f"kernel={kernel!r} cannot compute this call: {listed}")
+
+    def _why_not(self, call: Call, name: str, backward: bool) -> str | None:
+        family = FAMILIES[name]
+        reason = family.why_not(call.problem, call.number, call.chip, call.options, call.operands)
+        if backward:
+            reason = reason or family.why_no_backward(call.problem, call.chip, call.options)
+        return reason
 
     def plan_forward(self, problem: Problem, kernel_name: str, operands: Mapping[str, Operand]) -> Run:
         """A function of (q, k, v, out, lse or None) and the arrays of the options that computes out and lse."""

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from . import _sm90_backward
+from . import _parts, _sm90_backward
 from ._call import Call, Run
 from ._device import Array, Chip
 from ._kernel import NUMBERS, Kernel, padded_head_dims
@@ -59,7 +59,7 @@ PAIR_TILES: dict[tuple[int, int], tuple[Tile, ...]] = {
     (256, 256): (Tile(128, 64, 1, 2, 2, 1), Tile(128, 64, 1, 1, 1, 1)),
 }
 LONG_CAUSAL = 2048
-# What options take of the registers of three consumers, roughly, and what is left beside so many keys. Others take more.
+# What options take of the registers of three consumers, roughly, and what is left beside so many keys. Others: more.
 COSTS = {"sinks": 0, "alibi": 1, "packed": 1, "softcap": 2, "mod": 2}
 LEFT = {128: 1, 96: sum(COSTS.values())}
 HUNGRY = {"dropout", "mod"}  # options for which two consumers take the smaller tile
@@ -154,6 +154,15 @@ def forward(problem: Problem, options: Options, number: str, chip: Chip) -> tupl
     if problem.packed:  # attention/packed.cuh
         jobs = problem.seqlen_q // tile.block_m + problem.batch + 1
     return kernel, tile, jobs * problem.num_heads
+
+
+def is_better_in_parts(call: Call) -> bool:
+    """Whether jobs are so few, and keys so many, that split-KV is faster, which sm80 has and this family has not.
+
+    That is if there were at least 4 parts of 1024 keys or more: most of the chip would be idle for long.
+    """
+    _, tile, num_jobs = forward(call.problem, call.options, call.number, call.chip)
+    return _parts.num_parts(call.problem, num_jobs, call.chip.multiprocessors, (tile.block_m, 512)) >= 4
 
 
 def plan_forward(call: Call) -> Run:

@@ -385,7 +385,7 @@ WITH_MAPS = {"FwdSm90Params": "fwd_sm90", "BwdSm90Params": "bwd_sm90"}
 @pytest.mark.compile
 @pytest.mark.parametrize("struct", [struct for struct in _params.PARAMS if struct not in WITH_MAPS])
 def test_structs_mirror_those_of_the_kernels(struct: str) -> None:
-    assert len(list(fields(_params.PARAMS[struct]))) >= 30
+    assert len(list(fields(_params.PARAMS[struct]))) >= 25
     compile_probe(struct, _params.PARAMS[struct])
 
 

@@ -84,6 +84,30 @@ def test_calls_that_fill_the_chip_are_one_kernel(monkeypatch: pytest.MonkeyPatch
     assert notebook.symbols == ["cuflash_fwd_sm80_f16_d64x64"]
 
 
+@pytest.mark.parametrize(
+    ("heads", "seqlen_q", "seqlen_k", "options", "family"),
+    [
+        (8, 1, 65536, {}, "sm80"),
+        (33, 1, 4096, {}, "sm80"),
+        (34, 1, 4096, {}, "sm90"),  # more than a quarter of the chip
+        (8, 1, 4095, {}, "sm90"),
+        (4, 1024, 8192, {}, "sm80"),
+        (8, 1024, 8192, {}, "sm90"),
+        (8, 8192, 8192, {"causal": True}, "sm90"),
+        (8, 1, 65536, {"window_size": (3000, 0)}, "sm90"),
+    ],
+)
+def test_which_family_decodes_on_a_hopper(
+    monkeypatch: pytest.MonkeyPatch, heads: int, seqlen_q: int, seqlen_k: int, options: dict[str, Any], family: str
+) -> None:
+    notebook = put(monkeypatch, Notebook())
+    q, kv = np.zeros((heads, seqlen_q, 128), "float16"), np.zeros((heads, seqlen_k, 128), "float16")
+    cuflash.attention(q, kv, kv, **options)
+    assert notebook.symbols[0].startswith(f"cuflash_fwd_{family}")
+    cuflash.attention(q, kv, kv, kernel="sm90", **options)
+    assert notebook.symbols[-1].startswith("cuflash_fwd_sm90")
+
+
 # What they give
 
 

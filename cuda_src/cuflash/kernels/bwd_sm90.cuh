@@ -2,8 +2,8 @@
 // arXiv:2407.08608, appendix B). docs/kernels.md draws it.
 #pragma once
 
+#include <cuflash/attention/backward_block.cuh>
 #include <cuflash/attention/query_sums.cuh>
-#include <cuflash/kernels/bwd_sm90_block.cuh>
 #include <cuflash/tile/wgmma_product.cuh>
 
 namespace cuflash {
@@ -16,8 +16,8 @@ template <class Number, class Options, int kHeadDim, int kHeadDimV, int kBlockM,
           int kStages, int kStagesPairs, bool kDeterministic>
 struct BwdSm90 {
   using Element = typename Number::Element;
-  using Block = BwdSm90Block<Element, Options, kHeadDim, kHeadDimV, kBlockM, kBlockN, kStagesKv, kStages, kStagesPairs,
-                             kDeterministic>;
+  using Block = BackwardBlock<Element, Options, kHeadDim, kHeadDimV, kBlockM, kBlockN, kStagesKv, kStages, kStagesPairs,
+                              2, kDeterministic>;
   using Arrays = typename Block::Arrays;
 
   using Gradients = ScoreGradients<Element, Options, kBlockM>;
@@ -25,30 +25,24 @@ struct BwdSm90 {
   using Factor = typename Gradients::Factor;
   using Sums = QuerySums<Options, kHeadDim, kBlockM, kBlockN>;
   using GradQ = typename Sums::Layout::Part;
-  using TileDs = SwizzledTile<Element, kBlockN, kBlockM>;
 
   // With all of dK, dV and float32 weights in registers there is no room for products that start ahead.
   static constexpr bool kStartsAhead = Gradients::kPlainWeights || kHeadDim <= 64;
 
-  struct Shared {
-    TileDs ds[2];
-    typename Block::Shared block;
-  };
-  static constexpr int kNumThreads = Block::kNumThreads;
-  static constexpr int kSharedBytes = sizeof(TileDs) * 2 + Block::kSharedBytes;
+  using Shared = typename Block::Shared;
+  static constexpr int kNumThreads = Block::kNumThreads, kSharedBytes = Block::kSharedBytes;
 
   static_assert(kBlockN == 128 && (kBlockM == 64 || kBlockM == 128));
 
   static __device__ __forceinline__ void run(const Arrays& arrays, const BwdSm90Params& params, Options options) {
     Shared& shared = *reinterpret_cast<Shared*>(dynamic_shared_memory());
-    Block::run(arrays, params, options, shared.block, 8, [&] { consume(arrays, params.bwd, options, shared); });
+    Block::run(arrays, params, options, shared, 8, [&] { consume(arrays, params.bwd, options, shared); });
   }
 
   static __device__ __forceinline__ void consume(const Arrays& arrays, const BwdParams& params, const Options& options,
                                                  Shared& shared) {
     const Problem& problem = params.problem;
-    typename Block::Shared& tiles = shared.block;
-    typename Block::Rings& rings = tiles.rings;
+    typename Block::Rings& rings = shared.rings;
     const int consumer = uniform(threadIdx.x / 128 - 1);
     const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
     typename Block::Jobs::Position job_at;
@@ -64,8 +58,8 @@ struct BwdSm90 {
       const Band band = Block::band_of(problem, job);
       const int warpgroup_key = job.tile * kBlockN + 64 * consumer, warp_key = warpgroup_key + 16 * warp;
       const int first_key = warp_key + lane / 4, first_col = lane % 4 * 2;
-      typename Block::TileK& k = tiles.k[kv_at.stage()];
-      const typename Block::TileV& v = tiles.v[kv_at.stage()];
+      typename Block::TileK& k = shared.k[kv_at.stage()];
+      const typename Block::TileV& v = shared.v[kv_at.stage()];
       WarpgroupTile<kHeadDim> dk;
       WarpgroupTile<kHeadDimV> dv;
       dk.clear();
@@ -74,7 +68,7 @@ struct BwdSm90 {
 
       Scores scores;
       const auto start_scores = [&](const auto& at) {
-        start_product_along<kHeadDim>(scores, k, 64 * consumer, tiles.q[at.stage()]);
+        start_product_along<kHeadDim>(scores, k, 64 * consumer, shared.q[at.stage()]);
       };
       rings.kv.wait_full(kv_at);
       if (Options::kPacked) Block::clear_keys(k, sequence, warp_key, 64 * consumer + 16 * warp);
@@ -100,14 +94,14 @@ struct BwdSm90 {
         }
         ptx::wgmma_wait<0>();
         rings.dout.wait_full(at);
-        start_product_along<kHeadDimV>(dscores, v, 64 * consumer, tiles.dout[stage]);
+        start_product_along<kHeadDimV>(dscores, v, 64 * consumer, shared.dout[stage]);
         if constexpr (Block::kLoadsPairs) rings.pairs.wait_full(pairs_at);
-        here.template look_at<kBlockM, kBlockN>(tiles.pairs[pairs_at.stage()].memory, first_query, job.tile * kBlockN);
+        here.template look_at<kBlockM, kBlockN>(shared.pairs[pairs_at.stage()].memory, first_query, job.tile * kBlockN);
         const bool all_visible =
             band.all_visible({first_query, first_query + kBlockM}, {warpgroup_key, warpgroup_key + 64}) &&
             first_query + kBlockM <= sequence.seqlen_q && (!Options::kHidesPairs || here.shows_all());
         hides_pairs |= !all_visible;
-        const Gradients gradients = {pairs, first_query + first_col, first_key, tiles.rows[stage], first_col};
+        const Gradients gradients = {pairs, first_query + first_col, first_key, shared.rows[stage], first_col};
         gradients.draw(survivors);
         gradients.weigh(scores, weights, all_visible, survivors);
         if constexpr (Block::kLoadsPairs) {
@@ -115,17 +109,17 @@ struct BwdSm90 {
           release(rings.pairs, pairs_at);
           pairs_at.advance();
         }
-        start_adding_across(dv, weights, tiles.dout[stage]);
+        start_adding_across(dv, weights, shared.dout[stage]);
         ptx::wgmma_wait<1>();
         gradients.differentiate(
             dscores, [&](int i) { return Gradients::kPlainWeights ? weights.at(i) : scores.x[i]; }, survivors);
         factor.round(dscores);
-        TileDs& ds = shared.ds[at.count() % 2];
+        typename Block::TileDs& ds = shared.ds[at.count() % 2];
         ds.store(factor, 64 * consumer + 16 * warp);
         ptx::async_proxy_fence();
         ptx::named_barrier_sync(1, 256);  // dS of both consumers is there
         start_product_across(dq, ds, Sums::Layout::first_query(consumer), k, Sums::Layout::first_col(consumer));
-        start_adding_across(dk, factor, tiles.q[stage]);
+        start_adding_across(dk, factor, shared.q[stage]);
         const auto sums_here = [&] { return Sums(arrays.dq_sums, arrays.turns, problem, job, band, walk, consumer); };
         if constexpr (kDeterministic) sums_here().await_turn();
 

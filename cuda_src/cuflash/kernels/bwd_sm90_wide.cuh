@@ -2,8 +2,8 @@
 // warpgroups, so each computes one of them. docs/kernels.md draws it.
 #pragma once
 
+#include <cuflash/attention/backward_block.cuh>
 #include <cuflash/attention/query_sums.cuh>
-#include <cuflash/kernels/bwd_sm90_block.cuh>
 #include <cuflash/tile/wgmma_product.cuh>
 
 namespace cuflash {
@@ -15,8 +15,8 @@ template <class Number, class Options, int kHeadDim, int kHeadDimV, int kBlockM,
           int kStages, int kStagesPairs, bool kDeterministic>
 struct BwdSm90Wide {
   using Element = typename Number::Element;
-  using Block = BwdSm90Block<Element, Options, kHeadDim, kHeadDimV, kBlockM, kBlockN, kStagesKv, kStages, kStagesPairs,
-                             kDeterministic>;
+  using Block = BackwardBlock<Element, Options, kHeadDim, kHeadDimV, kBlockM, kBlockN, kStagesKv, kStages, kStagesPairs,
+                              1, kDeterministic>;
   using Arrays = typename Block::Arrays;
 
   using Gradients = ScoreGradients<Element, Options, kBlockM>;
@@ -26,7 +26,6 @@ struct BwdSm90Wide {
   using GradQ = typename Sums::Layout::Part;
   // Parts of dQ of the first consumer; the others are those of the second.
   static constexpr int kPartsOfFirst = ceil_div(Sums::Layout::kParts, 2);
-  using TileDs = SwizzledTile<Element, kBlockN, kBlockM>;
 
   // What the first consumer hands to the second: weights times slopes, where the thread with the same keys finds them.
   struct Slopes {
@@ -50,12 +49,11 @@ struct BwdSm90Wide {
     }
   };
   struct Shared {
-    TileDs ds;
     Slopes slopes;
     typename Block::Shared block;
   };
   static constexpr int kNumThreads = Block::kNumThreads;
-  static constexpr int kSharedBytes = sizeof(TileDs) + sizeof(Slopes) + Block::kSharedBytes;
+  static constexpr int kSharedBytes = sizeof(Slopes) + Block::kSharedBytes;
 
   static_assert(kBlockN == 64 && kBlockM == 64);
 
@@ -161,13 +159,13 @@ struct BwdSm90Wide {
           gradients.differentiate(scores, [&](int i) { return slopes.at(i); }, survivors);
           Factor dscores;
           dscores.round(scores);
-          shared.ds.store(dscores, warp_row);
+          tiles.ds[0].store(dscores, warp_row);
           ptx::async_proxy_fence();
           ptx::named_barrier_sync(kDsIsThere, 256);
           start_adding_across(grad, dscores, tiles.q[stage]);
         }
         const auto start_dq = [&](int i) {
-          start_product_across(dq[i], shared.ds, 0, k, Sums::Layout::first_col(kFirstPart + i));
+          start_product_across(dq[i], tiles.ds[0], 0, k, Sums::Layout::first_col(kFirstPart + i));
         };
         start_dq(0);
         const Sums sums(arrays.dq_sums, arrays.turns, problem, job, band, walk, kFirst ? 0 : 1);

@@ -1,5 +1,5 @@
 // What the kernels of the Hopper backward share: a block's jobs, its tiles in shared memory, the warps that copy them
-// there, and the way out.
+// there, and the way out (sm_90a).
 #pragma once
 
 #include <cuflash/attention/job_ring.cuh>
@@ -29,8 +29,8 @@ struct BwdSm90Params {
 // queries that see them, in tiles of kBlockM, of every query head of the group. Warps of their own copy what is needed
 // to shared memory, ahead of two consumers.
 template <class Element, class Options, int kHeadDim, int kHeadDimV, int kBlockM, int kBlockN, int kStagesKv,
-          int kStages, int kStagesPairs, bool kDeterministic>
-struct BwdSm90Block {
+          int kStages, int kStagesPairs, int kTilesDs, bool kDeterministic>
+struct BackwardBlock {
   static constexpr int kNumConsumers = 2, kNumThreads = 128 * (1 + kNumConsumers);
   // Of each thread. The kernel starts with as many for all as fit into the 64 K of a multiprocessor.
   static constexpr int kProducerRegisters = kHeadDim <= 64 && kBlockM == 64 ? 40 : 24;
@@ -41,6 +41,7 @@ struct BwdSm90Block {
   using TileDout = SwizzledTile<Element, kBlockM, kHeadDimV>;
   using TileK = SwizzledTile<Element, kBlockN, kHeadDim>;
   using TileV = SwizzledTile<Element, kBlockN, kHeadDimV>;
+  using TileDs = SwizzledTile<Element, kBlockN, kBlockM>;
 
   // Registers are few: rings in their compact form.
   using RingKv = Pipeline<kStagesKv, true>;
@@ -70,6 +71,7 @@ struct BwdSm90Block {
     TileV v[kStagesKv];
     TileQ q[kStages];
     TileDout dout[kStages];
+    TileDs ds[kTilesDs];  // gradients of scores, by consumers
     TileOfArrays pairs[kStagesPairs];
     Rows rows[kStages];
     Rings rings;
@@ -77,7 +79,7 @@ struct BwdSm90Block {
   // Without the padding that makes the struct a multiple of 1024.
   static constexpr int kSharedBytes = (sizeof(TileK) + sizeof(TileV)) * kStagesKv +
                                       (sizeof(TileQ) + sizeof(TileDout) + sizeof(Rows)) * kStages +
-                                      sizeof(TileOfArrays) * kStagesPairs + sizeof(Rings);
+                                      sizeof(TileDs) * kTilesDs + sizeof(TileOfArrays) * kStagesPairs + sizeof(Rings);
 
   struct Arrays {
     const float *lse, *delta;
