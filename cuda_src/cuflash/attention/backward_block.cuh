@@ -129,9 +129,6 @@ struct BackwardBlock {
 
   // ---- Loads
 
-  // The coordinate along an axis: arrays that are broadcast along it have the stride 0, and one entry.
-  static __device__ __forceinline__ int along(long long stride, int index) { return stride == 0 ? 0 : index; }
-
   static __device__ __forceinline__ Band band_of(const Problem& problem, const Job& job) {
     return problem.band(job.sequence.seqlen_q, job.sequence.seqlen_k);
   }
@@ -155,10 +152,8 @@ struct BackwardBlock {
         const int first_key = sequence.first_key + job.tile * kBlockN;
         shared.rings.kv.wait_empty(kv_at);
         ptx::Barrier* const arrived = shared.rings.kv.expect(kv_at, sizeof(TileK) + sizeof(TileV));
-        shared.k[kv_at.stage()].load(&maps.k, arrived, first_key, along(params.k.head, job.head),
-                                     along(params.k.batch, sequence.batch));
-        shared.v[kv_at.stage()].load(&maps.v, arrived, first_key, along(params.v.head, job.head),
-                                     along(params.v.batch, sequence.batch));
+        shared.k[kv_at.stage()].load(&maps.k, arrived, params.k, sequence.batch, job.head, first_key);
+        shared.v[kv_at.stage()].load(&maps.v, arrived, params.v, sequence.batch, job.head, first_key);
       }
       kv_at.advance();
 #pragma unroll 1
@@ -175,10 +170,8 @@ struct BackwardBlock {
             q_arrived = shared.rings.q.expect(at, sizeof(TileQ));
             dout_arrived = shared.rings.dout.expect(at, sizeof(TileDout));
           }
-          shared.q[stage].load(&maps.q, q_arrived, first_query, along(params.q.head, walk.head),
-                               along(params.q.batch, sequence.batch));
-          shared.dout[stage].load(&maps.dout, dout_arrived, first_query, along(params.dout.head, walk.head),
-                                  along(params.dout.batch, sequence.batch));
+          shared.q[stage].load(&maps.q, q_arrived, params.q, sequence.batch, walk.head, first_query);
+          shared.dout[stage].load(&maps.dout, dout_arrived, params.dout, sequence.batch, walk.head, first_query);
         }
         at.advance();
         if (is_partial(job, walk.block)) partial_at.advance();

@@ -137,9 +137,6 @@ struct FwdSm90 {
 
   // ---- Loads
 
-  // The coordinate along an axis: arrays that are broadcast along it have the stride 0, and one entry.
-  static __device__ __forceinline__ int along(long long stride, int index) { return stride == 0 ? 0 : index; }
-
   // Run by one warp, which also asks for jobs.
   static __device__ __forceinline__ void load_queries_and_keys(const Arrays& arrays, const FwdParams& params,
                                                                const Options& options, Shared& shared) {
@@ -158,9 +155,8 @@ struct FwdSm90 {
     const auto load_queries = [&](const Job& job) {
       if (leader && job.tile != Job::kNoTile) {
         shared.rings.q.wait_empty(q_at);
-        shared.q[q_at.stage()].load(&arrays.maps.q, shared.rings.q.expect(q_at, sizeof(TileQ)),
-                                    job.sequence.first_query + job.tile * kBlockM, along(params.q.head, job.head),
-                                    along(params.q.batch, job.sequence.batch));
+        shared.q[q_at.stage()].load(&arrays.maps.q, shared.rings.q.expect(q_at, sizeof(TileQ)), params.q,
+                                    job.sequence.batch, job.head, job.sequence.first_query + job.tile * kBlockM);
       }
       q_at.advance();
     };
@@ -177,9 +173,8 @@ struct FwdSm90 {
         }
         if (leader) {
           shared.rings.k.wait_empty(k_at);
-          shared.k[k_at.stage()].load(&arrays.maps.k, shared.rings.k.expect(k_at, sizeof(TileK)),
-                                      job.sequence.first_key + block * kBlockN, along(params.k.head, head_kv),
-                                      along(params.k.batch, job.sequence.batch));
+          shared.k[k_at.stage()].load(&arrays.maps.k, shared.rings.k.expect(k_at, sizeof(TileK)), params.k,
+                                      job.sequence.batch, head_kv, job.sequence.first_key + block * kBlockN);
         }
         k_at.advance();
       });
@@ -203,8 +198,8 @@ struct FwdSm90 {
           shared.rings.v.wait_empty(at);
           ptx::Barrier* const arrived = partial ? shared.rings.partial.expect(partial_at, sizeof(TileV))
                                                 : shared.rings.v.expect(at, sizeof(TileV));
-          shared.v[at.stage()].load(&arrays.maps.v, arrived, job.sequence.first_key + block * kBlockN,
-                                    along(params.v.head, head_kv), along(params.v.batch, job.sequence.batch));
+          shared.v[at.stage()].load(&arrays.maps.v, arrived, params.v, job.sequence.batch, head_kv,
+                                    job.sequence.first_key + block * kBlockN);
         }
         at.advance();
         if (partial) partial_at.advance();

@@ -5,6 +5,7 @@
 #include <cuflash/ptx/stmatrix.cuh>
 #include <cuflash/ptx/tma.cuh>
 #include <cuflash/ptx/wgmma.cuh>
+#include <cuflash/tile/matrix.cuh>
 #include <cuflash/tile/warpgroup_tile.cuh>
 
 namespace cuflash {
@@ -18,11 +19,15 @@ struct alignas(1024) SwizzledTile {
 
   unsigned char data[kBytes];
 
-  // Starts to fill the tile with rows of a tensor of (batch, heads, rows, columns); the barrier counts the bytes.
-  __device__ __forceinline__ void load(const ptx::TensorMap* map, ptx::Barrier* barrier, int row, int head, int batch) {
+  // Starts to fill the tile with rows of an array of (batch, heads, rows, columns); the barrier counts the bytes. The
+  // map has one entry along an axis of which the array has the stride 0.
+  __device__ __forceinline__ void load(const ptx::TensorMap* map, ptx::Barrier* barrier, const Strides& strides,
+                                       int batch, int head, int first_row) {
+    const int mapped_batch = strides.batch == 0 ? 0 : batch, mapped_head = strides.head == 0 ? 0 : head;
 #pragma unroll
     for (int panel = 0; panel < kPanels; ++panel) {
-      ptx::tma_load(data + panel * kRows * 128, map, barrier, panel * kPanelCols, row, head, batch);
+      void* const target = data + panel * kRows * 128;
+      ptx::tma_load(target, map, barrier, panel * kPanelCols, first_row, mapped_head, mapped_batch);
     }
   }
 
