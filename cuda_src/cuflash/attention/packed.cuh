@@ -13,52 +13,64 @@ struct PackedSequences {
 
   template <int kBlockM>
   static __device__ __forceinline__ int num_query_jobs(const Problem& problem) {
-    return (problem.seqlen_q / kBlockM + problem.batch + 1) * problem.num_heads;
+    return jobs_of_head<kBlockM>(problem, problem.seqlen_q) * problem.num_heads;
   }
 
   // Under a causal mask the last queries see the most keys: they start first.
   template <int kBlockM>
   __device__ __forceinline__ Job query_job(const Problem& problem, int index) const {
-    const int num_jobs = problem.seqlen_q / kBlockM + problem.batch + 1;
+    const int num_jobs = jobs_of_head<kBlockM>(problem, problem.seqlen_q);
     const HeadTile numbered(index, problem.num_heads, num_jobs, HeadTile::group(num_jobs));
-    const int job = num_jobs - 1 - numbered.tile;
-    const int s = owner<kBlockM>(cu_seqlens_q, problem.seqlen_q, problem.batch, job);
-    return {sequence(problem, s), numbered.head, job - first_job<kBlockM>(cu_seqlens_q, problem.seqlen_q, s)};
+    return job<kBlockM>(problem, cu_seqlens_q, problem.seqlen_q, numbered.head, num_jobs - 1 - numbered.tile);
   }
 
   template <int kBlockN>
   static __device__ __forceinline__ int num_key_jobs(const Problem& problem) {
-    return (problem.seqlen_k / kBlockN + problem.batch + 1) * problem.num_heads_kv;
+    return jobs_of_head<kBlockN>(problem, problem.seqlen_k) * problem.num_heads_kv;
   }
 
   template <int kBlockN>
   __device__ __forceinline__ Job key_job(const Problem& problem, int index, bool last_first = false) const {
-    const int num_jobs = problem.seqlen_k / kBlockN + problem.batch + 1;
+    const int num_jobs = jobs_of_head<kBlockN>(problem, problem.seqlen_k);
     const HeadTile numbered(index, problem.num_heads_kv, num_jobs, HeadTile::group_of_keys(num_jobs, false));
-    const int job = last_first ? num_jobs - 1 - numbered.tile : numbered.tile;
-    const int s = owner<kBlockN>(cu_seqlens_k, problem.seqlen_k, problem.batch, job);
-    return {sequence(problem, s), numbered.head, job - first_job<kBlockN>(cu_seqlens_k, problem.seqlen_k, s)};
+    return job<kBlockN>(problem, cu_seqlens_k, problem.seqlen_k, numbered.head,
+                        last_first ? num_jobs - 1 - numbered.tile : numbered.tile);
   }
 
   // The number of a tile of queries of one head among those of all; rows of padding are those of one more sequence.
   template <int kBlockM>
   static __device__ __forceinline__ long long query_tile(const Problem& problem, const Sequence& sequence, int head,
                                                          int tile) {
-    const int number = sequence.batch + (sequence.padding ? 1 : 0);
-    const long long of_head = problem.seqlen_q / kBlockM + problem.batch + 1;
-    return head * of_head + sequence.first_query / kBlockM + number + tile;
+    return head * static_cast<long long>(jobs_of_head<kBlockM>(problem, problem.seqlen_q)) +
+           sequence.first_query / kBlockM + number(sequence) + tile;
   }
 
   // Likewise of a tile of keys.
   template <int kBlockN>
   static __device__ __forceinline__ long long key_tile(const Problem& problem, const Sequence& sequence, int head,
                                                        int tile) {
-    const int number = sequence.batch + (sequence.padding ? 1 : 0);
-    const long long of_head = problem.seqlen_k / kBlockN + problem.batch + 1;
-    return head * of_head + sequence.first_key / kBlockN + number + tile;
+    return head * static_cast<long long>(jobs_of_head<kBlockN>(problem, problem.seqlen_k)) +
+           sequence.first_key / kBlockN + number(sequence) + tile;
   }
 
  private:
+  template <int kBlock>
+  static __device__ __forceinline__ int jobs_of_head(const Problem& problem, int total) {
+    return total / kBlock + problem.batch + 1;
+  }
+
+  static __device__ __forceinline__ int number(const Sequence& sequence) {
+    return sequence.batch + (sequence.padding ? 1 : 0);
+  }
+
+  // The job of this number among those of a head.
+  template <int kBlock>
+  __device__ __forceinline__ Job job(const Problem& problem, const int* cu_seqlens, int total, int head,
+                                     int index) const {
+    const int s = owner<kBlock>(cu_seqlens, total, problem.batch, index);
+    return {sequence(problem, s), head, index - first_job<kBlock>(cu_seqlens, total, s)};
+  }
+
   // Whatever the offsets are, they never lead outside of the arrays.
   static __device__ __forceinline__ int offset(const int* cu_seqlens, int total, int s) {
     return clamp(cu_seqlens[s], 0, total);
