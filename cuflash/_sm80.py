@@ -31,12 +31,15 @@ class Tile(NamedTuple):
 
 
 class DkDvTile(NamedTuple):
-    """Queries of a step, keys of a block of threads, warps, warps that share their keys, stages of Q and dO."""
+    """Queries of a step, keys of a block of threads, warps, those that share their keys, parts, stages of Q and dO.
+
+    A warp takes its queries of a step part by part."""
 
     block_m: int
     block_n: int
     warps: int
     splits: int
+    parts: int
     stages: int
     adds_dq: bool = False  # to sums in global memory
 
@@ -85,19 +88,19 @@ FRUGAL_TILES = {(64, 64): Tile(128, 64, 4, 2), (128, 128): Tile(128, 32, 4, 2)}
 
 # Gradients of K and V. A warp holds its keys' dK and dV, and their scores and gradients of weights of a step.
 DKDV_TILES: Tiles = {
-    (32, 32, 99): (DkDvTile(64, 128, 4, 1, 2), DkDvTile(32, 64, 4, 1, 1)),
+    (32, 32, 99): (DkDvTile(64, 128, 4, 1, 1, 2), DkDvTile(32, 64, 4, 1, 1, 1)),
     # 32 keys a warp: Q and dO are read half as often for dK and dV.
-    (64, 64, 99): (DkDvTile(32, 128, 4, 1, 1), DkDvTile(32, 64, 4, 1, 1)),
-    (64, 64, 163): (DkDvTile(32, 128, 4, 1, 2), DkDvTile(32, 64, 4, 1, 1)),
-    (96, 96, 99): (DkDvTile(64, 64, 4, 1, 1), DkDvTile(32, 64, 4, 1, 1)),
-    (128, 128, 99): (DkDvTile(32, 64, 4, 1, 2), DkDvTile(32, 64, 4, 1, 1)),
-    (128, 128, 163): (DkDvTile(64, 128, 8, 1, 1), DkDvTile(32, 64, 4, 1, 1)),
-    (192, 128, 99): (DkDvTile(32, 64, 4, 1, 1),),
+    (64, 64, 99): (DkDvTile(32, 128, 4, 1, 1, 1), DkDvTile(32, 64, 4, 1, 1, 1)),
+    (64, 64, 163): (DkDvTile(32, 128, 4, 1, 1, 2), DkDvTile(32, 64, 4, 1, 1, 1)),
+    (96, 96, 99): (DkDvTile(64, 64, 4, 1, 1, 1), DkDvTile(32, 64, 4, 1, 1, 1)),
+    (128, 128, 99): (DkDvTile(32, 64, 4, 1, 1, 2), DkDvTile(32, 64, 4, 1, 1, 1)),
+    (128, 128, 163): (DkDvTile(64, 128, 8, 1, 1, 1), DkDvTile(32, 64, 4, 1, 1, 1)),
+    (192, 128, 99): (DkDvTile(32, 64, 4, 1, 1, 1),),
     # 384 columns of dK and dV, and more, do not fit the registers of one warp beside its scores.
-    (192, 192, 99): (DkDvTile(32, 32, 4, 2, 1),),
-    (192, 192, 163): (DkDvTile(64, 64, 8, 2, 1), DkDvTile(32, 32, 4, 2, 1)),
-    (256, 256, 99): (DkDvTile(32, 32, 4, 2, 1),),
-    (256, 256, 163): (DkDvTile(64, 64, 8, 2, 1), DkDvTile(32, 32, 4, 2, 1)),
+    (192, 192, 99): (DkDvTile(32, 32, 4, 2, 1, 1),),
+    (192, 192, 163): (DkDvTile(64, 64, 8, 2, 1, 1), DkDvTile(32, 32, 4, 2, 1, 1)),
+    (256, 256, 99): (DkDvTile(32, 32, 4, 2, 1, 1),),
+    (256, 256, 163): (DkDvTile(64, 64, 8, 2, 1, 1), DkDvTile(32, 32, 4, 2, 1, 1)),
 }
 # Gradient of Q.
 DQ_TILES: Tiles = {
@@ -140,8 +143,9 @@ def _forward_bytes(dims: tuple[int, int], tile: Tile, options: Options) -> int:
 
 def _dkdv_bytes(dims: tuple[int, int], tile: DkDvTile, options: Options) -> int:
     stage = 2 * tile.block_m * sum(dims) + max(options.tile_bytes(*tile[:2]), 16)
-    scores = 2 * (tile.block_n * tile.block_m if tile.adds_dq else 16 * 32)
-    tiles = 2 * tile.block_n * sum(dims) + scores + tile.stages * stage
+    pairs, nothing = 2 * tile.block_n * tile.block_m, 2 * 16 * 32
+    weights, dscores = (pairs if shared else nothing for shared in (tile.splits > 1, tile.splits > 1 or tile.adds_dq))
+    tiles = 2 * tile.block_n * sum(dims) + weights + dscores + tile.stages * stage
     return tiles + 16 * tile.block_m + _careful_bytes(tile.warps, options) + DKDV_WORK_BYTES
 
 

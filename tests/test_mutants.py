@@ -54,12 +54,12 @@ TILES = {
 # Of the sm80 family, which has tables of its own.
 SM80_TILES = {
     "FORWARD_TILES": _sm80.Tile(64, 64, 4, 2),
-    "DKDV_TILES": _sm80.DkDvTile(64, 64, 4, 1, 2),
+    "DKDV_TILES": _sm80.DkDvTile(64, 64, 4, 1, 1, 2),
     "DQ_TILES": _sm80.DqTile(64, 64, 4, 2),
 }
 SM80_TILES_OF_ONE_STAGE = {
     "FORWARD_TILES": _sm80.Tile(64, 64, 4, 1),
-    "DKDV_TILES": _sm80.DkDvTile(64, 64, 8, 2, 1),
+    "DKDV_TILES": _sm80.DkDvTile(64, 64, 8, 2, 1, 1),
     "DQ_TILES": _sm80.DqTile(64, 64, 4, 1),
 }
 TILES_OF_ONE_STAGE = TILES | {"DKDV_TILES": (64, 64, 2, 2, 1), "DQ_TILES": (64, 64, 2, 2, 1)}

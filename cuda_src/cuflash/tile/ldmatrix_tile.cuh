@@ -27,9 +27,16 @@ struct alignas(128) LdmatrixTile {
     return row * kCols + place * kPiece + col % kPiece;
   }
 
-  // Stores two neighbours of a row, the first in an even column.
-  __device__ __forceinline__ void store_pair(int row, int col, unsigned pair) {
-    *reinterpret_cast<unsigned*>(data + offset(row, col)) = pair;
+  // Whether so many columns, from a multiple of them on, stay within a group or take whole ones: then XOR with a
+  // constant leads from their first column to any other.
+  template <int kWidth>
+  static constexpr bool kKeepsGroups = kGroup % kWidth == 0 || kWidth % kGroup == 0;
+
+  // From the place of an element to that of one whole pieces to the right and a multiple of 8 rows below: for `start` in
+  // bytes from an address that is a multiple of 128.
+  template <class Address>
+  static __device__ __forceinline__ Address moved(Address start, int row, int col) {
+    return (start ^ 2 * (col % kGroup)) + row * kPitch + 2 * (col / kGroup * kGroup);
   }
 
   // Starts to copy rows [first_row, first_row + kRows) of a matrix; whatever lies outside of it becomes 0.
@@ -86,33 +93,47 @@ struct alignas(128) LdmatrixTile {
 // of memory and a second factor across them come by columns, the other two by rows.
 enum class Order { kByColumns, kByRows };
 
-// How a lane reads such a tile by ldmatrix, from a multiple of 16 rows on: it gives the address of one row of one
-// matrix. Make one where it is needed: that takes less time than the registers of an old one would cost.
+// How a lane reads such a tile by ldmatrix, from an element on that is at multiples of 16: it gives the address of one row
+// of one matrix. Make one where it is needed: that takes less time than the registers of an old one would cost. Columns
+// other than constants take an instruction more, and a first column must keep groups (see there).
 template <class Tile, Order kOrder>
 struct TileReader {
-  int start;  // bytes
+  ptx::SharedAddress start;
 
-  __device__ __forceinline__ explicit TileReader(int first_row = 0) {
+  __device__ __forceinline__ explicit TileReader(const Tile& tile, int first_row = 0, int first_col = 0) {
     unsigned thread = threadIdx.x;
     ptx::make_opaque(thread);
     const int lane = thread % 32, first = lane / 8 % 2 * 8, second = lane / 16 * 8;
     const bool by_rows = kOrder == Order::kByRows;
-    start = 2 * Tile::offset(first_row + lane % 8 + (by_rows ? second : first), by_rows ? first : second);
+    start = ptx::shared_address(tile.data) +
+            2 * Tile::offset(lane % 8 + (by_rows ? second : first), by_rows ? first : second);
+    start = Tile::moved(start, first_row, first_col);
   }
 
-  // The corner is at multiples of 16; a column that is no constant takes an instruction more.
-  __device__ __forceinline__ void load(unsigned (&x)[4], const Tile& tile, int row, int col) const {
-    ptx::ldmatrix(x, at(tile, row, col));
+  __device__ __forceinline__ void load(unsigned (&x)[4], int row, int col) const {
+    ptx::ldmatrix(x, Tile::moved(start, row, col));
   }
-  __device__ __forceinline__ void load_transposed(unsigned (&x)[4], const Tile& tile, int row, int col) const {
-    ptx::ldmatrix_transposed(x, at(tile, row, col));
+  __device__ __forceinline__ void load_transposed(unsigned (&x)[4], int row, int col) const {
+    ptx::ldmatrix_transposed(x, Tile::moved(start, row, col));
+  }
+};
+
+// How a lane writes the pairs of neighbours that it has of a product (WarpgroupTile), from a row on that is a multiple of
+// 16, and a column that is one of what is written.
+template <class Tile>
+struct TileWriter {
+  Tile& tile;
+  int start;  // bytes
+
+  __device__ __forceinline__ TileWriter(Tile& tile, int first_row, int first_col) : tile(tile) {
+    unsigned lane = threadIdx.x % 32;
+    ptx::make_opaque(lane);
+    start = Tile::moved(2 * Tile::offset(lane / 4, lane % 4 * 2), first_row, first_col);
   }
 
- private:
-  // A piece keeps its place from 16 rows to the next; columns change it by XOR.
-  __device__ __forceinline__ const void* at(const Tile& tile, int row, int col) const {
-    return reinterpret_cast<const unsigned char*>(tile.data) + (start ^ 2 * (col % Tile::kGroup)) + row * Tile::kPitch +
-           2 * (col / Tile::kGroup * Tile::kGroup);
+  // Rows and columns are multiples of 8.
+  __device__ __forceinline__ void store(int row, int col, unsigned pair) const {
+    *reinterpret_cast<unsigned*>(reinterpret_cast<unsigned char*>(tile.data) + Tile::moved(start, row, col)) = pair;
   }
 };
 

@@ -10,27 +10,24 @@ namespace cuflash {
 // The first factor of a product, 16 x 16 elements at a time: rows of a tile in shared memory from this one on,
 template <class Tile>
 struct RowsOf {
-  const Tile& tile;
   TileReader<Tile, Order::kByColumns> reader;
 
-  __device__ __forceinline__ RowsOf(const Tile& tile, int row) : tile(tile), reader(row) {}
+  __device__ __forceinline__ RowsOf(const Tile& tile, int row) : reader(tile, row) {}
 
   __device__ __forceinline__ void operator()(unsigned (&x)[4], int m, int col) const {
-    reader.load(x, tile, 16 * m, col);
+    reader.load(x, 16 * m, col);
   }
 };
 
 // the same of the transposed tile: its columns from this one on,
 template <class Tile>
 struct ColumnsOf {
-  const Tile& tile;
-  int col;
   TileReader<Tile, Order::kByRows> reader;
 
-  __device__ __forceinline__ ColumnsOf(const Tile& tile, int col) : tile(tile), col(col) {}
+  __device__ __forceinline__ ColumnsOf(const Tile& tile, int col) : reader(tile, 0, col) {}
 
   __device__ __forceinline__ void operator()(unsigned (&x)[4], int m, int row) const {
-    reader.load_transposed(x, tile, row, col + 16 * m);
+    reader.load_transposed(x, row, 16 * m);
   }
 };
 
@@ -56,7 +53,7 @@ __device__ __forceinline__ RegistersOf<Element, kCols, kTilesM> registers_of(
 template <int kDepth, int kTilesM, int kCols, class Element, int kRowsB, int kColsB, class FirstFactor>
 __device__ __forceinline__ void add_product_along(WarpgroupTile<kCols> (&sums)[kTilesM], FirstFactor first_factor,
                                                   const LdmatrixTile<Element, kRowsB, kColsB>& b, int row = 0) {
-  const TileReader<LdmatrixTile<Element, kRowsB, kColsB>, Order::kByRows> reader;
+  const TileReader<LdmatrixTile<Element, kRowsB, kColsB>, Order::kByRows> reader(b, row);
 #pragma unroll
   for (int k = 0; k < kDepth; k += 16) {
     unsigned factor[kTilesM][4];
@@ -65,7 +62,7 @@ __device__ __forceinline__ void add_product_along(WarpgroupTile<kCols> (&sums)[k
 #pragma unroll
     for (int n = 0; n < kCols; n += 16) {
       unsigned x[4];
-      reader.load(x, b, row + n, k);
+      reader.load(x, n, k);
 #pragma unroll
       for (int m = 0; m < kTilesM; ++m) {
         ptx::mma<Element>(sums[m].x + n / 2, factor[m], x[0], x[1]);
@@ -75,13 +72,16 @@ __device__ __forceinline__ void add_product_along(WarpgroupTile<kCols> (&sums)[k
   }
 }
 
-// sums[m] += A[m] B over kDepth rows of B, for its columns from `col` on. The compiler mixes an unrolled product with
+// sums[m] += A[m] B over kDepth rows of B from `row` on, for its columns from `col` on. The compiler mixes an unrolled product with
 // those before and after it, and keeps the sums of all: kUnroll steps at a time it does not.
 template <int kDepth, int kUnroll = kDepth / 16, int kTilesM, int kCols, class Element, int kRowsB, int kColsB,
           class FirstFactor>
 __device__ __forceinline__ void add_product_across(WarpgroupTile<kCols> (&sums)[kTilesM], FirstFactor first_factor,
-                                                   const LdmatrixTile<Element, kRowsB, kColsB>& b, int col = 0) {
-  const TileReader<LdmatrixTile<Element, kRowsB, kColsB>, Order::kByColumns> reader;
+                                                   const LdmatrixTile<Element, kRowsB, kColsB>& b, int col = 0,
+                                                   int row = 0) {
+  using TileB = LdmatrixTile<Element, kRowsB, kColsB>;
+  constexpr bool kConstantCols = TileB::template kKeepsGroups<kCols>;
+  const TileReader<TileB, Order::kByColumns> reader(b, row, kConstantCols ? col : 0);
 #pragma unroll(kUnroll)
   for (int k = 0; k < kDepth; k += 16) {
     unsigned factor[kTilesM][4];
@@ -90,7 +90,7 @@ __device__ __forceinline__ void add_product_across(WarpgroupTile<kCols> (&sums)[
 #pragma unroll
     for (int n = 0; n < kCols; n += 16) {
       unsigned x[4];
-      reader.load_transposed(x, b, k, col + n);
+      reader.load_transposed(x, k, (kConstantCols ? 0 : col) + n);
 #pragma unroll
       for (int m = 0; m < kTilesM; ++m) {
         ptx::mma<Element>(sums[m].x + n / 2, factor[m], x[0], x[1]);

@@ -23,25 +23,27 @@ struct SharedSums {
   int warp = threadIdx.x / 32, row = warp / kWarpsN * kWarpRows, col = warp % kWarpsN * kWarpCols;
 
   __device__ __forceinline__ void add(float* sums, const Tile (&tiles)[kTilesM]) const {
+    float* const own = ptx::of_lane(sums + warp * kWarpSums);
 #pragma unroll
     for (int m = 0; m < kTilesM; ++m) {
 #pragma unroll
-      for (int i = 0; i < Tile::kNumElements; i += 4) ptx::add_4(sums + place(m, i), tiles[m].x + i);
+      for (int i = 0; i < Tile::kNumElements; i += 4) ptx::add_4(own + place(m, i), tiles[m].x + i);
     }
   }
 
   __device__ __forceinline__ void load(Tile (&tiles)[kTilesM], const float* sums) const {
+    const float* const own = ptx::of_lane(sums + warp * kWarpSums);
 #pragma unroll
     for (int m = 0; m < kTilesM; ++m) {
 #pragma unroll
-      for (int i = 0; i < Tile::kNumElements; i += 4) ptx::load_4(tiles[m].x + i, sums + place(m, i));
+      for (int i = 0; i < Tile::kNumElements; i += 4) ptx::load_4(tiles[m].x + i, own + place(m, i));
     }
   }
 
  private:
-  __device__ __forceinline__ int place(int m, int i) const {
-    return ((warp * kTilesM + m) * Tile::kNumElements + i) * 32;
-  }
+  static constexpr int kWarpSums = kTilesM * Tile::kNumElements * 32;
+
+  static __device__ __forceinline__ constexpr int place(int m, int i) { return (m * Tile::kNumElements + i) * 32; }
 };
 
 }  // namespace cuflash
