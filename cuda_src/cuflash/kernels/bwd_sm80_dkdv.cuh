@@ -38,7 +38,7 @@ struct BwdSm80DkDv {
   static constexpr bool kSharesWeights = kSplits > 1, kSharesDs = kSplits > 1 || kAddsDq;
   using TileWeights = LdmatrixTile<Element, kSharesWeights ? kBlockN : 16, kSharesWeights ? kBlockM : 32>;
   using TileDs = LdmatrixTile<Element, kSharesDs ? kBlockN : 16, kSharesDs ? kBlockM : 32>;
-  using DqSums = SharedSums<kBlockM, kHeadDim, kNumWarps>;
+  using DqSums = SharedSums<rows_of_sums(kBlockM, kHeadDim, kNumWarps), kHeadDim, kNumWarps>;
   using Gradients = GradientTile<Options, true>;
   using Careful = CarefulGradients<Element, Options>;
 
@@ -91,7 +91,7 @@ struct BwdSm80DkDv {
     TileWeights weights;
     TileDs ds;
     TileOfArrays pairs[kStages];
-    Statistics rows[2];
+    Statistics rows[kStages];
     typename Careful::Memory careful[kNumWarps];
     Work work;
   };
@@ -133,7 +133,7 @@ struct BwdSm80DkDv {
     const auto keys_of = [&](auto* array, const Strides& strides, int num_rows, int cols) {
       return Matrix(array, strides, sequence.batch, work.job.head, sequence.first_key, num_rows, cols);
     };
-    const auto load = [&](int stage, int place, const Step& step) {
+    const auto load = [&](int stage, const Step& step) {
       const auto [head, first_query] = step;
       shared.q[stage].template load<kNumThreads>(queries_of(arrays.q, params.q, head, problem.head_dim), first_query);
       shared.dout[stage].template load<kNumThreads>(queries_of(arrays.dout, params.dout, head, problem.head_dim_v),
@@ -143,14 +143,14 @@ struct BwdSm80DkDv {
       there.template load<kBlockM, kBlockN, kNumThreads>(shared.pairs[stage].memory, first_query, work.first_key);
       if (threadIdx.x < kBlockM) {
         const RowStatistics rows(arrays.lse, arrays.delta, params, sequence, head);
-        rows.start_to_copy(first_query + threadIdx.x, shared.rows[place].lse + threadIdx.x,
-                           shared.rows[place].delta + threadIdx.x);
+        rows.start_to_copy(first_query + threadIdx.x, shared.rows[stage].lse + threadIdx.x,
+                           shared.rows[stage].delta + threadIdx.x);
       }
     };
     // What a thread has copied it sees before the others do.
-    const auto finish_statistics = [&](int place) {
+    const auto finish_statistics = [&](int stage) {
       if (threadIdx.x < kBlockM) {
-        float& lse = shared.rows[place].lse[threadIdx.x];
+        float& lse = shared.rows[stage].lse[threadIdx.x];
         lse = RowStatistics::lse_of_value(lse) * Gradients::kLseUnit;
       }
     };
@@ -167,21 +167,20 @@ struct BwdSm80DkDv {
                                         work.first_key);
     shared.v.template load<kNumThreads>(keys_of(arrays.v, params.v, sequence.seqlen_k, problem.head_dim_v),
                                         work.first_key);
-    if (step.head < work.end_head) load(0, 0, step);
+    if (step.head < work.end_head) load(0, step);
     ptx::cp_async_commit();
 
 #pragma unroll 1
-    for (int turn = 0; step.head < work.end_head; step = skip_hidden(work.after(step)), turn ^= 1) {
+    for (int stage = 0; step.head < work.end_head; step = skip_hidden(work.after(step)), stage ^= kStages - 1) {
       const auto load_following = [&](int stage) {
         const Step following = skip_hidden(work.after(step));
-        if (following.head < work.end_head) load(stage, turn ^ 1, following);
+        if (following.head < work.end_head) load(stage, following);
         ptx::cp_async_commit();
       };
-      const int stage = kStages == 1 ? 0 : turn;
       ptx::cp_async_wait<0>();
-      finish_statistics(turn);
+      finish_statistics(stage);
       __syncthreads();  // this stage has arrived, and the previous one is no longer read
-      if (kStages > 1) load_following(turn ^ 1);
+      if (kStages > 1) load_following(stage ^ 1);
 
       Options here = options;
       here.enter(sequence, step.head);
@@ -192,22 +191,34 @@ struct BwdSm80DkDv {
       for (int part = 0; part < kParts; ++part) {
         const int warp_col = (split * kParts + part) * kWarpM;
         const int first_query = step.first_query + warp_col, first_key = work.first_key + warp_row;
-        const bool masked =
-            first_query + kWarpM > work.band.seqlen_q ||
-            !work.band.all_visible({first_query, first_query + kWarpM}, {first_key, first_key + kWarpN});
+        const TileWriter weights_writer(shared.weights, kSharesWeights ? warp_row : 0, kSharesWeights ? warp_col : 0);
+        const TileWriter ds_writer(shared.ds, kSharesDs ? warp_row : 0, kSharesDs ? warp_col : 0);
+        const auto share = [&](const Weights& weights, const Weights& dscores, int n) {
+#pragma unroll
+          for (int i = 0; i < kWarpM / 4; ++i) {
+            const int row = 16 * n + i % 2 * 8, col = i / 2 * 8;
+            if (kSharesWeights) weights_writer.store(row, col, weights.x[i / 4][i % 4]);
+            if (kSharesDs) ds_writer.store(row, col, dscores.x[i / 4][i % 4]);
+          }
+        };
+        const Range queries = {first_query, first_query + kWarpM}, keys = {first_key, first_key + kWarpN};
+        if (!work.band.any_visible(queries, keys)) {
+#pragma unroll
+          for (int n = 0; n < kTilesN; ++n) share(Weights{}, Weights{}, n);
+          continue;
+        }
+        const bool masked = queries.end > work.band.seqlen_q || !work.band.all_visible(queries, keys);
         Scores scores[kTilesN], dweights[kTilesN];
 #pragma unroll
         for (int n = 0; n < kTilesN; ++n) {
           scores[n].clear();
           dweights[n].clear();
         }
-        add_product_along<kHeadDim>(scores, RowsOf(shared.k, warp_row), shared.q[stage], warp_col);
-        add_product_along<kHeadDimV>(dweights, RowsOf(shared.v, warp_row), shared.dout[stage], warp_col);
+        add_product_along<kHeadDim, 4>(scores, RowsOf(shared.k, warp_row), shared.q[stage], warp_col);
+        add_product_along<kHeadDimV, 4>(dweights, RowsOf(shared.v, warp_row), shared.dout[stage], warp_col);
 
         Weights weights[kTilesN], dscores[kTilesN];
-        const TileWriter weights_writer(shared.weights, kSharesWeights ? warp_row : 0, kSharesWeights ? warp_col : 0);
-        const TileWriter ds_writer(shared.ds, kSharesDs ? warp_row : 0, kSharesDs ? warp_col : 0);
-        const Statistics& rows = shared.rows[turn];
+        const Statistics& rows = shared.rows[stage];
 #pragma unroll
         for (int n = 0; n < kTilesN; ++n) {
           unsigned lane = threadIdx.x % 32;
@@ -222,12 +233,7 @@ struct BwdSm80DkDv {
           tile.hide_by_options(scores[n], dweights[n]);
           weights[n].round(scores[n]);
           dscores[n].round(dweights[n]);
-#pragma unroll
-          for (int i = 0; i < kWarpM / 4; ++i) {
-            const int row = 16 * n + i % 2 * 8, col = i / 2 * 8;
-            if (kSharesWeights) weights_writer.store(row, col, weights[n].x[i / 4][i % 4]);
-            if (kSharesDs) ds_writer.store(row, col, dscores[n].x[i / 4][i % 4]);
-          }
+          share(weights[n], dscores[n], n);
         }
         if (kSplits == 1) {
           add_product_across<kWarpM>(dv, registers_of(weights), shared.dout[stage], 0, warp_col);
@@ -236,22 +242,25 @@ struct BwdSm80DkDv {
       }
       if constexpr (kSplits > 1) {
         __syncthreads();  // P and dS are there
-        add_product_across<kBlockM>(dv, RowsOf(shared.weights, warp_row), shared.dout[stage], split * kColsV);
-        add_product_across<kBlockM>(dk, RowsOf(shared.ds, warp_row), shared.q[stage], split * kCols);
+        add_product_across<kBlockM, 4>(dv, RowsOf(shared.weights, warp_row), shared.dout[stage], split * kColsV);
+        add_product_across<kBlockM, 4>(dk, RowsOf(shared.ds, warp_row), shared.q[stage], split * kCols);
       }
       if (kStages == 1 || (kAddsDq && kSplits == 1)) {
         __syncthreads();  // dS is there, and the only stage is no longer read
       }
       if (kStages == 1) load_following(0);
       if constexpr (kAddsDq) {
-        const DqSums sums;
-        typename DqSums::Tile dq[DqSums::kTilesM];
+#pragma unroll 1
+        for (int row = 0; row < kBlockM && step.first_query + row < sequence.seqlen_q; row += DqSums::kRowsOfSums) {
+          const DqSums sums;
+          typename DqSums::Tile dq[DqSums::kTilesM];
 #pragma unroll
-        for (int m = 0; m < DqSums::kTilesM; ++m) dq[m].clear();
-        add_product_across<kBlockN, kBlockN / 32>(dq, ColumnsOf(shared.ds, sums.row), shared.k, sums.col);
-        const long long tile =
-            Options::template query_tile<kBlockM>(problem, sequence, step.head, step.first_query / kBlockM);
-        sums.add(arrays.dq_sums + tile * (kBlockM * kHeadDim), dq);
+          for (int m = 0; m < DqSums::kTilesM; ++m) dq[m].clear();
+          add_product_across<kBlockN, 2>(dq, ColumnsOf(shared.ds, row + sums.row), shared.k, sums.col);
+          const long long tile = Options::template query_tile<DqSums::kRowsOfSums>(
+              problem, sequence, step.head, (step.first_query + row) / DqSums::kRowsOfSums);
+          sums.add(arrays.dq_sums + tile * (DqSums::kRowsOfSums * kHeadDim), dq);
+        }
       }
     }
 

@@ -50,11 +50,12 @@ __device__ __forceinline__ RegistersOf<Element, kCols, kTilesM> registers_of(
 
 // sums[m] += A[m] B^T over kDepth columns, for rows of B from `row` on: first_factor(x, m, col) loads 16 x 16 elements
 // of A.
-template <int kDepth, int kTilesM, int kCols, class Element, int kRowsB, int kColsB, class FirstFactor>
+template <int kDepth, int kUnroll = kDepth / 16, int kTilesM, int kCols, class Element, int kRowsB, int kColsB,
+          class FirstFactor>
 __device__ __forceinline__ void add_product_along(WarpgroupTile<kCols> (&sums)[kTilesM], FirstFactor first_factor,
                                                   const LdmatrixTile<Element, kRowsB, kColsB>& b, int row = 0) {
   const TileReader<LdmatrixTile<Element, kRowsB, kColsB>, Order::kByRows> reader(b, row);
-#pragma unroll
+#pragma unroll(kUnroll)
   for (int k = 0; k < kDepth; k += 16) {
     unsigned factor[kTilesM][4];
 #pragma unroll

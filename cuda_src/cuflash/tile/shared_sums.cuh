@@ -7,9 +7,15 @@
 
 namespace cuflash {
 
+// The rows of a tile of sums for blocks that take kBlockM queries at once: a thread holds at most 64 of its sums.
+__host__ __device__ constexpr int rows_of_sums(int block_m, int head_dim, int num_warps) {
+  return block_m * head_dim <= 64 * 32 * num_warps ? block_m : block_m / 2;
+}
+
 // How the warps of a block share kRows x kCols sums: in a grid, each 32 rows, or 16 where that leaves whole 32 columns.
 template <int kRows, int kCols, int kNumWarps>
 struct SharedSums {
+  static constexpr int kRowsOfSums = kRows;
   static constexpr int kWarpRows = kRows % 32 == 0 && kRows / 32 * kCols / kNumWarps % 32 == 0 ? 32 : 16;
   static constexpr int kWarpsM = kRows / kWarpRows;
   static constexpr int kWarpsN = kNumWarps / kWarpsM;
