@@ -89,7 +89,7 @@ FRUGAL_TILES = {(64, 64): Tile(128, 64, 4, 2), (128, 128): Tile(128, 32, 4, 2)}
 # Gradients of K and V. A warp holds its keys' dK and dV, and their scores and gradients of weights of a step.
 DKDV_TILES: Tiles = {
     (32, 32, 99): (DkDvTile(64, 128, 4, 1, 1, 2), DkDvTile(32, 64, 4, 1, 1, 1)),
-    (32, 32, 227): (DkDvTile(128, 128, 4, 1, 2, 1), DkDvTile(64, 128, 4, 1, 1, 2), DkDvTile(32, 64, 4, 1, 1, 1)),
+    (32, 32, 227): (DkDvTile(128, 128, 4, 1, 4, 1), DkDvTile(64, 128, 4, 1, 1, 2), DkDvTile(32, 64, 4, 1, 1, 1)),
     # 32 keys a warp: Q and dO are read half as often for dK and dV. Long steps: barriers are few.
     (64, 64, 99): (DkDvTile(32, 128, 4, 1, 1, 1), DkDvTile(32, 64, 4, 1, 1, 1)),
     (64, 64, 163): (DkDvTile(64, 128, 4, 1, 2, 1), DkDvTile(32, 64, 4, 1, 1, 1)),

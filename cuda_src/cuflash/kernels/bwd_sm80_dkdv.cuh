@@ -28,6 +28,8 @@ struct BwdSm80DkDv {
   static constexpr int kWarpM = kBlockM / (kSplits * kParts);
   static constexpr int kCols = kHeadDim / kSplits, kColsV = kHeadDimV / kSplits;
 
+  static constexpr int kUnroll = kHeadDim == 64 ? 2 : 4;  // as far as the registers hold the factors
+
   using Scores = WarpgroupTile<kWarpM>;
   using Weights = WarpgroupFactor<Element, kWarpM>;
   using TileK = LdmatrixTile<Element, kBlockN, kHeadDim>;
@@ -115,6 +117,7 @@ struct BwdSm80DkDv {
     const Work& work = shared.work;
     const Sequence& sequence = work.job.sequence;
     const int warp = threadIdx.x / 32, warp_row = warp / kSplits * kWarpN, split = warp % kSplits;
+    const Corner keys_of_warp = {warp_row, 0};
 
     const auto skip_hidden = [&](Step step) {
       if constexpr (Options::kSkipsBlocks) {
@@ -214,8 +217,10 @@ struct BwdSm80DkDv {
           scores[n].clear();
           dweights[n].clear();
         }
-        add_product_along<kHeadDim, 4>(scores, RowsOf(shared.k, warp_row), shared.q[stage], warp_col);
-        add_product_along<kHeadDimV, 4>(dweights, RowsOf(shared.v, warp_row), shared.dout[stage], warp_col);
+        add_product_along<kHeadDim, kUnroll>(scores, RowsOf(shared.k, keys_of_warp), shared.q[stage],
+                                             Corner{warp_col, 0});
+        add_product_along<kHeadDimV, kUnroll>(dweights, RowsOf(shared.v, keys_of_warp), shared.dout[stage],
+                                              Corner{warp_col, 0});
 
         Weights weights[kTilesN], dscores[kTilesN];
         const Statistics& rows = shared.rows[stage];
@@ -236,14 +241,15 @@ struct BwdSm80DkDv {
           share(weights[n], dscores[n], n);
         }
         if (kSplits == 1) {
-          add_product_across<kWarpM>(dv, registers_of(weights), shared.dout[stage], 0, warp_col);
-          add_product_across<kWarpM>(dk, registers_of(dscores), shared.q[stage], 0, warp_col);
+          add_product_across<kWarpM>(dv, registers_of(weights), shared.dout[stage], Corner{warp_col, 0});
+          add_product_across<kWarpM>(dk, registers_of(dscores), shared.q[stage], Corner{warp_col, 0});
         }
       }
       if constexpr (kSplits > 1) {
         __syncthreads();  // P and dS are there
-        add_product_across<kBlockM, 4>(dv, RowsOf(shared.weights, warp_row), shared.dout[stage], split * kColsV);
-        add_product_across<kBlockM, 4>(dk, RowsOf(shared.ds, warp_row), shared.q[stage], split * kCols);
+        add_product_across<kBlockM, 4>(dv, RowsOf(shared.weights, keys_of_warp), shared.dout[stage],
+                                       Corner{0, split * kColsV});
+        add_product_across<kBlockM, 4>(dk, RowsOf(shared.ds, keys_of_warp), shared.q[stage], Corner{0, split * kCols});
       }
       if (kStages == 1 || (kAddsDq && kSplits == 1)) {
         __syncthreads();  // dS is there, and the only stage is no longer read
@@ -256,7 +262,7 @@ struct BwdSm80DkDv {
           typename DqSums::Tile dq[DqSums::kTilesM];
 #pragma unroll
           for (int m = 0; m < DqSums::kTilesM; ++m) dq[m].clear();
-          add_product_across<kBlockN, 2>(dq, ColumnsOf(shared.ds, row + sums.row), shared.k, sums.col);
+          add_product_across<kBlockN, 2>(dq, ColumnsOf(shared.ds, row + sums.row), shared.k, Corner{0, sums.col});
           const long long tile = Options::template query_tile<DqSums::kRowsOfSums>(
               problem, sequence, step.head, (step.first_query + row) / DqSums::kRowsOfSums);
           sums.add(arrays.dq_sums + tile * (DqSums::kRowsOfSums * kHeadDim), dq);

@@ -5,8 +5,8 @@
 
 namespace cuflash::ptx {
 
-// The first of the four numbers that a lane owns of 128: lane l owns 4 l to 4 l + 3 on sm_90 and up, which add 16 bytes at
-// once; before, l, l + 32, l + 64 and l + 96.
+// The first of the four numbers that a lane owns of 128: lane l owns 4 l to 4 l + 3 on sm_90 and up, which add 16 bytes
+// at once; before, l, l + 32, l + 64 and l + 96.
 template <class T>
 __device__ __forceinline__ T* of_lane(T* sums) {
 #if __CUDA_ARCH__ >= 900
