@@ -33,7 +33,8 @@ class Tile(NamedTuple):
 class DkDvTile(NamedTuple):
     """Queries of a step, keys of a block of threads, warps, those that share their keys, parts, stages of Q and dO.
 
-    A warp takes its queries of a step part by part."""
+    A warp takes its queries of a step part by part.
+    """
 
     block_m: int
     block_n: int
