@@ -32,12 +32,16 @@ class Tile(NamedTuple):
 
 
 class DkDvTile(NamedTuple):
-    """Queries of a step, keys of a block of threads, warps, warps that share their keys, stages of Q and dO."""
+    """Queries of a step, keys of a block of threads, warps, those that share their keys, parts, stages of Q and dO.
+
+    A warp takes its queries of a step part by part.
+    """
 
     block_m: int
     block_n: int
     warps: int
     splits: int
+    parts: int
     stages: int
     adds_dq: bool = False  # to sums in global memory
 
@@ -88,19 +92,25 @@ SHORT_TILES = {(64, 64): Tile(64, 128, 4, 2), (128, 128): Tile(64, 64, 4, 2)}
 
 # Gradients of K and V. A warp holds its keys' dK and dV, and their scores and gradients of weights of a step.
 DKDV_TILES: Tiles = {
-    (32, 32, 99): (DkDvTile(64, 128, 4, 1, 2), DkDvTile(32, 64, 4, 1, 1)),
-    # 32 keys a warp: Q and dO are read half as often for dK and dV.
-    (64, 64, 99): (DkDvTile(32, 128, 4, 1, 1), DkDvTile(32, 64, 4, 1, 1)),
-    (64, 64, 163): (DkDvTile(32, 128, 4, 1, 2), DkDvTile(32, 64, 4, 1, 1)),
-    (96, 96, 99): (DkDvTile(64, 64, 4, 1, 1), DkDvTile(32, 64, 4, 1, 1)),
-    (128, 128, 99): (DkDvTile(32, 64, 4, 1, 2), DkDvTile(32, 64, 4, 1, 1)),
-    (128, 128, 163): (DkDvTile(64, 128, 8, 1, 1), DkDvTile(32, 64, 4, 1, 1)),
-    (192, 128, 99): (DkDvTile(32, 64, 4, 1, 1),),
+    (32, 32, 99): (DkDvTile(64, 128, 4, 1, 1, 2), DkDvTile(32, 64, 4, 1, 1, 1)),
+    (32, 32, 227): (DkDvTile(128, 128, 4, 1, 4, 1), DkDvTile(64, 128, 4, 1, 1, 2), DkDvTile(32, 64, 4, 1, 1, 1)),
+    # 32 keys a warp: Q and dO are read half as often for dK and dV. Long steps: barriers are few.
+    (64, 64, 99): (DkDvTile(32, 128, 4, 1, 1, 1), DkDvTile(32, 64, 4, 1, 1, 1)),
+    (64, 64, 163): (DkDvTile(64, 128, 4, 1, 2, 1), DkDvTile(32, 64, 4, 1, 1, 1)),
+    (64, 64, 227): (DkDvTile(128, 128, 4, 1, 4, 1), DkDvTile(64, 128, 4, 1, 2, 1), DkDvTile(32, 64, 4, 1, 1, 1)),
+    (96, 96, 99): (DkDvTile(64, 64, 4, 1, 1, 1), DkDvTile(32, 64, 4, 1, 1, 1)),
+    (96, 96, 227): (DkDvTile(128, 64, 4, 1, 2, 1), DkDvTile(64, 64, 4, 1, 1, 1), DkDvTile(32, 64, 4, 1, 1, 1)),
+    (128, 128, 99): (DkDvTile(32, 64, 4, 1, 1, 2), DkDvTile(32, 64, 4, 1, 1, 1)),
+    (128, 128, 163): (DkDvTile(64, 128, 8, 2, 1, 1), DkDvTile(32, 64, 4, 1, 1, 1)),
+    (128, 128, 227): (DkDvTile(128, 128, 8, 2, 2, 1), DkDvTile(64, 128, 8, 2, 1, 1), DkDvTile(32, 64, 4, 1, 1, 1)),
+    (192, 128, 99): (DkDvTile(32, 64, 4, 1, 1, 1),),
     # 384 columns of dK and dV, and more, do not fit the registers of one warp beside its scores.
-    (192, 192, 99): (DkDvTile(32, 32, 4, 2, 1),),
-    (192, 192, 163): (DkDvTile(64, 64, 8, 2, 1), DkDvTile(32, 32, 4, 2, 1)),
-    (256, 256, 99): (DkDvTile(32, 32, 4, 2, 1),),
-    (256, 256, 163): (DkDvTile(64, 64, 8, 2, 1), DkDvTile(32, 32, 4, 2, 1)),
+    (192, 192, 99): (DkDvTile(32, 32, 4, 2, 1, 1),),
+    (192, 192, 163): (DkDvTile(64, 64, 8, 2, 1, 1), DkDvTile(32, 32, 4, 2, 1, 1)),
+    (192, 192, 227): (DkDvTile(128, 64, 8, 2, 1, 1), DkDvTile(64, 64, 8, 2, 1, 1), DkDvTile(32, 32, 4, 2, 1, 1)),
+    (256, 256, 99): (DkDvTile(32, 32, 4, 2, 1, 1),),
+    (256, 256, 163): (DkDvTile(64, 64, 8, 4, 1, 1), DkDvTile(32, 32, 4, 2, 1, 1)),
+    (256, 256, 227): (DkDvTile(128, 64, 8, 4, 1, 1), DkDvTile(64, 64, 8, 4, 1, 1), DkDvTile(32, 32, 4, 2, 1, 1)),
 }
 # Gradient of Q.
 DQ_TILES: Tiles = {
@@ -142,10 +152,11 @@ def _forward_bytes(dims: tuple[int, int], tile: Tile, options: Options) -> int:
 
 
 def _dkdv_bytes(dims: tuple[int, int], tile: DkDvTile, options: Options) -> int:
-    stage = 2 * tile.block_m * sum(dims) + max(options.tile_bytes(*tile[:2]), 16)
-    scores = 2 * (tile.block_n * tile.block_m if tile.adds_dq else 16 * 32)
-    tiles = 2 * tile.block_n * sum(dims) + scores + tile.stages * stage
-    return tiles + 16 * tile.block_m + _careful_bytes(tile.warps, options) + DKDV_WORK_BYTES
+    stage = 2 * tile.block_m * sum(dims) + 8 * tile.block_m + max(options.tile_bytes(*tile[:2]), 16)
+    pairs, nothing = 2 * tile.block_n * tile.block_m, 2 * 16 * 32
+    weights, dscores = (pairs if shared else nothing for shared in (tile.splits > 1, tile.splits > 1 or tile.adds_dq))
+    tiles = 2 * tile.block_n * sum(dims) + weights + dscores + tile.stages * stage
+    return tiles + _careful_bytes(tile.warps, options) + DKDV_WORK_BYTES
 
 
 def _dq_bytes(dims: tuple[int, int], tile: DqTile, options: Options) -> int:
@@ -295,6 +306,16 @@ def why_no_backward(problem: Problem, chip: Chip, options: Options = PLAIN) -> s
     return None
 
 
+def _rows_of_sums(problem: Problem, tile: DkDvTile) -> int:
+    """Queries of a tile of sums of dq: a thread holds at most 64 sums at once."""
+    head_dim, _ = padded_head_dims(problem)
+    return tile.block_m if tile.block_m * head_dim <= 64 * 32 * tile.warps else tile.block_m // 2
+
+
+def _blocks_of_sums(problem: Problem, tile: DkDvTile) -> int:
+    return num_jobs(problem, problem.seqlen_q, _rows_of_sums(problem, tile)) * problem.num_heads
+
+
 def finish(problem: Problem, options: Options, number: str, chip: Chip) -> tuple[Kernel, int]:
     """The kernel that rounds the sums of dq, and the number of its blocks."""
     name, short, _ = NUMBERS[number]
@@ -303,14 +324,14 @@ def finish(problem: Problem, options: Options, number: str, chip: Chip) -> tuple
         template="BwdSm80Finish",
         header="bwd_sm80_finish",
         symbol="_".join(("cuflash_bwd_sm80_finish", short, f"d{dims[0]}x{dims[1]}", *options.names)),
-        arguments=(f"cuflash::{name}", options.type, *dims, tile.block_m, tile.warps),
+        arguments=(f"cuflash::{name}", options.type, *dims, _rows_of_sums(problem, tile), tile.warps),
         pointers=(*BACKWARD_INPUTS, "Element* dq", "const float* dq_sums"),
         params="BwdParams",
         num_threads=32 * tile.warps,
         shared_bytes=_careful_bytes(tile.warps, options),
         options=options,
     )
-    return kernel, _query_blocks(problem, tile)
+    return kernel, _blocks_of_sums(problem, tile)
 
 
 def plan_backward(call: Call) -> Run:
@@ -328,7 +349,7 @@ def plan_backward(call: Call) -> Run:
 
     step, finish_step = (call.step(make(*of_call), delta=delta) for make in (backward, finish))
     tile = backward.tile(problem, call.options, call.chip)
-    num_sums = _query_blocks(problem, tile) * tile.block_m * padded_head_dims(problem)[0]
+    num_sums = _blocks_of_sums(problem, tile) * _rows_of_sums(problem, tile) * padded_head_dims(problem)[0]
 
     def in_one_pass(inputs: Inputs, dq: Array, dk: Array, dv: Array, options: tuple[Any, ...]) -> None:
         sums = device.zeros((max(num_sums, 1),), "float32")

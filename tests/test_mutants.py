@@ -55,12 +55,12 @@ TILES = {
 # Of the sm80 family, which has tables of its own.
 SM80_TILES = {
     "FORWARD_TILES": _sm80.Tile(64, 64, 4, 2),
-    "DKDV_TILES": _sm80.DkDvTile(64, 64, 4, 1, 2),
+    "DKDV_TILES": _sm80.DkDvTile(64, 64, 4, 1, 1, 2),
     "DQ_TILES": _sm80.DqTile(64, 64, 4, 2),
 }
 SM80_TILES_OF_ONE_STAGE = {
     "FORWARD_TILES": _sm80.Tile(64, 64, 4, 1),
-    "DKDV_TILES": _sm80.DkDvTile(64, 64, 8, 2, 1),
+    "DKDV_TILES": _sm80.DkDvTile(64, 64, 8, 2, 1, 1),
     "DQ_TILES": _sm80.DqTile(64, 64, 4, 1),
 }
 TILES_OF_ONE_STAGE = TILES | {"DKDV_TILES": (64, 64, 2, 2, 1), "DQ_TILES": (64, 64, 2, 2, 1)}
@@ -802,6 +802,16 @@ MUTANTS += [
         "greedy",
         "tsan",
     ),
+    sm80(
+        "no barrier before weights of other warps are read",
+        "backward",
+        SM80_DKDV,
+        "__syncthreads();  // P and dS are there",
+        "//",
+        ONE_STAGE,
+        "greedy",
+        "tsan",
+    ),
     sm80("no barrier before a stage is read", "backward", SM80_DQ, ARRIVED, "//", APART, "greedy", "tsan"),
     sm80(
         "no barrier before the only stage is overwritten",
@@ -858,8 +868,8 @@ MUTANTS += [
         "the swizzle is left out where rows are read",
         "forward",
         "tile/ldmatrix_tile.cuh",
-        "start ^ 2 * (col % Tile::kGroup)",
-        "start + 2 * (col % Tile::kGroup)",
+        "place ^ 2 * (col % kGroup)",
+        "place + 2 * (col % kGroup)",
         PLAIN,
         "forward",
     ),
@@ -867,8 +877,8 @@ MUTANTS += [
         "dS is not transposed",
         "backward",
         "tile/mma_product.cuh",
-        "reader.load_transposed(x, tile, row, col + 16 * m);",
-        "reader.load(x, tile, row, col + 16 * m);",
+        "ptx::ldmatrix_transposed(x, reader.at(row, 16 * m));",
+        "ptx::ldmatrix(x, reader.at(row, 16 * m));",
         CAUSAL,
         "forward",
     ),
@@ -925,6 +935,24 @@ MUTANTS += [
         "begin = max(keys.begin, in_band.begin), end = min(keys.end, in_band.end);",
         "begin = in_band.begin, end = in_band.end;",
         replace(NAN_IN_V, in_parts=True),
+        "forward",
+    ),
+    sm80(
+        "pairs that a warp passes by keep the dS of an earlier step",
+        "backward",
+        SM80_DKDV,
+        "share(Weights{}, Weights{}, n);",
+        ";",
+        WINDOW,
+        "forward",
+    ),
+    sm80(
+        "warps pass by queries that see the first of their keys alone",
+        "backward",
+        "attention/band.cuh",
+        "max(seen.begin, keys.begin) < min(seen.end, keys.end)",
+        "max(seen.begin, keys.begin) + 1 < min(seen.end, keys.end)",
+        SQUARE,
         "forward",
     ),
     # Wrong numbers

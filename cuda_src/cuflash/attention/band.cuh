@@ -20,6 +20,12 @@ struct Band {
     return queries.end - 1 + begin <= keys.begin && keys.end <= queries.begin + end && keys.end <= seqlen_k;
   }
 
+  // Whether any query of one range sees any key of the other.
+  __device__ __forceinline__ bool any_visible(Range queries, Range keys) const {
+    const Range seen = keys_of(queries);
+    return max(seen.begin, keys.begin) < min(seen.end, keys.end);
+  }
+
   // The keys that at least one of these queries sees.
   __device__ __forceinline__ Range keys_of(Range queries) const {
     const int last = min(queries.end, seqlen_q) - 1;

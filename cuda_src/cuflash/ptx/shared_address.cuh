@@ -3,7 +3,9 @@
 
 namespace cuflash::ptx {
 
-__device__ __forceinline__ unsigned shared_address(const void* pointer) {
+using SharedAddress = unsigned;
+
+__device__ __forceinline__ SharedAddress shared_address(const void* pointer) {
   return static_cast<unsigned>(__cvta_generic_to_shared(pointer));
 }
 

@@ -27,10 +27,23 @@ struct alignas(128) LdmatrixTile {
     return row * kCols + place * kPiece + col % kPiece;
   }
 
-  // Stores two neighbours of a row, the first in an even column.
-  __device__ __forceinline__ void store_pair(int row, int col, unsigned pair) {
-    *reinterpret_cast<unsigned*>(data + offset(row, col)) = pair;
+  // Whether so many columns, from a multiple of them on, stay within a group or take whole ones: then XOR with a
+  // constant leads from their first column to any other.
+  template <int kWidth>
+  static constexpr bool kKeepsGroups = kGroup % kWidth == 0 || kWidth % kGroup == 0;
+
+  // From the place of an element, in bytes, to that of one whole pieces to the right and a multiple of 8 rows below. An
+  // address can be the place, since tiles begin at multiples of 128.
+  template <class Place>
+  static __device__ __forceinline__ Place moved(Place place, int row, int col) {
+    return turned(place, col) + row * kPitch + group_of(col);
   }
+  // Its parts: XOR within a group of columns, and the bytes to the group.
+  template <class Place>
+  static __device__ __forceinline__ Place turned(Place place, int col) {
+    return place ^ 2 * (col % kGroup);
+  }
+  static __device__ __forceinline__ constexpr int group_of(int col) { return 2 * (col / kGroup * kGroup); }
 
   // Starts to copy rows [first_row, first_row + kRows) of a matrix; whatever lies outside of it becomes 0.
   // Complete after cp_async_wait and a barrier. `thread` counts the kNumThreads threads that share the work.
@@ -86,33 +99,66 @@ struct alignas(128) LdmatrixTile {
 // of memory and a second factor across them come by columns, the other two by rows.
 enum class Order { kByColumns, kByRows };
 
-// How a lane reads such a tile by ldmatrix, from a multiple of 16 rows on: it gives the address of one row of one
-// matrix. Make one where it is needed: that takes less time than the registers of an old one would cost.
+// Where a lane begins to read such a tile by ldmatrix, in bytes: it gives the place of one row of one matrix. Found
+// anew wherever it is needed: that takes less time than the registers of an old one would cost.
 template <class Tile, Order kOrder>
+__device__ __forceinline__ int start_of_lane(int first_row = 0) {
+  unsigned thread = threadIdx.x;
+  ptx::make_opaque(thread);
+  const int lane = thread % 32, first = lane / 8 % 2 * 8, second = lane / 16 * 8;
+  const bool by_rows = kOrder == Order::kByRows;
+  return 2 * Tile::offset(first_row + lane % 8 + (by_rows ? second : first), by_rows ? first : second);
+}
+
+// An element of a tile, at multiples of 16; its column must keep groups (LdmatrixTile).
+struct Corner {
+  int row, col;
+};
+
+// How a lane reads a tile. From a multiple of 16 rows on: the address of the tile is the same for all lanes, and takes
+// none of their registers. A column that is no constant takes an instruction more.
+template <class Tile, Order kOrder, class Start = int>
 struct TileReader {
+  const Tile& tile;
+  int start;
+
+  __device__ __forceinline__ explicit TileReader(const Tile& tile, int first_row = 0)
+      : tile(tile), start(start_of_lane<Tile, kOrder>(first_row)) {}
+
+  __device__ __forceinline__ ptx::SharedAddress at(int row, int col) const {
+    // Sum by sum: the compiler then finds the constants.
+    return ptx::shared_address(reinterpret_cast<const unsigned char*>(tile.data) + Tile::turned(start, col) +
+                               row * Tile::kPitch + Tile::group_of(col));
+  }
+};
+
+// From an element on that the compiler does not know: further addresses differ from its own by constants.
+template <class Tile, Order kOrder>
+struct TileReader<Tile, kOrder, Corner> {
+  ptx::SharedAddress start;
+
+  __device__ __forceinline__ TileReader(const Tile& tile, const Corner& corner)
+      : start(Tile::moved(ptx::shared_address(tile.data) + start_of_lane<Tile, kOrder>(), corner.row, corner.col)) {}
+
+  __device__ __forceinline__ ptx::SharedAddress at(int row, int col) const { return Tile::moved(start, row, col); }
+};
+
+// How a lane writes the pairs of neighbours that it has of a product (WarpgroupTile), from a row on that is a multiple
+// of 16, and a column that is one of what is written.
+template <class Tile>
+struct TileWriter {
+  Tile& tile;
   int start;  // bytes
 
-  __device__ __forceinline__ explicit TileReader(int first_row = 0) {
-    unsigned thread = threadIdx.x;
-    ptx::make_opaque(thread);
-    const int lane = thread % 32, first = lane / 8 % 2 * 8, second = lane / 16 * 8;
-    const bool by_rows = kOrder == Order::kByRows;
-    start = 2 * Tile::offset(first_row + lane % 8 + (by_rows ? second : first), by_rows ? first : second);
+  __device__ __forceinline__ TileWriter(Tile& tile, int first_row, int first_col) : tile(tile) {
+    unsigned lane = threadIdx.x % 32;
+    ptx::make_opaque(lane);
+    start = Tile::moved(2 * Tile::offset(lane / 4, lane % 4 * 2), first_row, first_col);
   }
 
-  // The corner is at multiples of 16; a column that is no constant takes an instruction more.
-  __device__ __forceinline__ void load(unsigned (&x)[4], const Tile& tile, int row, int col) const {
-    ptx::ldmatrix(x, at(tile, row, col));
-  }
-  __device__ __forceinline__ void load_transposed(unsigned (&x)[4], const Tile& tile, int row, int col) const {
-    ptx::ldmatrix_transposed(x, at(tile, row, col));
-  }
-
- private:
-  // A piece keeps its place from 16 rows to the next; columns change it by XOR.
-  __device__ __forceinline__ const void* at(const Tile& tile, int row, int col) const {
-    return reinterpret_cast<const unsigned char*>(tile.data) + (start ^ 2 * (col % Tile::kGroup)) + row * Tile::kPitch +
-           2 * (col / Tile::kGroup * Tile::kGroup);
+  // Rows and columns are multiples of 8.
+  __device__ __forceinline__ void store(int row, int col, unsigned pair) const {
+    *reinterpret_cast<unsigned*>(reinterpret_cast<unsigned char*>(tile.data) + Tile::moved(start, row, col)) = pair;
   }
 };
 

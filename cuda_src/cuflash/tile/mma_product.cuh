@@ -7,30 +7,27 @@
 
 namespace cuflash {
 
-// The first factor of a product, 16 x 16 elements at a time: rows of a tile in shared memory from this one on,
-template <class Tile>
+// The first factor of a product, 16 x 16 elements at a time: rows of a tile in shared memory from a row or Corner on,
+template <class Tile, class Start>
 struct RowsOf {
-  const Tile& tile;
-  TileReader<Tile, Order::kByColumns> reader;
+  TileReader<Tile, Order::kByColumns, Start> reader;
 
-  __device__ __forceinline__ RowsOf(const Tile& tile, int row) : tile(tile), reader(row) {}
+  __device__ __forceinline__ RowsOf(const Tile& tile, Start start) : reader(tile, start) {}
 
   __device__ __forceinline__ void operator()(unsigned (&x)[4], int m, int col) const {
-    reader.load(x, tile, 16 * m, col);
+    ptx::ldmatrix(x, reader.at(16 * m, col));
   }
 };
 
 // the same of the transposed tile: its columns from this one on,
 template <class Tile>
 struct ColumnsOf {
-  const Tile& tile;
-  int col;
-  TileReader<Tile, Order::kByRows> reader;
+  TileReader<Tile, Order::kByRows, Corner> reader;
 
-  __device__ __forceinline__ ColumnsOf(const Tile& tile, int col) : tile(tile), col(col) {}
+  __device__ __forceinline__ ColumnsOf(const Tile& tile, int col) : reader(tile, {0, col}) {}
 
   __device__ __forceinline__ void operator()(unsigned (&x)[4], int m, int row) const {
-    reader.load_transposed(x, tile, row, col + 16 * m);
+    ptx::ldmatrix_transposed(x, reader.at(row, 16 * m));
   }
 };
 
@@ -51,13 +48,16 @@ __device__ __forceinline__ RegistersOf<Element, kCols, kTilesM> registers_of(
   return {factors};
 }
 
-// sums[m] += A[m] B^T over kDepth columns, for rows of B from `row` on: first_factor(x, m, col) loads 16 x 16 elements
-// of A.
-template <int kDepth, int kTilesM, int kCols, class Element, int kRowsB, int kColsB, class FirstFactor>
+// sums[m] += A[m] B^T over kDepth columns, for rows of B from `start` on, a row or a Corner: first_factor(x, m, col)
+// loads 16 x 16 elements of A. The compiler mixes an unrolled product with those before and after it, and keeps the
+// factors and sums of all: kUnroll steps at a time it does not.
+template <int kDepth, int kUnroll = kDepth / 16, int kTilesM, int kCols, class Element, int kRowsB, int kColsB,
+          class FirstFactor, class Start = int>
 __device__ __forceinline__ void add_product_along(WarpgroupTile<kCols> (&sums)[kTilesM], FirstFactor first_factor,
-                                                  const LdmatrixTile<Element, kRowsB, kColsB>& b, int row = 0) {
-  const TileReader<LdmatrixTile<Element, kRowsB, kColsB>, Order::kByRows> reader;
-#pragma unroll
+                                                  const LdmatrixTile<Element, kRowsB, kColsB>& b,
+                                                  const Start& start = 0) {
+  const TileReader<LdmatrixTile<Element, kRowsB, kColsB>, Order::kByRows, Start> reader(b, start);
+#pragma unroll(kUnroll)
   for (int k = 0; k < kDepth; k += 16) {
     unsigned factor[kTilesM][4];
 #pragma unroll
@@ -65,7 +65,7 @@ __device__ __forceinline__ void add_product_along(WarpgroupTile<kCols> (&sums)[k
 #pragma unroll
     for (int n = 0; n < kCols; n += 16) {
       unsigned x[4];
-      reader.load(x, b, row + n, k);
+      ptx::ldmatrix(x, reader.at(n, k));
 #pragma unroll
       for (int m = 0; m < kTilesM; ++m) {
         ptx::mma<Element>(sums[m].x + n / 2, factor[m], x[0], x[1]);
@@ -75,13 +75,23 @@ __device__ __forceinline__ void add_product_along(WarpgroupTile<kCols> (&sums)[k
   }
 }
 
-// sums[m] += A[m] B over kDepth rows of B, for its columns from `col` on. The compiler mixes an unrolled product with
-// those before and after it, and keeps the sums of all: kUnroll steps at a time it does not.
+// sums[m] += A[m] B over kDepth rows of B, for its rows and columns from `start` on.
 template <int kDepth, int kUnroll = kDepth / 16, int kTilesM, int kCols, class Element, int kRowsB, int kColsB,
-          class FirstFactor>
+          class FirstFactor, class Start = int>
 __device__ __forceinline__ void add_product_across(WarpgroupTile<kCols> (&sums)[kTilesM], FirstFactor first_factor,
-                                                   const LdmatrixTile<Element, kRowsB, kColsB>& b, int col = 0) {
-  const TileReader<LdmatrixTile<Element, kRowsB, kColsB>, Order::kByColumns> reader;
+                                                   const LdmatrixTile<Element, kRowsB, kColsB>& b,
+                                                   const Start& start = 0) {
+  using TileB = LdmatrixTile<Element, kRowsB, kColsB>;
+  using Reader = TileReader<TileB, Order::kByColumns, Start>;
+  int first_col = 0;
+  const Reader reader = [&] {
+    if constexpr (TileB::template kKeepsGroups<kCols>) {
+      return Reader(b, start);
+    } else {
+      first_col = start.col;
+      return Reader(b, Corner{start.row, 0});
+    }
+  }();
 #pragma unroll(kUnroll)
   for (int k = 0; k < kDepth; k += 16) {
     unsigned factor[kTilesM][4];
@@ -90,7 +100,7 @@ __device__ __forceinline__ void add_product_across(WarpgroupTile<kCols> (&sums)[
 #pragma unroll
     for (int n = 0; n < kCols; n += 16) {
       unsigned x[4];
-      reader.load_transposed(x, b, k, col + n);
+      ptx::ldmatrix_transposed(x, reader.at(k, first_col + n));
 #pragma unroll
       for (int m = 0; m < kTilesM; ++m) {
         ptx::mma<Element>(sums[m].x + n / 2, factor[m], x[0], x[1]);

@@ -1,6 +1,8 @@
 // Shadows <cuflash/ptx/ldmatrix.cuh>: which lane gets what is as the PTX ISA draws it.
 #pragma once
 
+#include <cuflash/ptx/shared_address.cuh>
+
 namespace cuflash::ptx {
 
 // Each lane learns the rows of all, and then reads its own elements itself, so that sanitizers see who reads what.
@@ -31,12 +33,12 @@ inline void load_matrices(unsigned (&x)[4], const void* row, bool transposed, ho
   }
 }
 
-inline void ldmatrix(unsigned (&x)[4], const void* row, hostcuda::Site site = hostcuda::Site::here()) {
-  load_matrices(x, row, false, site);
+inline void ldmatrix(unsigned (&x)[4], SharedAddress row, hostcuda::Site site = hostcuda::Site::here()) {
+  load_matrices(x, reinterpret_cast<const void*>(row), false, site);
 }
 
-inline void ldmatrix_transposed(unsigned (&x)[4], const void* row, hostcuda::Site site = hostcuda::Site::here()) {
-  load_matrices(x, row, true, site);
+inline void ldmatrix_transposed(unsigned (&x)[4], SharedAddress row, hostcuda::Site site = hostcuda::Site::here()) {
+  load_matrices(x, reinterpret_cast<const void*>(row), true, site);
 }
 
 }  // namespace cuflash::ptx

@@ -3,14 +3,17 @@
 
 namespace cuflash::ptx {
 
-inline void add_4(float* sums, const float* x) {
-  const int lane = threadIdx.x % 32;
-  for (int i = 0; i < 4; ++i) atomicAdd(sums + lane + 32 * i, x[i]);
+template <class T>
+T* of_lane(T* sums) {
+  return sums + threadIdx.x % 32;
 }
 
-inline void load_4(float* x, const float* sums) {
-  const int lane = threadIdx.x % 32;
-  for (int i = 0; i < 4; ++i) x[i] = sums[lane + 32 * i];
+inline void add_4(float* first, const float* x) {
+  for (int i = 0; i < 4; ++i) atomicAdd(first + 32 * i, x[i]);
+}
+
+inline void load_4(float* x, const float* first) {
+  for (int i = 0; i < 4; ++i) x[i] = first[32 * i];
 }
 
 }  // namespace cuflash::ptx
