@@ -276,7 +276,7 @@ def attention_backward(
         Likewise.
     kernel : {"auto", "sm90", "sm80", "wmma", "naive"}
         As for :func:`attention`; it need not be the same, for each takes ``out`` and ``lse`` of any. "fa1" has no
-        gradients, "sm90" those of heads up to 128 columns.
+        gradients.
     dlse : array, shape (..., Hq, M), optional
         Gradient with respect to ``lse``, in its dtype. Default: 0.
     return_dbias, return_dsinks : bool
@@ -305,8 +305,9 @@ def attention_backward(
     -----
     Beyond the results it takes 4 bytes for each row of queries of a head, and for an input that was broadcast along the
     batch its gradient for the whole batch, in its own dtype and in float32. "sm90" takes the float32 sums of ``dq``
-    too, with 64 or 128 columns and in whole tiles of up to 128 rows, and 4 bytes for 128 keys of a head; with
-    ``deterministic`` another 8 bytes a tile. "sm80" takes such sums, but with ``deterministic`` none.
+    too, with 64, 128, 192 or 256 columns and in whole tiles of up to 128 rows, and 4 bytes for 128 keys of a head, or
+    for 64 beyond 128 columns; with ``deterministic`` another 8 bytes a tile. "sm80" takes such sums, but with
+    ``deterministic`` none.
 
     References
     ----------

@@ -19,17 +19,16 @@ MERGE_WARPS = 4
 COLS = 4  # of a thread that merges, in 16 bytes
 
 
-def num_parts(problem: Problem, num_jobs: int, num_places: int, tile: tuple[int, int]) -> int:
+def num_parts(problem: Problem, num_jobs: int, num_places: int, block_m: int, min_keys: int) -> int:
     """Into how many parts the keys of each job are cut: 1 where jobs fill the places for blocks on the chip.
 
     All parts of all jobs should run at the same time, since a block that came later would double the time; so there are
-    as many as there are places. `tile` is the queries of a job and the keys of a step. Of packed sequences the mean
-    length counts: others are known on the device alone.
+    as many as there are places. A job has `block_m` queries, a part at least `min_keys` keys. Of packed sequences the
+    mean length counts: others are known on the device alone.
     """
-    block_m, block_n = tile
     width = problem.window.end - problem.window.begin  # of the band: further keys are seen by no query of a job
-    keys = min(ceil_div(problem.seqlen_k, problem.batch) if problem.packed else problem.seqlen_k, block_m + width)
-    return max(1, min(num_places // max(num_jobs, 1), keys // (MIN_TILES * block_n)))
+    length = ceil_div(problem.seqlen_k, max(problem.batch, 1)) if problem.packed else problem.seqlen_k
+    return max(1, min(num_places // max(num_jobs, 1), min(length, block_m + width) // min_keys))
 
 
 def operands(problem: Problem, count: int) -> dict[str, Operand]:

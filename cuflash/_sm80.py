@@ -290,7 +290,9 @@ def plan_forward(call: Call) -> Run:
     of_call = call.problem, call.options, call.number, call.chip
     kernel, num_blocks = forward(*of_call)
     tile = forward.tile(call.problem, call.options, call.chip)
-    num_parts = _parts.num_parts(call.problem, num_blocks, num_places(kernel, call.chip), tile[:2])
+    num_parts = _parts.num_parts(
+        call.problem, num_blocks, num_places(kernel, call.chip), tile.block_m, _parts.MIN_TILES * tile.block_n
+    )
     if num_parts > 1:
         return _parts.plan_forward(call, forward_parts(*of_call), num_parts)
     step, null = call.step((kernel, num_blocks)), call.device.null

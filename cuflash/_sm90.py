@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -59,7 +60,7 @@ PAIR_TILES: dict[tuple[int, int], tuple[Tile, ...]] = {
     (256, 256): (Tile(128, 64, 1, 2, 2, 1), Tile(128, 64, 1, 1, 1, 1)),
 }
 LONG_CAUSAL = 2048
-# What options take of the registers of three consumers, roughly, and what is left beside so many keys. Others: more.
+# What options take of the registers of three consumers, roughly, and what so many keys leave. Others take too much.
 COSTS = {"sinks": 0, "alibi": 1, "packed": 1, "softcap": 2, "mod": 2}
 LEFT = {128: 1, 96: sum(COSTS.values())}
 HUNGRY = {"dropout", "mod"}  # options for which two consumers take the smaller tile
@@ -128,7 +129,7 @@ def _suits_three_consumers(problem: Problem, options: Options, tile: Tile) -> bo
     full = not problem.packed and band.end >= problem.seqlen_k and band.begin <= -problem.seqlen_q
     if problem.packed:  # of different lengths the longer half does most of the work
         length = 2 * length // problem.batch
-    cost = sum(COSTS.get(name, 1 + LEFT[96]) for name in options.names)
+    cost = sum(COSTS.get(name, math.inf) for name in options.names)
     return cost <= LEFT[tile.block_n] and (full or length >= LONG_CAUSAL)
 
 
@@ -162,7 +163,7 @@ def is_better_in_parts(call: Call) -> bool:
     That is if there were at least 4 parts of 1024 keys or more: most of the chip would be idle for long.
     """
     _, tile, num_jobs = forward(call.problem, call.options, call.number, call.chip)
-    return _parts.num_parts(call.problem, num_jobs, call.chip.multiprocessors, (tile.block_m, 512)) >= 4
+    return _parts.num_parts(call.problem, num_jobs, call.chip.multiprocessors, tile.block_m, 1024) >= 4
 
 
 def plan_forward(call: Call) -> Run:

@@ -38,7 +38,9 @@ def decode(heads: int = 8, seqlen_q: int = 1, seqlen_k: int = 65536, **changes: 
 def parts_of(problem: Problem, chip: Chip = H200) -> int:
     kernel, num_jobs = _sm80.forward(problem, PLAIN, problem.dtype, chip)
     tile = _sm80.forward.tile(problem, PLAIN, chip)
-    return _parts.num_parts(problem, num_jobs, _sm80.num_places(kernel, chip), tile[:2])
+    return _parts.num_parts(
+        problem, num_jobs, _sm80.num_places(kernel, chip), tile.block_m, _parts.MIN_TILES * tile.block_n
+    )
 
 
 def test_parts_fill_the_chip_and_no_more() -> None:

@@ -71,6 +71,7 @@ def test_keys_out_of_use_have_no_gradient_beside_nan(ring: Ring) -> None:
 def test_no_sequences_at_all(ring: Ring) -> None:
     ring.check_varlen(PackedProblem((), (), tails=(3, 2)))
     ring.check_varlen(PackedProblem((), (), tails=(3, 2), alibi="batch"))
+    ring.check_varlen(PackedProblem((), (), tails=(3, 2), dtype="float16"))
     ring.check_varlen(PackedProblem((0, 0), (0, 0)))
 
 

@@ -249,11 +249,13 @@ struct BackwardBlock {
 
   // ---- For the consumers
 
-  // Keys behind those in use are hidden, but a gradient of 0 times what they hold may be NaN. Each warp clears its own.
-  static __device__ __forceinline__ void clear_keys(TileK& k, const Sequence& sequence, int warp_key, int row) {
+  // Keys behind those in use are hidden, but 0 times what they and their values hold may be NaN. Each warp clears its
+  // own.
+  template <class Tile>
+  static __device__ __forceinline__ void clear_keys(Tile& tile, const Sequence& sequence, int warp_key, int row) {
     const int first = clamp(sequence.seqlen_k - warp_key, 0, 16);
     if (first == 16) return;
-    k.clear(row + first, row + 16);
+    tile.clear(row + first, row + 16);
     ptx::async_proxy_fence();
   }
 

@@ -32,6 +32,8 @@ struct BwdSm90 {
   using Shared = typename Block::Shared;
   static constexpr int kNumThreads = Block::kNumThreads, kSharedBytes = Block::kSharedBytes;
 
+  enum Barrier { kDsIsThere = 1 };  // that of both consumers
+
   static_assert(kBlockN == 128 && (kBlockM == 64 || kBlockM == 128));
 
   static __device__ __forceinline__ void run(const Arrays& arrays, const BwdSm90Params& params, Options options) {
@@ -59,7 +61,7 @@ struct BwdSm90 {
       const int warpgroup_key = job.tile * kBlockN + 64 * consumer, warp_key = warpgroup_key + 16 * warp;
       const int first_key = warp_key + lane / 4, first_col = lane % 4 * 2;
       typename Block::TileK& k = shared.k[kv_at.stage()];
-      const typename Block::TileV& v = shared.v[kv_at.stage()];
+      typename Block::TileV& v = shared.v[kv_at.stage()];
       WarpgroupTile<kHeadDim> dk;
       WarpgroupTile<kHeadDimV> dv;
       dk.clear();
@@ -71,7 +73,10 @@ struct BwdSm90 {
         start_product_along<kHeadDim>(scores, k, 64 * consumer, shared.q[at.stage()]);
       };
       rings.kv.wait_full(kv_at);
-      if (Options::kPacked) Block::clear_keys(k, sequence, warp_key, 64 * consumer + 16 * warp);
+      if constexpr (Options::kPacked) {
+        Block::clear_keys(k, sequence, warp_key, 64 * consumer + 16 * warp);
+        Block::clear_keys(v, sequence, warp_key, 64 * consumer + 16 * warp);
+      }
       typename Block::Walk walk(options, problem, job, band);
       if (kStartsAhead && !walk.done()) {
         rings.q.wait_full(at);
@@ -117,7 +122,7 @@ struct BwdSm90 {
         typename Block::TileDs& ds = shared.ds[at.count() % 2];
         ds.store(factor, 64 * consumer + 16 * warp);
         ptx::async_proxy_fence();
-        ptx::named_barrier_sync(1, 256);  // dS of both consumers is there
+        ptx::named_barrier_sync(kDsIsThere, 256);
         start_product_across(dq, ds, Sums::Layout::first_query(consumer), k, Sums::Layout::first_col(consumer));
         start_adding_across(dk, factor, shared.q[stage]);
         const auto sums_here = [&] { return Sums(arrays.dq_sums, arrays.turns, problem, job, band, walk, consumer); };

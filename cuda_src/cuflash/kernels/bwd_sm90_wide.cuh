@@ -37,7 +37,8 @@ struct BwdSm90Wide {
         pieces[i][threadIdx.x % 128] = make_uint4(slopes.x[i][0], slopes.x[i][1], slopes.x[i][2], slopes.x[i][3]);
       }
     }
-    __device__ __forceinline__ void load(Factor& slopes) const {
+    __device__ __forceinline__ Factor load() const {
+      Factor slopes;
 #pragma unroll
       for (int i = 0; i < kBlockM / 16; ++i) {
         const uint4 piece = pieces[i][threadIdx.x % 128];
@@ -46,6 +47,7 @@ struct BwdSm90Wide {
         slopes.x[i][2] = piece.z;
         slopes.x[i][3] = piece.w;
       }
+      return slopes;
     }
   };
   struct Shared {
@@ -94,7 +96,7 @@ struct BwdSm90Wide {
       const Band band = Block::band_of(problem, job);
       const int block_key = job.tile * kBlockN, first_key = block_key + warp_row + lane / 4, first_col = lane % 4 * 2;
       typename Block::TileK& k = tiles.k[kv_at.stage()];
-      const typename Block::TileV& v = tiles.v[kv_at.stage()];
+      typename Block::TileV& v = tiles.v[kv_at.stage()];
       WarpgroupTile<kFirst ? kHeadDimV : kHeadDim> grad;  // dV or dK
       grad.clear();
       bool hides_pairs = false;
@@ -109,7 +111,8 @@ struct BwdSm90Wide {
         }
       };
       rings.kv.wait_full(kv_at);
-      if (Options::kPacked && kFirst) Block::clear_keys(k, sequence, block_key + warp_row, warp_row);
+      if constexpr (Options::kPacked && kFirst) Block::clear_keys(k, sequence, block_key + warp_row, warp_row);
+      if constexpr (Options::kPacked && !kFirst) Block::clear_keys(v, sequence, block_key + warp_row, warp_row);
       typename Block::Walk walk(options, problem, job, band);
       if (walk.done()) {
         release(rings.kv, kv_at);
@@ -132,30 +135,33 @@ struct BwdSm90Wide {
         hides_pairs |= !all_visible;
         unsigned survivors[Gradients::kSurvivorWords];
         gradients.draw(survivors);
-        Factor slopes;  // of options times weights, which the first consumer hands to the second
         GradQ dq[kNumParts];
         ptx::wgmma_wait<0>();
         if constexpr (kFirst) {
           Factor weights;
           gradients.weigh(scores, weights, all_visible, survivors);
-          release(rings.q, at);
           if constexpr (Block::kLoadsPairs) {
             __syncwarp();
             release(rings.pairs, pairs_at);
             pairs_at.advance();
           }
-          slopes = weights;
-          if constexpr (!Gradients::kPlainWeights) slopes.round(scores);
-          shared.slopes.store(slopes);
+          if constexpr (Gradients::kPlainWeights) {
+            shared.slopes.store(weights);
+          } else {
+            Factor slopes;
+            slopes.round(scores);
+            shared.slopes.store(slopes);
+          }
           ptx::named_barrier_arrive(kSlopesAreThere, 256);
           rings.dout.wait_full(at);
           start_adding_across(grad, weights, tiles.dout[stage]);
           ptx::named_barrier_sync(kDsIsThere, 256);
+          release(rings.q, at);  // with the statistics that its other lanes have read
         } else {
           release(rings.dout, at);
           rings.q.wait_full(at);
           ptx::named_barrier_sync(kSlopesAreThere, 256);
-          shared.slopes.load(slopes);
+          const Factor slopes = shared.slopes.load();
           gradients.differentiate(scores, [&](int i) { return slopes.at(i); }, survivors);
           Factor dscores;
           dscores.round(scores);
@@ -186,7 +192,7 @@ struct BwdSm90Wide {
             } else {
               wait_for_scores(at);
             }
-            start_scores(at);  // after the last tile nobody asks for them
+            start_scores(at);  // after the last tile nobody asks for them, and K and V may change meanwhile
           }
           sums.add(kFirstPart + i, dq[i]);
         }

@@ -22,7 +22,7 @@ template <class Number, class Options, int kHeadDim, int kHeadDimV, int kBlockM,
 struct FwdSm80 {
   using Element = typename Number::Element;
 
-  static constexpr bool kHasParts = sizeof(Result) != sizeof(Element);
+  static constexpr bool kHasParts = sizeof(Result) != sizeof(Element);  // float, beside 16 bits
   static constexpr int kNumThreads = 32 * kNumWarps;
   static constexpr int kWarpM = kBlockM / kNumWarps;
   static constexpr int kTilesM = kWarpM / 16;

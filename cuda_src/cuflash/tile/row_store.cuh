@@ -19,7 +19,8 @@ __device__ __forceinline__ void exchange(unsigned& x, unsigned& y, bool second, 
 
 // Writes a tile times a factor for each of the two rows of which this lane has a part: the first is out's `first_row`,
 // the second 8 further. Four lanes exchange their pairs, so that each writes 16 bytes. Returns whether this lane's part
-// of the first row is finite, or of both. The matrix must be `vectorized`.
+// of the first row is finite, or of both: one is enough where whatever spoils a row spoils all (V in out, dO in dV).
+// The matrix must be `vectorized`.
 template <bool kLooksAtBoth = false, class Element, int kCols>
 __device__ __forceinline__ bool store_rows_16(const Matrix<Element>& out, const WarpgroupTile<kCols>& tile,
                                               const float (&factor)[2], int first_row, int first_col = 0) {
