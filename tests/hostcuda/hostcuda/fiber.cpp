@@ -13,6 +13,7 @@ extern "C" void __sanitizer_finish_switch_fiber(void* fake_stack, const void** o
 #ifdef HOSTCUDA_TSAN
 extern "C" void* __tsan_get_current_fiber();
 extern "C" void* __tsan_create_fiber(unsigned flags);
+extern "C" void __tsan_destroy_fiber(void* fiber);
 extern "C" void __tsan_switch_to_fiber(void* fiber, unsigned flags);
 extern "C" void __tsan_acquire(void* sync);
 extern "C" void __tsan_release(void* sync);
@@ -60,6 +61,13 @@ Fiber Fiber::create() {
   fiber.tsan_fiber = __tsan_create_fiber(0);
 #endif
   return fiber;
+}
+
+void Fiber::destroy() {
+#ifdef HOSTCUDA_TSAN
+  __tsan_destroy_fiber(tsan_fiber);
+#endif
+  munmap(stack - kGuardSize, kGuardSize + stack_size);
 }
 
 Fiber Fiber::of_caller() {

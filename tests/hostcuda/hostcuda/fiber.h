@@ -14,6 +14,8 @@ class Fiber {
  public:
   // A fiber with a stack of its own, followed by a guard page.
   static Fiber create();
+  // Gives the stack back.
+  void destroy();
   // The operating system's thread itself.
   static Fiber of_caller();
 

@@ -19,12 +19,23 @@ namespace {
 
 BoundKernel bound;
 
-// Fibers are kept from launch to launch.
-Fiber* at_least(size_t count) {
-  static std::vector<Fiber> fibers;
-  while (fibers.size() < count) fibers.push_back(Fiber::create());
-  return fibers.data();
-}
+// Those of one launch: a process may load hundreds of kernels, and the system limits the mappings of all their stacks.
+class Fibers {
+ public:
+  Fibers() = default;
+  Fibers(const Fibers&) = delete;
+  ~Fibers() {
+    for (Fiber& fiber : fibers) fiber.destroy();
+  }
+
+  Fiber* at_least(size_t count) {
+    while (fibers.size() < count) fibers.push_back(Fiber::create());
+    return fibers.data();
+  }
+
+ private:
+  std::vector<Fiber> fibers;
+};
 
 bool has_static_shared_memory() { return __start_hostcuda_shared != __stop_hostcuda_shared; }
 
@@ -65,6 +76,7 @@ const char* launch(const Options& launch_options, const BoundKernel& kernel) {
   gridDim = dim3(options.num_blocks);
   blockDim = dim3(options.num_threads);
   Fiber caller = Fiber::of_caller();
+  Fibers fibers;
   std::vector<std::unique_ptr<Block>> blocks;  // unordered ones must not reuse each other's memory
   char started = 0, finished = 0;
   const char* error = nullptr;
@@ -74,8 +86,8 @@ const char* launch(const Options& launch_options, const BoundKernel& kernel) {
       blocks.clear();
     }
     const int num_fibers = options.num_threads, first_fiber = index % num_fiber_sets() * num_fibers;
-    Fiber* const fibers = at_least(num_fibers * std::min(options.num_blocks, num_fiber_sets())) + first_fiber;
-    blocks.push_back(std::make_unique<Block>(index, options, fibers));
+    Fiber* const all = fibers.at_least(num_fibers * std::min(options.num_blocks, num_fiber_sets()));
+    blocks.push_back(std::make_unique<Block>(index, options, all + first_fiber));
     if (has_static_shared_memory()) {
       memset(__start_hostcuda_shared, kNanByte, __stop_hostcuda_shared - __start_hostcuda_shared);
     }
