@@ -128,9 +128,27 @@ def reachable(arch: int) -> Iterator[Kernel]:
     yield from kernels_with_options(arch)
 
 
+def is_thorough(kernel: Kernel, arch: int) -> bool:
+    """Whether a kernel hardly differs from one that is compiled anyway.
+
+    sm_89 has the tiles and registers of sm_86, float16 the code of bfloat16, one TF32 product less than that of three.
+    """
+    named = kernel.options is not None and bool(kernel.options.names)
+    like_another = "_f16" in kernel.symbol or "_tf32" in kernel.symbol
+    return arch == 89 or (arch not in (70, 75, 90) and like_another) or (arch == 100 and named)
+
+
 def cases() -> list[object]:
     unique = {(kernel.symbol, kernel.arguments, arch): (kernel, arch) for arch in CHIPS for kernel in reachable(arch)}
-    return [pytest.param(kernel, arch, id=f"{kernel.symbol}-sm_{arch}") for kernel, arch in unique.values()]
+    return [
+        pytest.param(
+            kernel,
+            arch,
+            id=f"{kernel.symbol}-sm_{arch}",
+            marks=[pytest.mark.thorough] if is_thorough(kernel, arch) else [],
+        )
+        for kernel, arch in unique.values()
+    ]
 
 
 # What an option adds to a kernel that takes all 255 registers by itself: the bytes, at most, that ptxas may park for it
