@@ -130,7 +130,7 @@ def _suits_three_consumers(problem: Problem, options: Options, tile: Tile) -> bo
     if problem.packed:  # of different lengths the longer half does most of the work
         length = 2 * length // problem.batch
     cost = sum(COSTS.get(name, math.inf) for name in options.names)
-    return cost <= LEFT[tile.block_n] and (full or length >= LONG_CAUSAL)
+    return cost <= LEFT.get(tile.block_n, 0) and (full or length >= LONG_CAUSAL)
 
 
 def forward(problem: Problem, options: Options, number: str, chip: Chip) -> tuple[Kernel, Tile, int]:
