@@ -34,7 +34,7 @@ class Family(Protocol):
 
 FAMILIES: dict[str, Family] = {"sm90": _sm90, "sm80": _sm80, "wmma": _wmma, "fa1": _fa1, "naive": _naive}
 AUTO = ("sm90", "sm80", "wmma")
-"""What ``kernel="auto"`` chooses from: the first that can do it, or sm80 where sm90 left most of the chip idle."""
+"""What ``kernel="auto"`` chooses from: the first that can do it, or sm80 where it is faster than sm90."""
 
 
 class LaunchBackend:
@@ -73,8 +73,8 @@ class LaunchBackend:
         reasons = {name: self._why_not(call, name, backward) for name in names}
         able = [name for name, reason in reasons.items() if reason is None]
         if able:
-            in_parts = able[:2] == ["sm90", "sm80"] and not backward and _sm90.is_better_in_parts(call)
-            return able[1 if in_parts else 0]
+            passes_on = able[:2] == ["sm90", "sm80"] and _sm90.is_slower_than_sm80(call, backward=backward)
+            return able[1 if passes_on else 0]
         listed = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
         raise NotImplementedError(f"kernel={kernel!r} cannot compute this call: {listed}")
 

@@ -124,9 +124,14 @@ def _tile(problem: Problem, options: Options, chip: Chip) -> Tile | None:
     return tiles[-1] if takes_smaller else tiles[0]
 
 
+def _shows_all(problem: Problem) -> bool:
+    """Whether the band hides no pair."""
+    band = problem.band
+    return band.end >= problem.seqlen_k and band.begin <= -problem.seqlen_q
+
+
 def _suits_three_consumers(problem: Problem, options: Options, tile: Tile) -> bool:
-    band, length = problem.band, problem.seqlen_q
-    full = not problem.packed and band.end >= problem.seqlen_k and band.begin <= -problem.seqlen_q
+    length, full = problem.seqlen_q, _shows_all(problem) and not problem.packed
     if problem.packed:  # of different lengths the longer half does most of the work
         length = 2 * length // problem.batch
     cost = sum(COSTS.get(name, math.inf) for name in options.names)
@@ -157,13 +162,18 @@ def forward(problem: Problem, options: Options, number: str, chip: Chip) -> tupl
     return kernel, tile, jobs * problem.num_heads
 
 
-def is_better_in_parts(call: Call) -> bool:
-    """Whether jobs are so few, and keys so many, that split-KV is faster, which sm80 has and this family has not.
+def is_slower_than_sm80(call: Call, *, backward: bool) -> bool:
+    """Whether a call is one of those that sm80 computes faster (docs/notes/sm80.md).
 
-    That is if there were at least 4 parts of 1024 keys or more: most of the chip would be idle for long.
+    Forward: jobs are so few, and keys so many, that split-KV is better, which this family has not: at least 4 parts of
+    1024 keys or more. Backward: deterministic under a mask, where blocks wait for their turns here, and sm80 has a
+    kernel of its own for dq.
     """
-    _, tile, num_jobs = forward(call.problem, call.options, call.number, call.chip)
-    return _parts.num_parts(call.problem, num_jobs, call.chip.multiprocessors, tile.block_m, 1024) >= 4
+    problem = call.problem
+    if backward:
+        return call.deterministic and not _shows_all(problem)
+    _, tile, num_jobs = forward(problem, call.options, call.number, call.chip)
+    return _parts.num_parts(problem, num_jobs, call.chip.multiprocessors, tile.block_m, 1024) >= 4
 
 
 def plan_forward(call: Call) -> Run:

@@ -225,6 +225,26 @@ def test_gradients_of_other_widths_are_padded(notebook: Notebook, head_dims: tup
     assert notebook.symbols[-2:] == [f"cuflash_bwd_sm90_bf16_{name}", f"cuflash_bwd_sm90_finish_bf16_{name}"]
 
 
+@pytest.mark.parametrize(
+    ("options", "family"),
+    [
+        ({}, "sm90"),
+        ({"causal": True}, "sm90"),
+        ({"deterministic": True}, "sm90"),
+        ({"deterministic": True, "causal": True}, "sm80"),
+        ({"deterministic": True, "window_size": (None, 5)}, "sm80"),
+        ({"deterministic": True, "causal": True, "kernel": "sm90"}, "sm90"),
+    ],
+    ids=str,
+)
+def test_which_family_computes_gradients_in_a_fixed_order(
+    notebook: Notebook, options: dict[str, Any], family: str
+) -> None:
+    """Under a mask the blocks of sm90 wait for their turns, and sm80 has a kernel for dq alone."""
+    backward(*arrays(256), **options)
+    assert notebook.symbols[-2].startswith(f"cuflash_bwd_{family}_")
+
+
 @pytest.mark.parametrize("name", [*"qkv", "dout"])
 def test_gradients_of_arrays_that_tma_cannot_read(notebook: Notebook, name: str) -> None:
     inputs = dict(zip(("q", "k", "v", "dout"), [*arrays(), arrays()[0]], strict=True))
