@@ -128,14 +128,22 @@ def reachable(arch: int) -> Iterator[Kernel]:
     yield from kernels_with_options(arch)
 
 
-def is_thorough(kernel: Kernel, arch: int) -> bool:
-    """Whether a kernel hardly differs from one that is compiled anyway.
+RARE_HEAD_DIMS = ("d32x32", "d96x96", "d192x192")
 
-    sm_89 has the tiles and registers of sm_86, float16 the code of bfloat16, one TF32 product less than that of three.
+
+def is_thorough(kernel: Kernel, arch: int) -> bool:
+    """Whether "auto" does not take a kernel on a chip, or it hardly differs from one that is compiled anyway.
+
+    sm_89 has the tiles and registers of sm_86; float16 the code of bfloat16, and one TF32 product less than that of
+    three, so that D 64 is enough.
     """
-    named = kernel.options is not None and bool(kernel.options.names)
-    like_another = "_f16" in kernel.symbol or "_tf32" in kernel.symbol
-    return arch == 89 or (arch not in (70, 75, 90) and like_another) or (arch == 100 and named)
+    if arch < 80:
+        return False
+    has_options = kernel.options is not None and bool(kernel.options.names)
+    by_name_alone = "wmma" in kernel.header and "f32" not in kernel.symbol and "dbias" not in kernel.header
+    like_another = ("_f16" in kernel.symbol or "_tf32" in kernel.symbol) and "d64x64" not in kernel.symbol
+    rare = (has_options and "sm90" not in kernel.header) or any(dims in kernel.symbol for dims in RARE_HEAD_DIMS)
+    return by_name_alone or like_another or arch == 89 or (rare and arch != 80)
 
 
 def cases() -> list[object]:
