@@ -72,8 +72,7 @@ struct ScoreGradients {
   }
 
   // dweights become gradients of the scores: slope_of(i) is the weight of element i times the slope of options. Those
-  // of hidden pairs are 0, or NaN where what they meet is not finite: a key's row
-  // then, or a query's column, or both.
+  // of hidden pairs are 0, or NaN where what they meet is not finite: a key's row then, or a query's column, or both.
   template <class SlopeOf>
   __device__ __forceinline__ void differentiate(Scores& dweights, const SlopeOf& slope_of,
                                                 const unsigned* survivors) const {
