@@ -193,7 +193,11 @@ def test_a_stride_of_zero_along_any_axis(ring: Ring, axis: int) -> None:
     arrays = AttentionProblem(*shapes, "float16").arrays(ring.xp)
     views = [ring.xp.broadcast_to(x[(slice(None),) * axis + (slice(1),)], x.shape) for x in arrays]
     assert all(x.strides[axis] == 0 for x in views)
-    ring.assert_same_bits(ring.attention(*views), ring.attention(*map(ring.xp.ascontiguousarray, views)))
+    out, lse = ring.attention(*views, return_lse=True)
+    if ring.may_take_tuned_kernels and axis == 3:  # TMA takes no such columns: another kernel computes this
+        assert_attention_accurate(*views, out, lse)
+    else:
+        ring.assert_same_bits(out, ring.attention(*map(ring.xp.ascontiguousarray, views)))
 
 
 def test_out_is_written_and_returned(ring: Ring) -> None:
