@@ -89,7 +89,7 @@ DBIAS_TILES: Tiles = {
     (4, 192): [(32, 32, 2, 1), (16, 16, 1, 1)],
     (4, 256): [(32, 32, 2, 1), (16, 16, 1, 1)],
 }
-DELTA_ROWS, DELTA_WARPS = 64, 8
+DELTA_ROWS, DELTA_WARPS = 64, 4
 SINKS_WARPS = 16
 
 # A lane learns the layout of fragments from 16 x 16 indices in rows of 24 floats (FragmentMap).

@@ -7,7 +7,7 @@
 namespace cuflash {
 
 // A block takes kNumRows rows of a head; a row takes as many lanes as it has pieces of 16 bytes, a power of two of
-// them.
+// them. A lane has pieces of kRowsAtOnce rows on their way at the same time: memory decides how long all takes.
 template <class Number, int kNumRows, int kNumWarps>
 struct BwdDelta {
   using Element = typename Number::Element;
@@ -16,6 +16,7 @@ struct BwdDelta {
   static constexpr int kNumThreads = 32 * kNumWarps;
   static constexpr int kSharedBytes = 0;
   static constexpr int kVector = Rows::kVector;
+  static constexpr int kRowsAtOnce = 4;
 
   struct Arrays {
     const Element *out, *dout;
@@ -23,49 +24,65 @@ struct BwdDelta {
     float* delta;
   };
 
-  // Rows know no sequences here: packed arrays count as one.
+  // Rows know no sequences here: packed arrays count as one. The same rows of all heads follow each other: they may be
+  // neighbours in memory.
   static __device__ __forceinline__ void run(const Arrays& arrays, const BwdParams& params) {
     const Problem& problem = params.problem;
-    const int num_m_blocks = ceil_div(problem.seqlen_q, kNumRows), first_row = blockIdx.x % num_m_blocks * kNumRows;
-    const int head = blockIdx.x / num_m_blocks % problem.num_heads;
-    const int batch = blockIdx.x / num_m_blocks / problem.num_heads;
+    const int num_m_blocks = ceil_div(problem.seqlen_q, kNumRows);
+    const int head = blockIdx.x % problem.num_heads;
+    const int first_row = blockIdx.x / problem.num_heads % num_m_blocks * kNumRows;
+    const int batch = blockIdx.x / problem.num_heads / num_m_blocks;
     const Rows out(arrays.out, params.out, batch, head, first_row, 1, problem.head_dim_v);
     const Rows dout(arrays.dout, params.dout, batch, head, first_row, 1, problem.head_dim_v);
     const Matrix<const float> dlse(arrays.dlse, params.dlse, batch, head, first_row);
     const Matrix<float> delta(arrays.delta, params.delta, batch, head, first_row);
     int lanes = 1;
     while (lanes < 32 && lanes * kVector < out.cols) lanes *= 2;
-    const int lane = threadIdx.x % lanes, end = smaller(kNumRows, problem.seqlen_q - first_row);
-    for (int first = 0; first < end; first += kNumThreads / lanes) {
-      const int row = first + threadIdx.x / lanes;
-      float sum = 0.0f;
-      if (row < end) {
-        for (int col = lane * kVector; col < out.cols; col += lanes * kVector) sum += product(out, dout, row, col);
+    const int lane = threadIdx.x % lanes, step = kNumThreads / lanes,
+              end = smaller(kNumRows, problem.seqlen_q - first_row);
+    for (int first = 0; first < end; first += kRowsAtOnce * step) {
+      const auto row = [&](int i) { return first + i * step + static_cast<int>(threadIdx.x) / lanes; };
+      int rows[kRowsAtOnce];  // those behind the end are the last one once more
+#pragma unroll
+      for (int i = 0; i < kRowsAtOnce; ++i) rows[i] = smaller(row(i), end - 1);
+      float sums[kRowsAtOnce] = {};
+      if (out.vectorized && dout.vectorized) {
+        for (int col = lane * kVector; col < out.cols; col += lanes * kVector) add_products(sums, out, dout, rows, col);
+      } else {
+        for (int col = lane; col < out.cols; col += lanes) {
+#pragma unroll
+          for (int i = 0; i < kRowsAtOnce; ++i)
+            sums[i] += to_float(*out.at(rows[i], col)) * to_float(*dout.at(rows[i], col));
+        }
       }
-      for (int distance = lanes / 2; distance > 0; distance /= 2) sum += __shfl_xor_sync(kFullMask, sum, distance);
-      if (lane == 0 && row < end) *delta.at(row, 0) = arrays.dlse == nullptr ? sum : sum - *dlse.at(row, 0);
+#pragma unroll
+      for (int i = 0; i < kRowsAtOnce; ++i) {
+        for (int distance = lanes / 2; distance > 0; distance /= 2) {
+          sums[i] += __shfl_xor_sync(kFullMask, sums[i], distance);
+        }
+        if (lane != 0 || row(i) >= end) continue;
+        *delta.at(row(i), 0) = arrays.dlse == nullptr ? sums[i] : sums[i] - *dlse.at(row(i), 0);
+      }
     }
   }
 
  private:
-  // Of 16 bytes of a row of both.
-  static __device__ __forceinline__ float product(const Rows& out, const Rows& dout, int row, int col) {
-    alignas(16) Element x[kVector], y[kVector];
-    if (out.vectorized && dout.vectorized) {
-      *reinterpret_cast<uint4*>(x) = *reinterpret_cast<const uint4*>(out.at(row, col));
-      *reinterpret_cast<uint4*>(y) = *reinterpret_cast<const uint4*>(dout.at(row, col));
-    } else {
+  // Adds what 16 bytes of each row contribute.
+  static __device__ __forceinline__ void add_products(float (&sums)[kRowsAtOnce], const Rows& out, const Rows& dout,
+                                                      const int (&rows)[kRowsAtOnce], int col) {
+    struct alignas(16) Piece {
+      Element x[kVector];
+    } x[kRowsAtOnce], y[kRowsAtOnce];
 #pragma unroll
-      for (int i = 0; i < kVector; ++i) {
-        const bool inside = col + i < out.cols;
-        x[i] = inside ? *out.at(row, col + i) : from_float<Element>(0.0f);
-        y[i] = inside ? *dout.at(row, col + i) : from_float<Element>(0.0f);
-      }
+    for (int i = 0; i < kRowsAtOnce; ++i) {
+      *reinterpret_cast<uint4*>(x + i) = *reinterpret_cast<const uint4*>(out.at(rows[i], col));
+      *reinterpret_cast<uint4*>(y + i) = *reinterpret_cast<const uint4*>(dout.at(rows[i], col));
     }
-    float sum = 0.0f;
 #pragma unroll
-    for (int i = 0; i < kVector; ++i) sum += to_float(x[i]) * to_float(y[i]);
-    return sum;
+    for (int i = 0; i < kRowsAtOnce; ++i) {
+#pragma unroll
+      for (int j = 0; j < kVector; ++j) sums[i] += to_float(x[i].x[j]) * to_float(y[i].x[j]);
+    }
   }
 };
 
