@@ -47,8 +47,8 @@ struct HeadTile {
 
   // With tiles of keys, of long sequences fewer: all blocks that work on a head add to the same sums.
   static __device__ __forceinline__ int group_of_keys(int num_tiles, bool alike) {
-    const int jobs = alike ? 2 * num_tiles : num_tiles;
-    return jobs < 128 ? group(num_tiles) : jobs < 256 ? 4 : 2;
+    if (num_tiles >= (alike ? 128 : 256)) return 2;
+    return num_tiles >= (alike ? 32 : 128) ? 4 : group(num_tiles);
   }
 };
 
