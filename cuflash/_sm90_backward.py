@@ -42,7 +42,8 @@ TILES: dict[tuple[int, int], tuple[Tile, ...]] = {
     (192, 192): (Tile(64, 64, 2, 2), Tile(64, 64, 1, 2)),
     (256, 256): (Tile(64, 64, 1, 2), Tile(64, 64, 1, 1)),
 }
-HUNGRY = {"softcap", "mod", "dropout", "bias"}  # options for which 128 queries are too many
+HUNGRY = {"softcap", "mod", "dropout", "bias"}  # options for which tiles of 128 queries are too many
+SHORT = 512  # queries for which they are too many: a job has few tiles, and works on none while the first arrives
 
 
 def why_not(problem: Problem, options: Options, chip: Chip) -> str | None:
@@ -79,7 +80,7 @@ def _tile(problem: Problem, options: Options, chip: Chip) -> Tile | None:
             for tile in TILES[dims]
             if options.allows_tile(*tile[:2])
             and _shared_bytes(dims, tile, options) <= chip.shared_memory
-            and (tile.block_m == 64 or not HUNGRY.intersection(options.names))
+            and (tile.block_m == 64 or not (HUNGRY.intersection(options.names) or problem.seqlen_q <= SHORT))
         ),
         None,
     )

@@ -88,8 +88,8 @@ struct BwdSm90 {
         Options here = options;
         here.enter(sequence, walk.head);
         const Pairs<Options> pairs = {here, band, problem.softmax_scale};
-        Scores dscores;  // at first the gradients of the weights
-        Factor weights, factor;
+        Scores dweights;
+        Factor weights;
         GradQ dq;
         unsigned survivors[Gradients::kSurvivorWords];
 
@@ -99,7 +99,7 @@ struct BwdSm90 {
         }
         ptx::wgmma_wait<0>();
         rings.dout.wait_full(at);
-        start_product_along<kHeadDimV>(dscores, v, 64 * consumer, shared.dout[stage]);
+        start_product_along<kHeadDimV>(dweights, v, 64 * consumer, shared.dout[stage]);
         if constexpr (Block::kLoadsPairs) rings.pairs.wait_full(pairs_at);
         here.template look_at<kBlockM, kBlockN>(shared.pairs[pairs_at.stage()].memory, first_query, job.tile * kBlockN);
         const bool all_visible =
@@ -116,15 +116,13 @@ struct BwdSm90 {
         }
         start_adding_across(dv, weights, shared.dout[stage]);
         ptx::wgmma_wait<1>();
-        gradients.differentiate(
-            dscores, [&](int i) { return Gradients::kPlainWeights ? weights.at(i) : scores.x[i]; }, survivors);
-        factor.round(dscores);
+        const Factor dscores = gradients.differentiate(dweights, Gradients::slopes(scores, weights), survivors);
         typename Block::TileDs& ds = shared.ds[at.count() % 2];
-        ds.store(factor, 64 * consumer + 16 * warp);
+        ds.store(dscores, 64 * consumer + 16 * warp);
         ptx::async_proxy_fence();
         ptx::named_barrier_sync(kDsIsThere, 256);
         start_product_across(dq, ds, Sums::Layout::first_query(consumer), k, Sums::Layout::first_col(consumer));
-        start_adding_across(dk, factor, shared.q[stage]);
+        start_adding_across(dk, dscores, shared.q[stage]);
         const auto sums_here = [&] { return Sums(arrays.dq_sums, arrays.turns, problem, job, band, walk, consumer); };
         if constexpr (kDeterministic) sums_here().await_turn();
 

@@ -162,9 +162,7 @@ struct BwdSm90Wide {
           rings.q.wait_full(at);
           ptx::named_barrier_sync(kSlopesAreThere, 256);
           const Factor slopes = shared.slopes.load();
-          gradients.differentiate(scores, [&](int i) { return slopes.at(i); }, survivors);
-          Factor dscores;
-          dscores.round(scores);
+          const Factor dscores = gradients.differentiate(scores, slopes, survivors);
           tiles.ds[0].store(dscores, warp_row);
           ptx::async_proxy_fence();
           ptx::named_barrier_sync(kDsIsThere, 256);
