@@ -9,6 +9,7 @@ from typing import Any, Literal, Protocol
 from . import _fa1, _naive, _sm80, _sm90, _wmma
 from ._call import Call, Run
 from ._device import Array, Chip, Device
+from ._heads_as_rows import heads_as_rows
 from ._kernel import find_blocks
 from ._options import Options
 from ._problem import BLOCK_SIZE, Mod, Operand, Problem, ceil_div
@@ -87,7 +88,7 @@ class LaunchBackend:
 
     def plan_forward(self, problem: Problem, kernel_name: str, operands: Mapping[str, Operand]) -> Run:
         """A function of (q, k, v, out, lse or None) and the arrays of the options that computes out and lse."""
-        call = self._call(problem, operands)
+        call = self._call(*heads_as_rows(problem, operands))
         return FAMILIES[self.family_name(call, kernel_name)].plan_forward(call)
 
     def plan_backward(

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PYTHON_LAYERS = [
     {"_problem", "_device"},
     {"_cublas", "_driver"},
-    {"_params", "_checks", "_jit", "_dual"},
+    {"_params", "_checks", "_heads_as_rows", "_jit", "_dual"},
     {"_check_mods", "_check_options"},
     {"_dropout"},
     {"_numpy_pairs"},
