@@ -47,9 +47,9 @@ PACKED = [
     PackedProblem((70, 33), (70, 40), (5, 40), head_dims=(64, 32), dtype="bfloat16", sinks="float32", dropout_p=0.2),
 ]
 
-# For the family sm90: more jobs than multiprocessors, several tiles of keys, and every kind of pairs.
+# For each tuned family: more jobs than multiprocessors, several tiles of keys, and every kind of pairs.
 LONG = {head_dim: ((64, 300, head_dim), (32, 400, head_dim), (32, 400, head_dim)) for head_dim in (64, 128)}
-HOPPER = [
+LARGE = [
     AttentionProblem(*LONG[64], "bfloat16", causal=True),
     AttentionProblem(*LONG[128], "float16", causal=True),
     AttentionProblem((4, 300, 256), (4, 400, 256), (4, 400, 256), "bfloat16", causal=True),
@@ -61,7 +61,7 @@ HOPPER = [
     AttentionProblem((2, 300, 128), (1, 400, 128), (1, 400, 128), "bfloat16", causal=True, dropout_p=0.2),
     AttentionProblem((2, 300, 64), (2, 300, 64), (2, 300, 64), "float16", mask_mod="document", block_mask=True),
 ]  # fmt: skip
-HOPPER_PACKED = [
+LARGE_PACKED = [
     PackedProblem(
         (30, 0, 300, 129), (90, 5, 400, 260), heads=(4, 2), head_dims=(head_dim, head_dim), tails=(7, 9),
         dtype="bfloat16", causal=True,
@@ -70,8 +70,8 @@ HOPPER_PACKED = [
 ]  # fmt: skip
 
 
-def check_sm90(problem: AttentionProblem | PackedProblem, *, poison: bool = False) -> None:
-    """Run kernel="sm90" forward and backward, in any order and in a fixed one.
+def check(kernel: str, problem: AttentionProblem | PackedProblem, *, poison: bool = False) -> None:
+    """Run a family forward and backward, in any order and in a fixed one.
 
     With NaN in a value that only the last rows of a causal problem see, if asked for.
     """
@@ -84,21 +84,21 @@ def check_sm90(problem: AttentionProblem | PackedProblem, *, poison: bool = Fals
     backward = cuflash.attention_varlen_backward if packed else cuflash.attention_backward
     assert_forward = assert_attention_varlen_accurate if packed else assert_attention_accurate
     assert_backward = assert_gradients_varlen_accurate if packed else assert_gradients_accurate
-    out, lse = forward(q, k, v, *cu_seqlens, kernel="sm90", return_lse=True, **options)
+    out, lse = forward(q, k, v, *cu_seqlens, kernel=kernel, return_lse=True, **options)
     assert_forward(q, k, v, *cu_seqlens, out, lse, **problem.options)
     for deterministic in (False, True):
         arrays = dout, q, k, v, out, lse, *cu_seqlens
-        gradients = backward(*arrays, kernel="sm90", deterministic=deterministic, **options)
+        gradients = backward(*arrays, kernel=kernel, deterministic=deterministic, **options)
         assert_backward(dout, q, k, v, *cu_seqlens, *gradients, **problem.options)
 
 
-def check_hopper() -> int:
-    """Run the problems of the family sm90, and count them."""
-    for problem in (*HOPPER, *HOPPER_PACKED):
-        check_sm90(problem)
-    for problem in HOPPER[:2]:
-        check_sm90(problem, poison=True)
-    return len(HOPPER) + len(HOPPER_PACKED) + 2
+def check_family(kernel: str) -> None:
+    """Run the large problems on a tuned family."""
+    for problem in (*LARGE, *LARGE_PACKED):
+        check(kernel, problem)
+    for problem in LARGE[:2]:
+        check(kernel, problem, poison=True)
+    print(f"{len(LARGE) + len(LARGE_PACKED) + 2} problems on the family {kernel}, forward and backward: right")
 
 
 def main() -> None:
@@ -121,8 +121,10 @@ def main() -> None:
         assert_attention_varlen_accurate(*inputs, out, lse, **packed.options)
         assert_gradients_varlen_accurate(dout, *inputs, *vjp(dout), **packed.options)
     print(f"{len(PROBLEMS) + len(VARIANTS) + len(PACKED)} problems, forward and backward: right")
-    if cupy.cuda.Device().compute_capability == "90":
-        print(f"{check_hopper()} problems on the family sm90, forward and backward: right")
+    capability = int(cupy.cuda.Device().compute_capability)
+    for kernel, able in (("sm80", capability >= 80), ("sm90", capability == 90)):
+        if able:
+            check_family(kernel)
 
 
 if __name__ == "__main__":

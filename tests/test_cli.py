@@ -1035,10 +1035,12 @@ class _Tuned(_Recorder):
         self.fastest, self.launched = fastest, None
 
     def load(self, kernel):
-        arguments = re.search(r"cuflash::Fwd\w+<(.*)>;", kernel.code)[1].split(", ")[4:]
+        arguments = re.search(r"cuflash::\w+<(.*)>;", kernel.code)[1].split(", ")[4:]
+        tile = tuple(int(argument) for argument in arguments if argument not in ("true", "false"))
 
         def launch(*_):
-            self.launched = tuple(map(int, arguments))
+            if "Finish" not in kernel.code and "Delta" not in kernel.code:
+                self.launched = tile
 
         return launch
 
@@ -1047,8 +1049,9 @@ class TestTune:
     def test_lists_what_fits_a_gpu(self, capsys):
         assert main(["tune", "--arch", "sm_90", "--head-dim", "128"]) == 0
         rows = [line.split() for line in capsys.readouterr().out.splitlines()]
-        in_use = {row[0]: row for row in rows if row[-2:] == ["full,", "causal"]}
+        in_use = {row[0]: row for row in rows if row[-2:] == ["full,", "causal"] and row[1] != "backward"}
         assert set(in_use) == {"sm90", "sm80", "wmma"}
+        assert sum(row[1:2] == ["backward"] for row in rows) > 10
         assert in_use["sm90"][1:7] == [str(number) for number in _sm90.TILES[128, 128][0]]
         assert sum(row[:1] == ["sm90"] for row in rows) > 10
 
@@ -1058,7 +1061,8 @@ class TestTune:
     def test_lists_the_families_of_a_gpu(self, arch, families_):
         (chip,) = (chip for chip in families.known_chips() if chip.arch == arch)
         table = tune.listed(chip, "bfloat16", 64)
-        assert {row[0] for row in table.rows} == families_
+        assert {row[0] for row in table.rows if "backward" not in row[0]} == families_
+        assert {row[0].split()[0] for row in table.rows if "backward" in row[0]} == families_ - {"wmma"}
         assert all(float(row[2]) <= chip.shared_memory / 1024 for row in table.rows)
 
     def test_the_tiles_of_sm80_are_among_its_candidates(self):
@@ -1066,6 +1070,10 @@ class TestTune:
             problem = Problem("bfloat16", 1, 1, 1, 4096, 4096, dim, dim_v, 1.0)
             chip = Chip("chip", (8, 0), kib * 1024)
             assert set(tiles) <= set(tune._sm80_candidates(problem, chip))
+        for (dim, dim_v, kib), tiles in _sm80.DKDV_TILES.items():
+            problem = Problem("bfloat16", 1, 1, 1, 4096, 4096, dim, dim_v, 1.0)
+            chip = Chip("chip", (8, 0), kib * 1024)
+            assert {(*tile[:-1], 1) for tile in tiles} <= set(tune._sm80_backward_candidates(problem, chip))
 
     def test_without_a_gpu_it_says_so(self, monkeypatch, capsys):
         monkeypatch.setitem(sys.modules, "cuflash._cli.bench.gpu", None)
@@ -1077,6 +1085,14 @@ class TestTune:
         [
             ((128, 64, 1, 4, 4, 1), "sm90, D 128, causal: 128 64 1 4 4 1 instead of 128 128 2 2 2 1, 100 % faster"),
             ((64, 64, 4), "wmma, D 128, full: 64 64 4 instead of 128 64 4, 100 % faster"),
+            (
+                (64, 128, 1, 2, 1),
+                "sm90 backward, D 128, causal: 64 128 1 2 1 instead of 64 128 2 2 1, 100 % faster",
+            ),
+            (
+                (64, 64, 8, 2, 1, 1, 1),
+                "sm80 backward, D 128, full: 64 64 8 2 1 1 1 instead of 128 128 8 2 2 1 1, 100 % faster",
+            ),
         ],
     )
     def test_shows_what_it_would_change_and_changes_nothing(self, monkeypatch, fastest, change):

@@ -10,10 +10,10 @@ from functools import partial
 from itertools import islice, product
 from typing import Any
 
-from cuflash import _sm80, _sm90, _wmma
+from cuflash import _sm80, _sm90, _sm90_backward, _wmma
 from cuflash._call import Call
 from cuflash._cli import console
-from cuflash._cli.bench.cells import TOKENS, WIDTH, Cell, flops
+from cuflash._cli.bench.cells import TOKENS, WIDTH, Cell, Op, flops
 from cuflash._cli.bench.contenders import prepare
 from cuflash._cli.bench.timing import Contender, Spread, describe, measure_in_turn
 from cuflash._cli.families import known_chips
@@ -32,18 +32,20 @@ Tile = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Family:
-    """A family of kernels whose forward tiles stand in a table.
+    """A family of kernels, forward or backward, whose tiles stand in a table.
 
     Parameters
     ----------
     name : str
         Its name.
+    op : {"forward", "backward"}
+        What the kernels compute.
     table : dict
         The tiles; who asks for a kernel gets the first that suits.
     key : callable
         ``key(problem, number, chip)``: the entry of the table that is looked up first.
-    forward : callable
-        ``forward(problem, options, number, chip)``: the kernel, and more.
+    made : callable
+        ``made(problem, options, number, chip)``: the kernel, and more.
     candidates : callable
         ``candidates(problem, chip)``: tiles that might be fast; not all fit.
     make : callable
@@ -51,18 +53,27 @@ class Family:
     """
 
     name: str
+    op: Op
     table: dict[Any, Any]
     key: Callable[[Problem, str, Chip], tuple[int, ...]]
-    forward: Callable[..., tuple[Any, ...]]
+    made: Callable[..., tuple[Any, ...]]
     candidates: Callable[[Problem, Chip], Iterator[Tile]]
     make: Callable[[Iterable[int]], Tile]
 
+    @property
+    def label(self) -> str:
+        return self.name if self.op == "forward" else f"{self.name} {self.op}"
+
     def kernel(self, problem: Problem, chip: Chip) -> Kernel | None:
         """The kernel that a plain call takes, or None if there is none."""
-        if FAMILIES[self.name].why_not(problem, problem.dtype, chip) is not None:
+        family = FAMILIES[self.name]
+        reason = family.why_not(problem, problem.dtype, chip)
+        if self.op == "backward":
+            reason = reason or family.why_no_backward(problem, chip)
+        if reason is not None:
             return None
         try:
-            kernel: Kernel = self.forward(problem, PLAIN, problem.dtype, chip)[0]
+            kernel: Kernel = self.made(problem, PLAIN, problem.dtype, chip)[0]
         except NotImplementedError:
             return None
         return kernel
@@ -95,7 +106,7 @@ class Family:
 
 def tile_of(kernel: Kernel) -> Tile:
     """The template arguments behind the number, the options and the two head dimensions."""
-    return tuple(int(argument) for argument in kernel.arguments[4:])
+    return tuple(int(argument) for argument in kernel.arguments[4:] if argument not in ("true", "false"))
 
 
 def _sm90_candidates(problem: Problem, chip: Chip) -> Iterator[Tile]:
@@ -110,6 +121,14 @@ def _sm90_candidates(problem: Problem, chip: Chip) -> Iterator[Tile]:
         yield from islice(fitting, 1)
 
 
+def _sm90_backward_candidates(problem: Problem, chip: Chip) -> Iterator[Tile]:
+    """64 keys a consumer, or beyond 128 columns 64 for both; places are powers of two."""
+    dims = _sm90_backward._dims(problem)
+    block_n = 128 if dims[0] <= 128 else 64
+    for block_m, stages_kv, stages in product((64, 128) if dims[0] <= 64 else (64,), (1, 2), (1, 2, 4)):
+        yield block_m, block_n, stages_kv, stages, 1
+
+
 def _sm80_candidates(problem: Problem, chip: Chip) -> Iterator[Tile]:
     """As many keys as the registers of a warp's 16, 32 or 48 rows allow, beside the output, and Q if it stays there."""
     dim, dim_v = padded_head_dims(problem)
@@ -118,6 +137,24 @@ def _sm80_candidates(problem: Problem, chip: Chip) -> Iterator[Tile]:
     for (block_m, warps, block_n), (stages, keeps_q) in product(shapes, ((1, 0), (2, 0), (1, 1), (2, 1), (3, 0))):
         if block_m // warps // 16 * (block_n + dim_v + keeps_q * dim // 2) // 2 <= 210:
             yield block_m, block_n, warps, stages, keeps_q
+
+
+def _sm80_backward_candidates(problem: Problem, chip: Chip) -> Iterator[Tile]:
+    """As many keys as registers allow: a warp holds their dK and dV, or a part of the columns, beside scores."""
+    dim, dim_v = padded_head_dims(problem)
+    shapes = product((32, 64, 128), (32, 64, 128), (4, 8), (1, 2, 4), (1, 2, 4), (1, 2))
+    for block_m, block_n, warps, splits, parts, stages in shapes:
+        keys, queries, cols = (
+            block_n * splits // warps,
+            block_m // (splits * parts),
+            (dim + dim_v) // splits,
+        )  # of a warp
+        works = (
+            keys in (16, 32) and queries in (16, 32, 64) and block_m <= 32 * warps and min(dim, dim_v) // splits >= 32
+        )
+        worth_it = (queries > 16 or parts == 1) and (cols >= 128 or splits == 1)
+        if works and worth_it and keys * (cols + 2 * queries) <= 220 * 32:
+            yield block_m, block_n, warps, splits, parts, stages, 1
 
 
 def _sm80_key(problem: Problem, number: str, chip: Chip) -> tuple[int, ...]:
@@ -133,20 +170,38 @@ def _wmma_key(problem: Problem, number: str, chip: Chip) -> tuple[int, ...]:
     return NUMBERS[number][2], padded_head_dims(problem)[0], chip.capability[0]
 
 
+def _sm80_backward_key(problem: Problem, number: str, chip: Chip) -> tuple[int, ...]:
+    return _sm80.tile_class(_sm80.DKDV_TILES, problem, chip)
+
+
+def _sm90_key(problem: Problem, number: str, chip: Chip) -> tuple[int, ...]:
+    return _sm90._dims(problem)
+
+
+def _sm90_backward_key(problem: Problem, number: str, chip: Chip) -> tuple[int, ...]:
+    return _sm90_backward._dims(problem)
+
+
 TUNED = (
+    Family("sm90", "forward", _sm90.TILES, _sm90_key, _sm90.forward, _sm90_candidates, _sm90.Tile._make),
+    Family("sm80", "forward", _sm80.FORWARD_TILES, _sm80_key, _sm80.forward, _sm80_candidates, _sm80.Tile._make),
+    Family("wmma", "forward", _wmma.FORWARD_TILES, _wmma_key, _wmma.forward, _wmma_candidates, tuple),
     Family(
-        "sm90", _sm90.TILES, lambda problem, *_: _sm90._dims(problem), _sm90.forward, _sm90_candidates, _sm90.Tile._make
+        "sm90", "backward", _sm90_backward.TILES, _sm90_backward_key, _sm90_backward.kernels,
+        _sm90_backward_candidates, _sm90_backward.Tile._make,
     ),
-    Family("sm80", _sm80.FORWARD_TILES, _sm80_key, _sm80.forward, _sm80_candidates, _sm80.Tile._make),
-    Family("wmma", _wmma.FORWARD_TILES, _wmma_key, _wmma.forward, _wmma_candidates, tuple),
-)
+    Family(
+        "sm80", "backward", _sm80.DKDV_TILES, _sm80_backward_key, _sm80.backward,
+        _sm80_backward_candidates, _sm80.DkDvTile._make,
+    ),
+)  # fmt: skip
 
 
 def add_parser(commands: Any) -> None:
     parser: argparse.ArgumentParser = commands.add_parser(
         "tune",
         help="measure the tiles that kernels might have",
-        description="Measure the tiles that forward kernels might have on plain calls, and show what would change.",
+        description="Measure the tiles that kernels might have on plain calls, and show what would change.",
     )
     parser.add_argument("--head-dim", nargs="+", type=int, default=[64, 128, 256], help="default: 64 128 256")
     parser.add_argument("--dtype", choices=("float16", "bfloat16"), default="bfloat16")
@@ -198,7 +253,7 @@ def listed(chip: Chip, dtype: str, head_dim: int) -> console.Table:
         in_use = {name: family.kernel(problem, chip) for name, problem in problems.items()}
         for tile, kernel in family.fitting(problems["full"], chip).items():
             users = ", ".join(name for name, used in in_use.items() if used is not None and tile_of(used) == tile)
-            rows.append([family.name, _text(tile), f"{kernel.shared_bytes / 1024:.0f}", users])
+            rows.append([family.label, _text(tile), f"{kernel.shared_bytes / 1024:.0f}", users])
     return console.Table(f"D {head_dim}, {chip.arch}", ["family", "tile", "shared KiB", "in use"], rows)
 
 
@@ -210,24 +265,23 @@ def measured(machine: Any, dtype: str, head_dim: int) -> tuple[console.Table, li
         cell = cell_of(head_dim, causal, dtype)
         problem = problem_of(cell)
         tiles = list(family.fitting(problem, machine.device.chip))
-        inputs = [machine.normal(cell.shape, dtype, seed) for seed in range(3)]
-        arrays = (*inputs, machine.device.empty(cell.shape, inputs[0].dtype))
-        ready, _ = prepare({_text(tile): partial(_call, machine, family, tile, problem, arrays) for tile in tiles})
+        inputs = [machine.normal(cell.shape, dtype, seed) for seed in range(4)]
+        ready, _ = prepare({_text(tile): partial(_call, machine, family, tile, problem, inputs) for tile in tiles})
         found = measure_in_turn(ready, machine.sample, rounds=3, round_ms=20)
         rates = {
-            tile: flops("forward", cell) / spread.median / 1e9
+            tile: flops(family.op, cell) / spread.median / 1e9
             for tile in tiles
             if isinstance(spread := found.get(_text(tile)), Spread)  # not all tiles compile
         }
         for tile, rate in rates.items():
             mark = " *" if tile == tiles[0] else ""
-            speeds.setdefault((family.name, tile), {})[mask] = f"{rate:.0f}{mark}"
+            speeds.setdefault((family.label, tile), {})[mask] = f"{rate:.0f}{mark}"
         if tiles and tiles[0] in rates:
             best = max(rates, key=lambda tile: rates[tile])
             gain = rates[best] / rates[tiles[0]]
             if gain > WORTH_IT:
                 changes.append(
-                    f"{family.name}, D {head_dim}, {mask}: {_text(best)} instead of {_text(tiles[0])}, "
+                    f"{family.label}, D {head_dim}, {mask}: {_text(best)} instead of {_text(tiles[0])}, "
                     f"{100 * (gain - 1):.0f} % faster"
                 )
         machine.release()
@@ -236,14 +290,26 @@ def measured(machine: Any, dtype: str, head_dim: int) -> tuple[console.Table, li
     return console.Table(title, ["family", "tile", *MASKS], rows), changes
 
 
-def _call(machine: Any, family: Family, tile: Tile, problem: Problem, arrays: tuple[Any, ...]) -> Contender:
-    """A forward call with this tile, on q, k, v and out."""
-    out = arrays[-1]
-    strides = tuple(stride // out.dtype.itemsize for stride in out.strides)
-    operands = dict.fromkeys(("q", "k", "v", "out"), Operand.of(out.shape, strides, dtype=problem.dtype))
-    with family.only(tile, problem, machine.device.chip):
-        planned = FAMILIES[family.name].plan_forward(Call(machine.device, problem.dtype, problem, operands, PLAIN))
-    return Contender(partial(planned, *arrays, None))
+def _call(machine: Any, family: Family, tile: Tile, problem: Problem, inputs: list[Any]) -> Contender:
+    """A call with this tile, on q, k, v and dout."""
+    q, k, v, dout = inputs
+    device, strides = machine.device, tuple(stride // q.dtype.itemsize for stride in q.strides)
+    names = ("q", "k", "v", "out", "dout", "dq", "dk", "dv")
+    call = Call(
+        device,
+        problem.dtype,
+        problem,
+        dict.fromkeys(names, Operand.of(q.shape, strides, dtype=problem.dtype)),
+        PLAIN,
+    )
+    out, lse = device.empty(q.shape, q.dtype), device.empty(q.shape[:3], "float32")
+    with family.only(tile, problem, device.chip):
+        if family.op == "forward":
+            return Contender(partial(FAMILIES[family.name].plan_forward(call), q, k, v, out, None))
+        backward = FAMILIES[family.name].plan_backward(call)
+    lse[...] = 0  # any numbers do: no time depends on them
+    gradients = [device.empty(q.shape, q.dtype) for _ in range(3)]
+    return Contender(partial(backward, dout, q, k, v, dout, lse, *gradients))
 
 
 def _text(tile: Tile) -> str:
