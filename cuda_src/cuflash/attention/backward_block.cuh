@@ -49,7 +49,7 @@ struct BackwardBlock {
   using RingPairs = Pipeline<kStagesPairs, true>;
   using Jobs = JobRing<2 * kStagesKv, true>;
   // In a fixed order everybody waits for the turn of each tile: none may be left out.
-  using Walk = QueryWalk<kBlockM, kBlockN, Options, Options::kSkipsBlocks && !kDeterministic>;
+  using Walk = QueryWalk<kBlockM, kBlockN, Options, Options::kSkipsBlocks && !kDeterministic, kDeterministic>;
 
   // Arrays of pairs, which two warps copy ahead of the consumers; and whether those have anything to do.
   static constexpr int kPairBytes = Options::template kTileBytes<kBlockM, kBlockN>;

@@ -6,11 +6,14 @@
 namespace cuflash {
 
 // Goes through those of one query head of the group after another, without the ones that options hide altogether.
-template <int kBlockM, int kBlockN, class Options, bool kSkips>
+// Blocks of threads that have the same heads to go through keep step: were they at the same queries, they would add to
+// the same sums at the same time. So each begins beside its own keys, unless the sums have an order.
+template <int kBlockM, int kBlockN, class Options, bool kSkips, bool kInOrder>
 struct QueryWalk {
   const Options& options;
   const Job& job;
   int begin, end;  // blocks of queries that see some of the keys, as far as the band is concerned
+  int start;       // that with which each head begins
   int last_head;
   int head, block;  // at hand
 
@@ -22,7 +25,8 @@ struct QueryWalk {
     end = queries.begin < queries.end ? uniform(ceil_div(queries.end, kBlockM)) : begin;
     last_head = job.head * group + group - 1;
     head = begin < end ? job.head * group : last_head + 1;
-    block = begin;
+    const int beside = smaller(job.tile * kBlockN / kBlockM, end - 1);
+    block = start = !kInOrder && group > 1 ? uniform(larger(beside, begin)) : begin;
     skip();
   }
 
@@ -35,9 +39,8 @@ struct QueryWalk {
 
  private:
   __device__ __forceinline__ void step() {
-    if (++block < end) return;
-    block = begin;
-    ++head;
+    if (++block == end) block = begin;
+    if (block == start) ++head;
   }
 
   __device__ __forceinline__ void skip() {
