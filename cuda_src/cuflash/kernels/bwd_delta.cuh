@@ -46,13 +46,17 @@ struct BwdDelta {
 #pragma unroll
       for (int i = 0; i < kRowsAtOnce; ++i) rows[i] = smaller(row(i), end - 1);
       float sums[kRowsAtOnce] = {};
-      if (out.vectorized && dout.vectorized) {
-        for (int col = lane * kVector; col < out.cols; col += lanes * kVector) add_products(sums, out, dout, rows, col);
-      } else {
-        for (int col = lane; col < out.cols; col += lanes) {
+      for (int col = lane * kVector; col < out.cols; col += lanes * kVector) {
+        if (out.vectorized && dout.vectorized) {
+          add_products(sums, out, dout, rows, col);
+          continue;
+        }
+        const int end_col = smaller(col + kVector, out.cols);  // the same columns, so that sums are the same bits
+#pragma unroll 1
+        for (int j = col; j < end_col; ++j) {
 #pragma unroll
           for (int i = 0; i < kRowsAtOnce; ++i)
-            sums[i] += to_float(*out.at(rows[i], col)) * to_float(*dout.at(rows[i], col));
+            sums[i] += to_float(*out.at(rows[i], j)) * to_float(*dout.at(rows[i], j));
         }
       }
 #pragma unroll
