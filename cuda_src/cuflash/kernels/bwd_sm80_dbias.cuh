@@ -1,0 +1,248 @@
+// FlashAttention-2 backward on mma.sync: the gradient of an additive bias, summed over the axes along which it was
+// broadcast.
+#pragma once
+
+#include <cuflash/attention/bias_walk.cuh>
+#include <cuflash/attention/register_gradient.cuh>
+#include <cuflash/common/shared_memory.cuh>
+#include <cuflash/tile/mma_product.cuh>
+#include <cuflash/tile/row_store.cuh>
+
+namespace cuflash {
+
+// A block owns a tile of the gradient (BiasWalk). kSplits warps share the same rows of it, each has a part of the
+// columns: a warp's sums, scores and gradients of weights are all there is in registers, whatever the head dimensions.
+// Those come in panels of kPanel columns of Q, K, dO and V, through a ring of stages: kStages - 1 of them are on their
+// way. One thread walks, ahead of all, and writes down for the others where the tiles of pairs come from.
+template <class Number, class Options, int kHeadDim, int kHeadDimV, int kBlockM, int kBlockN, int kNumWarps,
+          int kSplits, int kPanel, int kStages>
+struct BwdSm80Dbias {
+  using Element = typename Number::Element;
+  using Bias = typename Options::Bias;
+  using Walk = BiasWalk<kBlockM, kBlockN>;
+  using Step = typename Walk::Step;
+
+  static constexpr int kNumThreads = 32 * kNumWarps;
+  static constexpr int kWarpM = kBlockM / (kNumWarps / kSplits), kWarpN = kBlockN / kSplits;
+  static constexpr int kTilesM = kWarpM / 16;
+  static constexpr int kPanelsQ = kHeadDim / kPanel, kPanelsV = kHeadDimV / kPanel;
+  static constexpr int kPanels = larger(kPanelsQ, kPanelsV);
+
+  using Scores = WarpgroupTile<kWarpN>;
+  using Gradients = GradientTile<Options, false, BiasPairs>;
+
+  struct Arrays {
+    const Element *q, *k, *v, *dout;
+    const float *lse, *delta;
+    Bias* dbias;
+  };
+
+  // A tile of pairs: which one it is, and where it comes from.
+  struct Tile {
+    Step step;
+    int head_kv;
+    bool exists;     // or the walk is done
+    bool new_pairs;  // arrays of pairs are not those of the tile before
+    const Element *q, *k, *v, *dout;
+    RowStatistics rows;
+
+    __device__ __forceinline__ Tile(const Arrays& arrays, const DbiasParams& params, const Step& step, int head_kv,
+                                    bool exists, bool new_pairs)
+        : step(step),
+          head_kv(head_kv),
+          exists(exists),
+          new_pairs(new_pairs),
+          q(arrays.q + step.batch * params.q.batch + step.head * params.q.head),
+          k(arrays.k + step.batch * params.k.batch + head_kv * params.k.head),
+          v(arrays.v + step.batch * params.v.batch + head_kv * params.v.head),
+          dout(arrays.dout + step.batch * params.dout.batch + step.head * params.dout.head),
+          rows(arrays.lse, arrays.delta, params, BatchedSequences::sequence(params.problem, step.batch), step.head) {}
+  };
+  // A panel; the last one of a tile has the statistics of its rows as well.
+  struct Stage {
+    LdmatrixTile<Element, kBlockM, kPanel> q, dout;
+    LdmatrixTile<Element, kBlockN, kPanel> k, v;
+    float lse[kBlockM], delta[kBlockM];
+  };
+  // The tiles after the one at hand of which panels may be on their way. One more is written down meanwhile.
+  static constexpr int kAhead = 1 + (kStages - 2) / kPanels, kTiles = kAhead + 2;
+  static constexpr int kPairBytes = Options::template kTileBytes<kBlockM, kBlockN>;
+  struct Shared {
+    Stage stages[kStages];
+    alignas(16) unsigned char pairs[larger(kPairBytes, 16)];
+    Tile tiles[kTiles];
+    Walk walk;
+  };
+  // Without the padding at the end of the struct.
+  static constexpr int kSharedBytes = larger(
+      kStages * sizeof(Stage) + sizeof(Shared::pairs) + kTiles * sizeof(Tile) + sizeof(Walk), Walk::kSumBytes);
+
+  static_assert(kNumWarps % kSplits == 0 && kBlockM % (16 * (kNumWarps / kSplits)) == 0 && kWarpN % 32 == 0);
+  static_assert(kHeadDim % kPanel == 0 && kHeadDimV % kPanel == 0 && kStages >= 2);
+  static_assert(kBlockM <= kNumThreads, "one thread fetches the statistics of one row");
+
+  static __device__ __forceinline__ void run(const Arrays& arrays, const DbiasParams& params, const Options& options) {
+    const Problem& problem = params.problem;
+    Shared& shared = *reinterpret_cast<Shared*>(dynamic_shared_memory());
+    const Walk& walk = shared.walk;
+    const auto tile_at = [&](int number) -> Tile& { return shared.tiles[static_cast<unsigned>(number) % kTiles]; };
+    const auto write_down = [&](int number) {
+      const Tile& before = tile_at(number - 1);
+      const Step step = walk.visited(walk.after(before.step), problem, options);
+      const bool same_head = step.head == before.step.head;
+      const bool same_place =
+          same_head && step.m_block == before.step.m_block && step.n_block == before.step.n_block;
+      tile_at(number) = Tile(arrays, params, step, same_head ? before.head_kv : step.head / problem.group_size(),
+                             !walk.done(step), !same_place || !options.same_in_batch());
+    };
+    if (threadIdx.x == 0) {
+      shared.walk = Walk(params, blockIdx.x);
+      const Step step = walk.visited(walk.first, problem, options);
+      tile_at(0) = Tile(arrays, params, step, step.head / problem.group_size(), !walk.done(step), true);
+#pragma unroll 1
+      for (int number = 1; number <= kAhead; ++number) write_down(number);
+    }
+    __syncthreads();
+    const int warp = threadIdx.x / 32, warp_row = warp / kSplits * kWarpM, warp_col = warp % kSplits * kWarpN;
+
+    const auto options_of = [&](const Step& step) {
+      Options there = options;
+      there.enter(BatchedSequences::sequence(problem, step.batch), step.head);
+      return there;
+    };
+    const auto load_pairs = [&](const Step& step) {
+      options_of(step).template load<kBlockM, kBlockN, kNumThreads>(shared.pairs, step.first_query(),
+                                                                    step.first_key());
+    };
+    // The panel that comes so many turns after the first of a tile.
+    const auto load = [&](Stage& stage, int number, int turns) {
+      const Tile& tile = tile_at(number + turns / kPanels);
+      const int panel = turns % kPanels, first_query = tile.step.first_query(), first_key = tile.step.first_key();
+      if (!tile.exists) return;
+      const auto panel_of = [&](const Element* array, const Strides& strides, int rows, int cols) {
+        const int first_col = panel * kPanel;
+        return Matrix<const Element>(array + first_col * strides.col, strides, 0, 0, 0, rows,
+                                     clamp(cols - first_col, 0, kPanel));
+      };
+      if (kPanelsQ == kPanels || panel < kPanelsQ) {
+        stage.q.template load<kNumThreads>(panel_of(tile.q, params.q, problem.seqlen_q, problem.head_dim), first_query);
+        stage.k.template load<kNumThreads>(panel_of(tile.k, params.k, problem.seqlen_k, problem.head_dim), first_key);
+      }
+      if (kPanelsV == kPanels || panel < kPanelsV) {
+        stage.dout.template load<kNumThreads>(panel_of(tile.dout, params.dout, problem.seqlen_q, problem.head_dim_v),
+                                              first_query);
+        stage.v.template load<kNumThreads>(panel_of(tile.v, params.v, problem.seqlen_k, problem.head_dim_v), first_key);
+      }
+      if (panel == kPanels - 1 && threadIdx.x < kBlockM) {
+        const int row = threadIdx.x;
+        tile.rows.start_to_copy(first_query + row, stage.lse + row, stage.delta + row);
+      }
+    };
+
+    WarpgroupTile<kWarpN> sums[kTilesM];
+#pragma unroll
+    for (int m = 0; m < kTilesM; ++m) sums[m].clear();
+    if (tile_at(0).exists) load_pairs(tile_at(0).step);
+#pragma unroll 1
+    for (int turns = 0; turns < kStages - 1; ++turns) {
+      load(shared.stages[turns], 0, turns);
+      ptx::cp_async_commit();
+    }
+
+    int next_stage = 0;
+#pragma unroll 1
+    for (int number = 0; tile_at(number).exists; ++number) {
+      const Tile& tile_of_pairs = tile_at(number);
+      const Step& step = tile_of_pairs.step;
+      const bool new_pairs = number > 0 && tile_of_pairs.new_pairs;
+      Scores scores[kTilesM], dweights[kTilesM];
+#pragma unroll
+      for (int m = 0; m < kTilesM; ++m) {
+        scores[m].clear();
+        dweights[m].clear();
+      }
+      int stage = 0;
+#pragma unroll 1
+      for (int panel = 0; panel < kPanels; ++panel) {
+        stage = next_stage;
+        next_stage = (stage + 1) % kStages;
+        ptx::cp_async_wait<kStages - 2>();
+        __syncthreads();  // this panel has arrived, and the one before is no longer read
+        if (panel == 0 && new_pairs) load_pairs(step);
+        load(shared.stages[(stage + kStages - 1) % kStages], number, panel + kStages - 1);
+        ptx::cp_async_commit();
+
+        const Stage& at_hand = shared.stages[stage];
+        if (kPanelsQ == kPanels || panel < kPanelsQ) {
+          add_product_along<kPanel>(scores, RowsOf(at_hand.q, warp_row), at_hand.k, warp_col);
+        }
+        if (kPanelsV == kPanels || panel < kPanelsV) {
+          add_product_along<kPanel>(dweights, RowsOf(at_hand.dout, warp_row), at_hand.v, warp_col);
+        }
+      }
+      if (new_pairs) {
+        ptx::cp_async_wait<0>();
+        __syncthreads();  // the pairs have arrived
+      }
+
+      Options here = options_of(step);
+      here.template look_at<kBlockM, kBlockN>(shared.pairs, step.first_query(), step.first_key());
+      const BiasPairs<Options> pairs = {here, walk.band, problem.softmax_scale};
+      const int first_query = step.first_query() + warp_row, first_key = step.first_key() + warp_col;
+      const Range queries = {first_query, first_query + kWarpM}, keys = {first_key, first_key + kWarpN};
+      const bool masked = queries.end > walk.band.seqlen_q || !walk.band.all_visible(queries, keys);
+#pragma unroll
+      for (int m = 0; m < kTilesM; ++m) {
+        unsigned lane = threadIdx.x % 32;
+        ptx::make_opaque(lane);  // as in TileReader
+        const int lane_row = 16 * m + static_cast<int>(lane / 4), lane_col = lane % 4 * 2;
+        float lse[2], delta[2];
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+          const int row = warp_row + lane_row + 8 * r;
+          lse[r] = RowStatistics::lse_of_value(shared.stages[stage].lse[row]) * Gradients::kLseUnit;
+          delta[r] = shared.stages[stage].delta[row];
+        }
+        const Gradients tile = {pairs, first_query + lane_row, first_key + lane_col};
+        const Survivors<Options, kWarpN, false> survives(here, first_query + 16 * m, first_key);
+        tile.differentiate(
+            scores[m], dweights[m], [&](int i) { return lse[row_of_element(i)]; },
+            [&](int i) { return delta[row_of_element(i)]; }, survives);
+        if (masked) tile.hide_by_band(scores[m], dweights[m]);
+        tile.hide_by_options(scores[m], dweights[m]);
+#pragma unroll
+        for (int i = 0; i < Scores::kNumElements; ++i) sums[m].x[i] += dweights[m].x[i];
+      }
+      if (threadIdx.x == 0) write_down(number + kAhead + 1);  // in place of the tile before this one
+    }
+    ptx::cp_async_wait<0>();
+
+    const Walk walked = walk;
+    const int lane = threadIdx.x % 32;
+    if (params.rows > 1 && params.cols > 1) {
+      const Matrix<Bias> dbias(arrays.dbias, params.dbias, walked.first.batch, walked.first.head, 0, params.rows,
+                               params.cols);
+      const float one[2] = {1.0f, 1.0f};
+#pragma unroll
+      for (int m = 0; m < kTilesM; ++m) {
+        store_rows(dbias, sums[m], one, walked.first.first_query() + warp_row + 16 * m + lane / 4,
+                   walked.first.first_key() + warp_col);
+      }
+      return;
+    }
+    __syncthreads();  // shared memory is no longer read: the sums take its place
+    float* const memory = reinterpret_cast<float*>(dynamic_shared_memory());
+#pragma unroll
+    for (int m = 0; m < kTilesM; ++m) {
+#pragma unroll
+      for (int i = 0; i < Scores::kNumElements; ++i) {
+        const int row = warp_row + 16 * m + lane / 4 + 8 * row_of_element(i);
+        memory[row * Walk::kPitch + warp_col + lane % 4 * 2 + col_of_element(i)] = sums[m].x[i];
+      }
+    }
+    __syncthreads();
+    walked.template write<kNumWarps>(arrays.dbias, params, memory);
+  }
+};
+
+}  // namespace cuflash
