@@ -19,7 +19,7 @@ from ._wmma import BACKWARD_INPUTS, Inputs, num_bias_tiles, num_jobs, operand_of
 
 CAPABILITY = (8, 0)
 WORK_BYTES, DKDV_WORK_BYTES, DQ_WORK_BYTES = 240, 80, 224  # what a block knows of its job
-DBIAS_TILE_BYTES, DBIAS_WALK_BYTES = 88, 48  # of a tile of pairs, and of the way through them
+DBIAS_TILE_BYTES, DBIAS_WALK_BYTES = 88, 52  # of a tile of pairs, and of the way through them
 MIN_SCALE = float(np.finfo(np.float32).tiny)  # less is 0 for kernels, and maxima of products are not those of scores
 
 
@@ -311,20 +311,6 @@ backward_dq = _TiledKernel(
 )
 
 
-def backward_dbias(problem: Problem, options: Options, number: str, chip: Chip, dbias: Operand) -> tuple[Kernel, int]:
-    """The kernel that computes the gradient of a bias of this shape, and the number of its blocks."""
-    make = _TiledKernel(
-        template="BwdSm80Dbias",
-        header="bwd_sm80_dbias",
-        tiles=DBIAS_TILES,
-        shared_bytes=_dbias_bytes,
-        num_blocks=lambda problem, tile: num_bias_tiles(dbias, *tile[:2]),
-        pointers=(*BACKWARD_INPUTS, f"{ELEMENTS[dbias.dtype]}* dbias"),
-        params="DbiasParams",
-    )
-    return make(problem, options, number, chip)
-
-
 def num_places(kernel: Kernel, chip: Chip) -> int:
     """The blocks of threads that a chip runs at the same time: as many as have their registers, and shared memory.
 
@@ -334,6 +320,25 @@ def num_places(kernel: Kernel, chip: Chip) -> int:
     reserved = 1024
     by_memory = (chip.shared_memory + reserved) // (kernel.shared_bytes + reserved)
     return chip.multiprocessors * min(256 // kernel.num_threads, by_memory)
+
+
+def backward_dbias(problem: Problem, options: Options, number: str, chip: Chip, dbias: Operand) -> tuple[Kernel, int]:
+    """The kernel that computes the gradient of a bias of this shape, and the number of its blocks.
+
+    They stay for one tile of the gradient after the other, but for tiles of which pairs share a row or a column.
+    """
+    make = _TiledKernel(
+        template="BwdSm80Dbias",
+        header="bwd_sm80_dbias",
+        tiles=DBIAS_TILES,
+        shared_bytes=_dbias_bytes,
+        num_blocks=lambda problem, tile: num_bias_tiles(dbias, *tile[:2]),
+        pointers=(*BACKWARD_INPUTS, f"{ELEMENTS[dbias.dtype]}* dbias"),
+        params="DbiasParams",
+    )
+    kernel, num_tiles = make(problem, options, number, chip)
+    _, _, rows, cols = dbias.shape
+    return kernel, num_tiles if 1 in (rows, cols) else min(num_tiles, num_places(kernel, chip))
 
 
 def plan_forward(call: Call) -> Run:

@@ -57,6 +57,7 @@ SM80_TILES = {
     "FORWARD_TILES": _sm80.Tile(64, 64, 4, 2),
     "DKDV_TILES": _sm80.DkDvTile(64, 64, 4, 1, 1, 2),
     "DQ_TILES": _sm80.DqTile(64, 64, 4, 2),
+    "DBIAS_TILES": _sm80.DbiasTile(64, 64, 4, 2, 32, 2),
 }
 SM80_TILES_OF_ONE_STAGE = {
     "FORWARD_TILES": _sm80.Tile(64, 64, 4, 1),
@@ -137,6 +138,7 @@ SOFTCAP = replace(VARIANT, softcap=0.5)
 ALIBI = replace(VARIANT, alibi="heads")
 BIAS = replace(VARIANT, bias=PairArray((70, 200)))
 SHARED_BIAS = replace(BIAS, q=(2, 2, 70, 64), bias=PairArray((70, 200)))  # by 2 batch entries and 2 heads
+BIAS_OF_HEADS = replace(BIAS, q=(2, 2, 70, 64), bias=PairArray((2, 70, 200)), causal=True)
 ROW_BIAS = replace(VARIANT, bias=PairArray((1, 200)))
 SINKS = replace(VARIANT, sinks="float32")
 DROPOUT = replace(VARIANT, dropout_p=0.3)
@@ -174,9 +176,11 @@ FORWARD = "kernels/fwd_wmma.cuh"
 DKDV = "kernels/bwd_wmma_dkdv.cuh"
 DQ = "kernels/bwd_wmma_dq.cuh"
 DBIAS = "kernels/bwd_wmma_dbias.cuh"
+BIAS_WALK = "attention/bias_walk.cuh"
 SM80_FORWARD = "kernels/fwd_sm80.cuh"
 SM80_DKDV = "kernels/bwd_sm80_dkdv.cuh"
 SM80_DQ = "kernels/bwd_sm80_dq.cuh"
+SM80_DBIAS = "kernels/bwd_sm80_dbias.cuh"
 
 MUTANTS = [
     # Missing barriers and weak waits
@@ -639,18 +643,18 @@ MUTANTS = [
     Mutant(
         "the bias of a batch entry is taken for all of it",
         "backward",
-        DBIAS,
-        "end_batch = params.batch == 1 ? problem.batch : batch + 1;",
-        "end_batch = batch + 1;",
+        BIAS_WALK,
+        "end.batch = params.batch == 1 ? problem.batch : first.batch + 1;",
+        "end.batch = first.batch + 1;",
         SHARED_BIAS,
         ("forward",),
     ),
     Mutant(
         "the gradient of a shared row is that of the first tile",
         "backward",
-        DBIAS,
-        "end_m_block = params.rows == 1 ? ceil_div(problem.seqlen_q, kBlockM) : m_block + 1;",
-        "end_m_block = m_block + 1;",
+        BIAS_WALK,
+        "end.m_block = params.rows == 1 ? ceil_div(problem.seqlen_q, kBlockM) : first.m_block + 1;",
+        "end.m_block = first.m_block + 1;",
         ROW_BIAS,
         ("forward",),
     ),
@@ -824,6 +828,42 @@ MUTANTS += [
         "tsan",
     ),
     sm80(
+        "no barrier before a panel is read",
+        "backward",
+        SM80_DBIAS,
+        "__syncthreads();  // this panel has arrived",
+        "//",
+        BIAS_OF_HEADS,
+        "greedy",
+    ),
+    sm80(
+        "a wait for a panel that allows one group more",
+        "backward",
+        SM80_DBIAS,
+        "cp_async_wait<kStages - 2>",
+        "cp_async_wait<kStages - 1>",
+        BIAS_OF_HEADS,
+        "lazy",
+    ),
+    sm80(
+        "no wait for the pairs of the next tile",
+        "backward",
+        SM80_DBIAS,
+        "ptx::cp_async_wait<0>();\n        __syncthreads();  // the pairs have arrived",
+        "",
+        replace(BIAS_OF_HEADS, q=(2, 2, 128, 64), bias=PairArray((2, 128, 200))),
+        "lazy",
+    ),
+    sm80(
+        "no barrier before the sums overwrite the panels",
+        "backward",
+        SM80_DBIAS,
+        "__syncthreads();  // shared memory is no longer read",
+        "//",
+        ROW_BIAS,
+        "greedy",
+    ),
+    sm80(
         "no barrier before the job is looked at",
         "forward",
         SM80_FORWARD,
@@ -953,6 +993,61 @@ MUTANTS += [
         "max(seen.begin, keys.begin) < min(seen.end, keys.end)",
         "max(seen.begin, keys.begin) + 1 < min(seen.end, keys.end)",
         SQUARE,
+        "forward",
+    ),
+    sm80(
+        "the gradient of a bias counts hidden pairs",
+        "backward",
+        SM80_DBIAS,
+        "if (masked) tile.hide_by_band",
+        "if (false) tile.hide_by_band",
+        BIAS_OF_HEADS,
+        "forward",
+    ),
+    sm80(
+        "a tile of the gradient of a bias begins with the sums of the one before",
+        "backward",
+        SM80_DBIAS,
+        "sums[m].clear();\n        }\n      }",
+        "}\n      }",
+        BIAS_OF_HEADS,
+        "forward",
+    ),
+    sm80(
+        "a tile of the gradient of a bias that nobody sees is not written",
+        "backward",
+        SM80_DBIAS,
+        "if (job >= Walk::num_jobs(params)) return;\n      shared.walk = Walk(params, job);",
+        "if (job >= Walk::num_jobs(params)) return;\n      shared.walk = Walk(params, job);\n      "
+        "if (walk.done(walk.visited(walk.first, problem, shared.band, options))) return;",
+        replace(BIAS_OF_HEADS, q=(2, 2, 200, 64), bias=PairArray((2, 200, 200))),
+        "forward",
+    ),
+    sm80(
+        "the bias of the tile before is kept",
+        "backward",
+        SM80_DBIAS,
+        "number > 0 && visible && !tile_of_pairs.same",
+        "false",
+        BIAS_OF_HEADS,
+        "forward",
+    ),
+    sm80(
+        "the mask of the batch entry before is kept",
+        "backward",
+        SM80_DBIAS,
+        "options.same_in_batch() && same_head",
+        "same_head",
+        replace(SHARED_BIAS, mask=PairArray((2, 1, 70, 200), hidden=0.3)),
+        "forward",
+    ),
+    sm80(
+        "keys of a group's second head are those of another group",
+        "backward",
+        SM80_DBIAS,
+        "same_head ? before.head_kv : step.head / problem.group_size()",
+        "step.head % problem.num_heads_kv",
+        replace(SHARED_BIAS, q=(4, 70, 64), k=(2, 200, 64), v=(2, 200, 64)),
         "forward",
     ),
     # Wrong numbers

@@ -19,16 +19,19 @@ struct BiasWalk {
   };
 
   Step first, end;  // along each axis
-  Band band;
 
-  __device__ __forceinline__ BiasWalk(const DbiasParams& params, unsigned index)
-      : band(params.problem.band(params.problem.seqlen_q, params.problem.seqlen_k)) {
+  // The tiles of the gradient.
+  static __device__ __forceinline__ int num_jobs(const DbiasParams& params) {
+    return params.batch * params.heads * ceil_div(params.rows, kBlockM) * ceil_div(params.cols, kBlockN);
+  }
+
+  __device__ __forceinline__ BiasWalk(const DbiasParams& params, unsigned job) {
     const Problem& problem = params.problem;
     const int m_blocks = ceil_div(params.rows, kBlockM), n_blocks = ceil_div(params.cols, kBlockN);
-    first.n_block = index % n_blocks;
-    first.m_block = index / n_blocks % m_blocks;
-    first.head = index / n_blocks / m_blocks % params.heads;
-    first.batch = index / n_blocks / m_blocks / params.heads;
+    first.n_block = job % n_blocks;
+    first.m_block = job / n_blocks % m_blocks;
+    first.head = job / n_blocks / m_blocks % params.heads;
+    first.batch = job / n_blocks / m_blocks / params.heads;
     end.batch = params.batch == 1 ? problem.batch : first.batch + 1;
     end.head = params.heads == 1 ? problem.num_heads : first.head + 1;
     end.m_block = params.rows == 1 ? ceil_div(problem.seqlen_q, kBlockM) : first.m_block + 1;
@@ -50,7 +53,8 @@ struct BiasWalk {
 
   // The first tile from this one on that is not hidden altogether.
   template <class Options>
-  __device__ __forceinline__ Step visited(Step step, const Problem& problem, const Options& options) const {
+  __device__ __forceinline__ Step visited(Step step, const Problem& problem, const Band& band,
+                                          const Options& options) const {
     for (; !done(step); step = after(step)) {
       const int query = step.first_query(), key = step.first_key();
       if (!band.any_visible({query, query + kBlockM}, {key, key + kBlockN})) continue;

@@ -10,10 +10,11 @@
 
 namespace cuflash {
 
-// A block owns a tile of the gradient (BiasWalk). kSplits warps share the same rows of it, each has a part of the
-// columns: a warp's sums, scores and gradients of weights are all there is in registers, whatever the head dimensions.
-// Those come in panels of kPanel columns of Q, K, dO and V, through a ring of stages: kStages - 1 of them are on their
-// way. One thread walks, ahead of all, and writes down for the others where the tiles of pairs come from.
+// A block computes one tile of the gradient after the other (BiasWalk). kSplits warps share the same rows of it, each
+// has a part of the columns: a warp's sums, scores and gradients of weights are all there is in registers, whatever the
+// head dimensions. Those come in panels of kPanel columns of Q, K, dO and V, through a ring of stages: kStages - 1 of
+// them are on their way, be it for the next tile of the gradient. One thread walks, ahead of all, and writes down for
+// the others where tiles of pairs come from.
 template <class Number, class Options, int kHeadDim, int kHeadDimV, int kBlockM, int kBlockN, int kNumWarps,
           int kSplits, int kPanel, int kStages>
 struct BwdSm80Dbias {
@@ -27,6 +28,7 @@ struct BwdSm80Dbias {
   static constexpr int kTilesM = kWarpM / 16;
   static constexpr int kPanelsQ = kHeadDim / kPanel, kPanelsV = kHeadDimV / kPanel;
   static constexpr int kPanels = larger(kPanelsQ, kPanelsV);
+  static constexpr int kUnroll = kPanelsQ == kPanelsV ? kPanel / 16 : 2;  // as far as the registers hold the factors
 
   using Scores = WarpgroupTile<kWarpN>;
   using Gradients = GradientTile<Options, false, BiasPairs>;
@@ -41,17 +43,21 @@ struct BwdSm80Dbias {
   struct Tile {
     Step step;
     int head_kv;
-    bool exists;     // or the walk is done
-    bool new_pairs;  // arrays of pairs are not those of the tile before
+    bool exists;   // else there are no more
+    bool first;    // for its tile of the gradient
+    bool visible;  // else it stands for a tile of the gradient of which nobody sees any pair
+    bool same;     // arrays of pairs are those of the tile before
     const Element *q, *k, *v, *dout;
     RowStatistics rows;
 
     __device__ __forceinline__ Tile(const Arrays& arrays, const DbiasParams& params, const Step& step, int head_kv,
-                                    bool exists, bool new_pairs)
+                                    bool first, bool visible, bool same)
         : step(step),
           head_kv(head_kv),
-          exists(exists),
-          new_pairs(new_pairs),
+          exists(true),
+          first(first),
+          visible(visible),
+          same(same),
           q(arrays.q + step.batch * params.q.batch + step.head * params.q.head),
           k(arrays.k + step.batch * params.k.batch + head_kv * params.k.head),
           v(arrays.v + step.batch * params.v.batch + head_kv * params.v.head),
@@ -71,11 +77,14 @@ struct BwdSm80Dbias {
     Stage stages[kStages];
     alignas(16) unsigned char pairs[larger(kPairBytes, 16)];
     Tile tiles[kTiles];
-    Walk walk;
+    Walk walk;  // of the thread that writes tiles down
+    int job;
+    Band band;
   };
   // Without the padding at the end of the struct.
-  static constexpr int kSharedBytes = larger(
-      kStages * sizeof(Stage) + sizeof(Shared::pairs) + kTiles * sizeof(Tile) + sizeof(Walk), Walk::kSumBytes);
+  static constexpr int kSharedBytes = larger(kStages * sizeof(Stage) + sizeof(Shared::pairs) + kTiles * sizeof(Tile) +
+                                                 sizeof(Walk) + sizeof(int) + sizeof(Band),
+                                             Walk::kSumBytes);
 
   static_assert(kNumWarps % kSplits == 0 && kBlockM % (16 * (kNumWarps / kSplits)) == 0 && kWarpN % 32 == 0);
   static_assert(kHeadDim % kPanel == 0 && kHeadDimV % kPanel == 0 && kStages >= 2);
@@ -86,24 +95,43 @@ struct BwdSm80Dbias {
     Shared& shared = *reinterpret_cast<Shared*>(dynamic_shared_memory());
     const Walk& walk = shared.walk;
     const auto tile_at = [&](int number) -> Tile& { return shared.tiles[static_cast<unsigned>(number) % kTiles]; };
+    const auto begin_job = [&](int number, int job) {
+      Tile& tile = tile_at(number);
+      shared.job = job;
+      tile.exists = tile.visible = false;
+      tile.first = true;
+      if (job >= Walk::num_jobs(params)) return;
+      shared.walk = Walk(params, job);
+      Step step = walk.visited(walk.first, problem, shared.band, options);
+      const bool visible = !walk.done(step);
+      if (!visible) step = walk.first;
+      tile = Tile(arrays, params, step, step.head / problem.group_size(), true, visible, false);
+    };
     const auto write_down = [&](int number) {
       const Tile& before = tile_at(number - 1);
-      const Step step = walk.visited(walk.after(before.step), problem, options);
-      const bool same_head = step.head == before.step.head;
-      const bool same_place =
-          same_head && step.m_block == before.step.m_block && step.n_block == before.step.n_block;
-      tile_at(number) = Tile(arrays, params, step, same_head ? before.head_kv : step.head / problem.group_size(),
-                             !walk.done(step), !same_place || !options.same_in_batch());
+      if (before.exists) {
+        const Step step = walk.visited(walk.after(before.step), problem, shared.band, options);
+        if (!walk.done(step)) {
+          const bool same_head = step.head == before.step.head;
+          const int head_kv = same_head ? before.head_kv : step.head / problem.group_size();
+          const bool same = options.same_in_batch() && same_head && step.m_block == before.step.m_block &&
+                            step.n_block == before.step.n_block;
+          tile_at(number) = Tile(arrays, params, step, head_kv, false, true, same);
+          return;
+        }
+      }
+      begin_job(number, shared.job + gridDim.x);
     };
     if (threadIdx.x == 0) {
-      shared.walk = Walk(params, blockIdx.x);
-      const Step step = walk.visited(walk.first, problem, options);
-      tile_at(0) = Tile(arrays, params, step, step.head / problem.group_size(), !walk.done(step), true);
+      shared.band = problem.band(problem.seqlen_q, problem.seqlen_k);
+      begin_job(0, blockIdx.x);
 #pragma unroll 1
       for (int number = 1; number <= kAhead; ++number) write_down(number);
     }
     __syncthreads();
     const int warp = threadIdx.x / 32, warp_row = warp / kSplits * kWarpM, warp_col = warp % kSplits * kWarpN;
+    const bool shares_pairs =
+        params.rows == 1 || params.cols == 1;  // of one tile, that is: then each block has one job
 
     const auto options_of = [&](const Step& step) {
       Options there = options;
@@ -111,14 +139,13 @@ struct BwdSm80Dbias {
       return there;
     };
     const auto load_pairs = [&](const Step& step) {
-      options_of(step).template load<kBlockM, kBlockN, kNumThreads>(shared.pairs, step.first_query(),
-                                                                    step.first_key());
+      options_of(step).template load<kBlockM, kBlockN, kNumThreads>(shared.pairs, step.first_query(), step.first_key());
     };
     // The panel that comes so many turns after the first of a tile.
     const auto load = [&](Stage& stage, int number, int turns) {
       const Tile& tile = tile_at(number + turns / kPanels);
       const int panel = turns % kPanels, first_query = tile.step.first_query(), first_key = tile.step.first_key();
-      if (!tile.exists) return;
+      if (!tile.visible) return;
       const auto panel_of = [&](const Element* array, const Strides& strides, int rows, int cols) {
         const int first_col = panel * kPanel;
         return Matrix<const Element>(array + first_col * strides.col, strides, 0, 0, 0, rows,
@@ -142,7 +169,7 @@ struct BwdSm80Dbias {
     WarpgroupTile<kWarpN> sums[kTilesM];
 #pragma unroll
     for (int m = 0; m < kTilesM; ++m) sums[m].clear();
-    if (tile_at(0).exists) load_pairs(tile_at(0).step);
+    if (tile_at(0).visible) load_pairs(tile_at(0).step);
 #pragma unroll 1
     for (int turns = 0; turns < kStages - 1; ++turns) {
       load(shared.stages[turns], 0, turns);
@@ -154,7 +181,7 @@ struct BwdSm80Dbias {
     for (int number = 0; tile_at(number).exists; ++number) {
       const Tile& tile_of_pairs = tile_at(number);
       const Step& step = tile_of_pairs.step;
-      const bool new_pairs = number > 0 && tile_of_pairs.new_pairs;
+      const bool visible = tile_of_pairs.visible, new_pairs = number > 0 && visible && !tile_of_pairs.same;
       Scores scores[kTilesM], dweights[kTilesM];
 #pragma unroll
       for (int m = 0; m < kTilesM; ++m) {
@@ -172,12 +199,13 @@ struct BwdSm80Dbias {
         load(shared.stages[(stage + kStages - 1) % kStages], number, panel + kStages - 1);
         ptx::cp_async_commit();
 
+        if (!visible) continue;
         const Stage& at_hand = shared.stages[stage];
         if (kPanelsQ == kPanels || panel < kPanelsQ) {
-          add_product_along<kPanel>(scores, RowsOf(at_hand.q, warp_row), at_hand.k, warp_col);
+          add_product_along<kPanel, kUnroll>(scores, RowsOf(at_hand.q, warp_row), at_hand.k, warp_col);
         }
         if (kPanelsV == kPanels || panel < kPanelsV) {
-          add_product_along<kPanel>(dweights, RowsOf(at_hand.dout, warp_row), at_hand.v, warp_col);
+          add_product_along<kPanel, kUnroll>(dweights, RowsOf(at_hand.dout, warp_row), at_hand.v, warp_col);
         }
       }
       if (new_pairs) {
@@ -185,52 +213,54 @@ struct BwdSm80Dbias {
         __syncthreads();  // the pairs have arrived
       }
 
-      Options here = options_of(step);
-      here.template look_at<kBlockM, kBlockN>(shared.pairs, step.first_query(), step.first_key());
-      const BiasPairs<Options> pairs = {here, walk.band, problem.softmax_scale};
-      const int first_query = step.first_query() + warp_row, first_key = step.first_key() + warp_col;
-      const Range queries = {first_query, first_query + kWarpM}, keys = {first_key, first_key + kWarpN};
-      const bool masked = queries.end > walk.band.seqlen_q || !walk.band.all_visible(queries, keys);
+      if (visible) {
+        Options here = options_of(step);
+        here.template look_at<kBlockM, kBlockN>(shared.pairs, step.first_query(), step.first_key());
+        const BiasPairs<Options> pairs = {here, shared.band, problem.softmax_scale};
+        const int first_query = step.first_query() + warp_row, first_key = step.first_key() + warp_col;
+        const Range queries = {first_query, first_query + kWarpM}, keys = {first_key, first_key + kWarpN};
+        const bool masked = queries.end > shared.band.seqlen_q || !shared.band.all_visible(queries, keys);
 #pragma unroll
-      for (int m = 0; m < kTilesM; ++m) {
-        unsigned lane = threadIdx.x % 32;
-        ptx::make_opaque(lane);  // as in TileReader
-        const int lane_row = 16 * m + static_cast<int>(lane / 4), lane_col = lane % 4 * 2;
-        float lse[2], delta[2];
+        for (int m = 0; m < kTilesM; ++m) {
+          unsigned lane = threadIdx.x % 32;
+          ptx::make_opaque(lane);  // as in TileReader
+          const int lane_row = 16 * m + static_cast<int>(lane / 4), lane_col = lane % 4 * 2;
+          float lse[2], delta[2];
 #pragma unroll
-        for (int r = 0; r < 2; ++r) {
-          const int row = warp_row + lane_row + 8 * r;
-          lse[r] = RowStatistics::lse_of_value(shared.stages[stage].lse[row]) * Gradients::kLseUnit;
-          delta[r] = shared.stages[stage].delta[row];
+          for (int r = 0; r < 2; ++r) {
+            const int row = warp_row + lane_row + 8 * r;
+            lse[r] = RowStatistics::lse_of_value(shared.stages[stage].lse[row]) * Gradients::kLseUnit;
+            delta[r] = shared.stages[stage].delta[row];
+          }
+          const Gradients tile = {pairs, first_query + lane_row, first_key + lane_col};
+          const Survivors<Options, kWarpN, false> survives(here, first_query + 16 * m, first_key);
+          tile.differentiate(
+              scores[m], dweights[m], [&](int i) { return lse[row_of_element(i)]; },
+              [&](int i) { return delta[row_of_element(i)]; }, survives);
+          if (masked) tile.hide_by_band(scores[m], dweights[m]);
+          tile.hide_by_options(scores[m], dweights[m]);
+#pragma unroll
+          for (int i = 0; i < Scores::kNumElements; ++i) sums[m].x[i] += dweights[m].x[i];
         }
-        const Gradients tile = {pairs, first_query + lane_row, first_key + lane_col};
-        const Survivors<Options, kWarpN, false> survives(here, first_query + 16 * m, first_key);
-        tile.differentiate(
-            scores[m], dweights[m], [&](int i) { return lse[row_of_element(i)]; },
-            [&](int i) { return delta[row_of_element(i)]; }, survives);
-        if (masked) tile.hide_by_band(scores[m], dweights[m]);
-        tile.hide_by_options(scores[m], dweights[m]);
+      }
+      if (tile_at(number + 1).first && !shares_pairs) {
+        const Matrix<Bias> dbias(arrays.dbias, params.dbias, params.batch == 1 ? 0 : step.batch,
+                                 params.heads == 1 ? 0 : step.head, 0, params.rows, params.cols);
+        const int row = step.first_query() + warp_row + threadIdx.x % 32 / 4, col = step.first_key() + warp_col;
+        const float one[2] = {1.0f, 1.0f};
 #pragma unroll
-        for (int i = 0; i < Scores::kNumElements; ++i) sums[m].x[i] += dweights[m].x[i];
+        for (int m = 0; m < kTilesM; ++m) {
+          store_rows(dbias, sums[m], one, row + 16 * m, col);
+          sums[m].clear();
+        }
       }
       if (threadIdx.x == 0) write_down(number + kAhead + 1);  // in place of the tile before this one
     }
     ptx::cp_async_wait<0>();
-
+    if (!shares_pairs) return;
     const Walk walked = walk;
-    const int lane = threadIdx.x % 32;
-    if (params.rows > 1 && params.cols > 1) {
-      const Matrix<Bias> dbias(arrays.dbias, params.dbias, walked.first.batch, walked.first.head, 0, params.rows,
-                               params.cols);
-      const float one[2] = {1.0f, 1.0f};
-#pragma unroll
-      for (int m = 0; m < kTilesM; ++m) {
-        store_rows(dbias, sums[m], one, walked.first.first_query() + warp_row + 16 * m + lane / 4,
-                   walked.first.first_key() + warp_col);
-      }
-      return;
-    }
     __syncthreads();  // shared memory is no longer read: the sums take its place
+    const int lane = threadIdx.x % 32;
     float* const memory = reinterpret_cast<float*>(dynamic_shared_memory());
 #pragma unroll
     for (int m = 0; m < kTilesM; ++m) {

@@ -62,8 +62,8 @@ struct BwdWmmaDbias {
 
   static __device__ __forceinline__ void run(const Arrays& arrays, const DbiasParams& params, const Options& options) {
     const Problem& problem = params.problem;
+    const Band band = problem.band(problem.seqlen_q, problem.seqlen_k);
     const Walk walk(params, blockIdx.x);
-    const Band& band = walk.band;
 
     const int warp = threadIdx.x / 32;
     unsigned char* const shared = dynamic_shared_memory();
@@ -93,14 +93,14 @@ struct BwdWmmaDbias {
       }
     };
 
-    Step step = walk.visited(walk.first, problem, options);
+    Step step = walk.visited(walk.first, problem, band, options);
     load(0, step);
     ptx::cp_async_commit();
     WarpTile<Number, kTilesM, kTilesN> acc_dbias;
     acc_dbias.clear();
 
     for (int turn = 0; !walk.done(step); ++turn) {
-      const Step following = walk.visited(walk.after(step), problem, options);
+      const Step following = walk.visited(walk.after(step), problem, band, options);
       const Stage stage(shared + turn % kNumStages * kSizeStage);
       map.stay_packed();
       ptx::cp_async_wait<0>();
