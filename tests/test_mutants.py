@@ -57,7 +57,7 @@ SM80_TILES = {
     "FORWARD_TILES": _sm80.Tile(64, 64, 4, 2),
     "DKDV_TILES": _sm80.DkDvTile(64, 64, 4, 1, 1, 2),
     "DQ_TILES": _sm80.DqTile(64, 64, 4, 2),
-    "DBIAS_TILES": _sm80.DbiasTile(64, 64, 4, 2, 32, 2),
+    "DBIAS_TILES": _sm80.DbiasTile(64, 64, 4, 2, 32, 3),
 }
 SM80_TILES_OF_ONE_STAGE = {
     "FORWARD_TILES": _sm80.Tile(64, 64, 4, 1),
@@ -828,11 +828,11 @@ MUTANTS += [
         "tsan",
     ),
     sm80(
-        "no barrier before a panel is read",
+        "no barrier before the first panel of a tile is read",
         "backward",
         SM80_DBIAS,
         "__syncthreads();  // this panel has arrived",
-        "//",
+        "if (panel > 0) __syncthreads();  //",  # without any, tiles are read of which nothing was written down
         BIAS_OF_HEADS,
         "greedy",
     ),
@@ -860,7 +860,7 @@ MUTANTS += [
         SM80_DBIAS,
         "__syncthreads();  // shared memory is no longer read",
         "//",
-        ROW_BIAS,
+        replace(ROW_BIAS, q=(70, 64), k=(200, 64), v=(200, 64)),  # the last panel is in the first stage
         "greedy",
     ),
     sm80(
@@ -1017,9 +1017,8 @@ MUTANTS += [
         "a tile of the gradient of a bias that nobody sees is not written",
         "backward",
         SM80_DBIAS,
-        "if (job >= Walk::num_jobs(params)) return;\n      shared.walk = Walk(params, job);",
-        "if (job >= Walk::num_jobs(params)) return;\n      shared.walk = Walk(params, job);\n      "
-        "if (walk.done(walk.visited(walk.first, problem, shared.band, options))) return;",
+        "tile.visible = !walk.done(step);",
+        "tile.visible = !walk.done(step);\n      if (!tile.visible) tile.exists = false;",
         replace(BIAS_OF_HEADS, q=(2, 2, 200, 64), bias=PairArray((2, 200, 200))),
         "forward",
     ),
@@ -1036,8 +1035,8 @@ MUTANTS += [
         "the mask of the batch entry before is kept",
         "backward",
         SM80_DBIAS,
-        "options.same_in_batch() && same_head",
-        "same_head",
+        "same_place && options.same_in_batch()",
+        "same_place",
         replace(SHARED_BIAS, mask=PairArray((2, 1, 70, 200), hidden=0.3)),
         "forward",
     ),

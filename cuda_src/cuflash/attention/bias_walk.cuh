@@ -20,22 +20,40 @@ struct BiasWalk {
 
   Step first, end;  // along each axis
 
-  // The tiles of the gradient.
-  static __device__ __forceinline__ int num_jobs(const DbiasParams& params) {
-    return params.batch * params.heads * ceil_div(params.rows, kBlockM) * ceil_div(params.cols, kBlockN);
-  }
-
-  __device__ __forceinline__ BiasWalk(const DbiasParams& params, unsigned job) {
+  // `tile` is where the tile of the gradient begins.
+  __device__ __forceinline__ BiasWalk(const DbiasParams& params, const Step& tile) : first(tile) {
     const Problem& problem = params.problem;
-    const int m_blocks = ceil_div(params.rows, kBlockM), n_blocks = ceil_div(params.cols, kBlockN);
-    first.n_block = job % n_blocks;
-    first.m_block = job / n_blocks % m_blocks;
-    first.head = job / n_blocks / m_blocks % params.heads;
-    first.batch = job / n_blocks / m_blocks / params.heads;
     end.batch = params.batch == 1 ? problem.batch : first.batch + 1;
     end.head = params.heads == 1 ? problem.num_heads : first.head + 1;
     end.m_block = params.rows == 1 ? ceil_div(problem.seqlen_q, kBlockM) : first.m_block + 1;
     end.n_block = params.cols == 1 ? ceil_div(problem.seqlen_k, kBlockN) : first.n_block + 1;
+  }
+
+  // The tiles of the gradient, by their number: neighbours have the same rows.
+  static __device__ __forceinline__ Step tile(const DbiasParams& params, unsigned number) {
+    const unsigned m_blocks = ceil_div(params.rows, kBlockM), n_blocks = ceil_div(params.cols, kBlockN);
+    const unsigned row = number / n_blocks, head = row / m_blocks, heads = params.heads;
+    return {static_cast<int>(head / heads), static_cast<int>(head % heads), static_cast<int>(row % m_blocks),
+            static_cast<int>(number % n_blocks)};
+  }
+  // The one whose number is the sum of two others', found without a division. There is none beyond the last batch
+  // entry.
+  static __device__ __forceinline__ Step sum(const DbiasParams& params, const Step& x, const Step& y) {
+    const int m_blocks = ceil_div(params.rows, kBlockM), n_blocks = ceil_div(params.cols, kBlockN);
+    Step sum = {x.batch + y.batch, x.head + y.head, x.m_block + y.m_block, x.n_block + y.n_block};
+    if (sum.n_block >= n_blocks) {
+      sum.n_block -= n_blocks;
+      ++sum.m_block;
+    }
+    if (sum.m_block >= m_blocks) {
+      sum.m_block -= m_blocks;
+      ++sum.head;
+    }
+    if (sum.head >= params.heads) {
+      sum.head -= params.heads;
+      ++sum.batch;
+    }
+    return sum;
   }
 
   // The batch is the innermost axis.

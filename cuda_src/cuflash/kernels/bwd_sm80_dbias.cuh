@@ -39,7 +39,7 @@ struct BwdSm80Dbias {
     Bias* dbias;
   };
 
-  // A tile of pairs: which one it is, and where it comes from.
+  // A tile of pairs.
   struct Tile {
     Step step;
     int head_kv;
@@ -47,22 +47,6 @@ struct BwdSm80Dbias {
     bool first;    // for its tile of the gradient
     bool visible;  // else it stands for a tile of the gradient of which nobody sees any pair
     bool same;     // arrays of pairs are those of the tile before
-    const Element *q, *k, *v, *dout;
-    RowStatistics rows;
-
-    __device__ __forceinline__ Tile(const Arrays& arrays, const DbiasParams& params, const Step& step, int head_kv,
-                                    bool first, bool visible, bool same)
-        : step(step),
-          head_kv(head_kv),
-          exists(true),
-          first(first),
-          visible(visible),
-          same(same),
-          q(arrays.q + step.batch * params.q.batch + step.head * params.q.head),
-          k(arrays.k + step.batch * params.k.batch + head_kv * params.k.head),
-          v(arrays.v + step.batch * params.v.batch + head_kv * params.v.head),
-          dout(arrays.dout + step.batch * params.dout.batch + step.head * params.dout.head),
-          rows(arrays.lse, arrays.delta, params, BatchedSequences::sequence(params.problem, step.batch), step.head) {}
   };
   // A panel; the last one of a tile has the statistics of its rows as well.
   struct Stage {
@@ -77,13 +61,13 @@ struct BwdSm80Dbias {
     Stage stages[kStages];
     alignas(16) unsigned char pairs[larger(kPairBytes, 16)];
     Tile tiles[kTiles];
-    Walk walk;  // of the thread that writes tiles down
-    int job;
+    Walk walk;    // of the thread that writes tiles down
+    Step stride;  // from one tile of the gradient to the next
     Band band;
   };
   // Without the padding at the end of the struct.
   static constexpr int kSharedBytes = larger(kStages * sizeof(Stage) + sizeof(Shared::pairs) + kTiles * sizeof(Tile) +
-                                                 sizeof(Walk) + sizeof(int) + sizeof(Band),
+                                                 sizeof(Walk) + sizeof(Step) + sizeof(Band),
                                              Walk::kSumBytes);
 
   static_assert(kNumWarps % kSplits == 0 && kBlockM % (16 * (kNumWarps / kSplits)) == 0 && kWarpN % 32 == 0);
@@ -95,36 +79,32 @@ struct BwdSm80Dbias {
     Shared& shared = *reinterpret_cast<Shared*>(dynamic_shared_memory());
     const Walk& walk = shared.walk;
     const auto tile_at = [&](int number) -> Tile& { return shared.tiles[static_cast<unsigned>(number) % kTiles]; };
-    const auto begin_job = [&](int number, int job) {
+    const auto begin_job = [&](int number, const Step& first) {
       Tile& tile = tile_at(number);
-      shared.job = job;
-      tile.exists = tile.visible = false;
-      tile.first = true;
-      if (job >= Walk::num_jobs(params)) return;
-      shared.walk = Walk(params, job);
-      Step step = walk.visited(walk.first, problem, shared.band, options);
-      const bool visible = !walk.done(step);
-      if (!visible) step = walk.first;
-      tile = Tile(arrays, params, step, step.head / problem.group_size(), true, visible, false);
+      tile = {first, 0, first.batch < params.batch, true, false, false};
+      if (!tile.exists) return;
+      shared.walk = Walk(params, first);
+      const Step step = walk.visited(first, problem, shared.band, options);
+      tile.visible = !walk.done(step);
+      if (tile.visible) tile.step = step;
+      tile.head_kv = tile.step.head / problem.group_size();
     };
     const auto write_down = [&](int number) {
       const Tile& before = tile_at(number - 1);
-      if (before.exists) {
-        const Step step = walk.visited(walk.after(before.step), problem, shared.band, options);
-        if (!walk.done(step)) {
-          const bool same_head = step.head == before.step.head;
-          const int head_kv = same_head ? before.head_kv : step.head / problem.group_size();
-          const bool same = options.same_in_batch() && same_head && step.m_block == before.step.m_block &&
-                            step.n_block == before.step.n_block;
-          tile_at(number) = Tile(arrays, params, step, head_kv, false, true, same);
-          return;
-        }
-      }
-      begin_job(number, shared.job + gridDim.x);
+      Tile& tile = tile_at(number);
+      tile.exists = before.exists;
+      if (!tile.exists) return;
+      const Step step = walk.visited(walk.after(before.step), problem, shared.band, options);
+      if (walk.done(step)) return begin_job(number, Walk::sum(params, walk.first, shared.stride));
+      const bool same_head = step.head == before.step.head;
+      const bool same_place = same_head && step.m_block == before.step.m_block && step.n_block == before.step.n_block;
+      const int head_kv = same_head ? before.head_kv : step.head / problem.group_size();
+      tile = {step, head_kv, true, false, true, same_place && options.same_in_batch()};
     };
     if (threadIdx.x == 0) {
       shared.band = problem.band(problem.seqlen_q, problem.seqlen_k);
-      begin_job(0, blockIdx.x);
+      shared.stride = Walk::tile(params, gridDim.x);
+      begin_job(0, Walk::tile(params, blockIdx.x));
 #pragma unroll 1
       for (int number = 1; number <= kAhead; ++number) write_down(number);
     }
@@ -146,23 +126,29 @@ struct BwdSm80Dbias {
       const Tile& tile = tile_at(number + turns / kPanels);
       const int panel = turns % kPanels, first_query = tile.step.first_query(), first_key = tile.step.first_key();
       if (!tile.visible) return;
-      const auto panel_of = [&](const Element* array, const Strides& strides, int rows, int cols) {
+      const auto panel_of = [&](const Element* array, const Strides& strides, int head, int rows, int cols) {
         const int first_col = panel * kPanel;
-        return Matrix<const Element>(array + first_col * strides.col, strides, 0, 0, 0, rows,
+        return Matrix<const Element>(array + first_col * strides.col, strides, tile.step.batch, head, 0, rows,
                                      clamp(cols - first_col, 0, kPanel));
       };
+      const int head = tile.step.head, head_kv = tile.head_kv;
       if (kPanelsQ == kPanels || panel < kPanelsQ) {
-        stage.q.template load<kNumThreads>(panel_of(tile.q, params.q, problem.seqlen_q, problem.head_dim), first_query);
-        stage.k.template load<kNumThreads>(panel_of(tile.k, params.k, problem.seqlen_k, problem.head_dim), first_key);
+        stage.q.template load<kNumThreads>(panel_of(arrays.q, params.q, head, problem.seqlen_q, problem.head_dim),
+                                           first_query);
+        stage.k.template load<kNumThreads>(panel_of(arrays.k, params.k, head_kv, problem.seqlen_k, problem.head_dim),
+                                           first_key);
       }
       if (kPanelsV == kPanels || panel < kPanelsV) {
-        stage.dout.template load<kNumThreads>(panel_of(tile.dout, params.dout, problem.seqlen_q, problem.head_dim_v),
-                                              first_query);
-        stage.v.template load<kNumThreads>(panel_of(tile.v, params.v, problem.seqlen_k, problem.head_dim_v), first_key);
+        stage.dout.template load<kNumThreads>(
+            panel_of(arrays.dout, params.dout, head, problem.seqlen_q, problem.head_dim_v), first_query);
+        stage.v.template load<kNumThreads>(panel_of(arrays.v, params.v, head_kv, problem.seqlen_k, problem.head_dim_v),
+                                           first_key);
       }
       if (panel == kPanels - 1 && threadIdx.x < kBlockM) {
+        const Sequence sequence = BatchedSequences::sequence(problem, tile.step.batch);
+        const RowStatistics rows(arrays.lse, arrays.delta, params, sequence, head);
         const int row = threadIdx.x;
-        tile.rows.start_to_copy(first_query + row, stage.lse + row, stage.delta + row);
+        rows.start_to_copy(first_query + row, stage.lse + row, stage.delta + row);
       }
     };
 
