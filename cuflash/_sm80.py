@@ -19,7 +19,7 @@ from ._wmma import BACKWARD_INPUTS, Inputs, num_bias_tiles, num_jobs, operand_of
 
 CAPABILITY = (8, 0)
 WORK_BYTES, DKDV_WORK_BYTES, DQ_WORK_BYTES = 240, 80, 224  # what a block knows of its job
-DBIAS_TILE_BYTES, DBIAS_WALK_BYTES = 24, 64  # of a tile of pairs, and of the way through them
+DBIAS_TILE_BYTES, DBIAS_WALK_BYTES = 24, 100  # of a tile of pairs, and of the way through them
 MIN_SCALE = float(np.finfo(np.float32).tiny)  # less is 0 for kernels, and maxima of products are not those of scores
 
 

@@ -177,6 +177,7 @@ DKDV = "kernels/bwd_wmma_dkdv.cuh"
 DQ = "kernels/bwd_wmma_dq.cuh"
 DBIAS = "kernels/bwd_wmma_dbias.cuh"
 BIAS_WALK = "attention/bias_walk.cuh"
+BIAS_TILES = "attention/bias_tiles.cuh"
 SM80_FORWARD = "kernels/fwd_sm80.cuh"
 SM80_DKDV = "kernels/bwd_sm80_dkdv.cuh"
 SM80_DQ = "kernels/bwd_sm80_dq.cuh"
@@ -644,7 +645,7 @@ MUTANTS = [
         "the bias of a batch entry is taken for all of it",
         "backward",
         BIAS_WALK,
-        "end.batch = params.batch == 1 ? problem.batch : first.batch + 1;",
+        "end.batch = gradient.batch == 1 ? pairs.batch : first.batch + 1;",
         "end.batch = first.batch + 1;",
         SHARED_BIAS,
         ("forward",),
@@ -653,7 +654,7 @@ MUTANTS = [
         "the gradient of a shared row is that of the first tile",
         "backward",
         BIAS_WALK,
-        "end.m_block = params.rows == 1 ? ceil_div(problem.seqlen_q, kBlockM) : first.m_block + 1;",
+        "end.m_block = gradient.m_block == 1 ? pairs.m_block : first.m_block + 1;",
         "end.m_block = first.m_block + 1;",
         ROW_BIAS,
         ("forward",),
@@ -1016,7 +1017,7 @@ MUTANTS += [
     sm80(
         "a tile of the gradient of a bias that nobody sees is not written",
         "backward",
-        SM80_DBIAS,
+        BIAS_TILES,
         "tile.visible = !walk.done(step);",
         "tile.visible = !walk.done(step);\n      if (!tile.visible) tile.exists = false;",
         replace(BIAS_OF_HEADS, q=(2, 2, 200, 64), bias=PairArray((2, 200, 200))),
@@ -1034,7 +1035,7 @@ MUTANTS += [
     sm80(
         "the mask of the batch entry before is kept",
         "backward",
-        SM80_DBIAS,
+        BIAS_TILES,
         "same_place && options.same_in_batch()",
         "same_place",
         replace(SHARED_BIAS, mask=PairArray((2, 1, 70, 200), hidden=0.3)),
@@ -1043,8 +1044,8 @@ MUTANTS += [
     sm80(
         "keys of a group's second head are those of another group",
         "backward",
-        SM80_DBIAS,
-        "same_head ? before.head_kv : step.head / problem.group_size()",
+        BIAS_TILES,
+        "same_head ? before.head_kv : step.head / group_size",
         "step.head % problem.num_heads_kv",
         replace(SHARED_BIAS, q=(4, 70, 64), k=(2, 200, 64), v=(2, 200, 64)),
         "forward",

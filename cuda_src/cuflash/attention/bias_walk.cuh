@@ -18,42 +18,47 @@ struct BiasWalk {
     __device__ __forceinline__ int first_key() const { return n_block * kBlockN; }
   };
 
-  Step first, end;  // along each axis
+  Step gradient, pairs;  // how many tiles there are along each axis, of the gradient and of pairs
+  Step first, end;       // where the walk goes along each axis
 
-  // `tile` is where the tile of the gradient begins.
-  __device__ __forceinline__ BiasWalk(const DbiasParams& params, const Step& tile) : first(tile) {
-    const Problem& problem = params.problem;
-    end.batch = params.batch == 1 ? problem.batch : first.batch + 1;
-    end.head = params.heads == 1 ? problem.num_heads : first.head + 1;
-    end.m_block = params.rows == 1 ? ceil_div(problem.seqlen_q, kBlockM) : first.m_block + 1;
-    end.n_block = params.cols == 1 ? ceil_div(problem.seqlen_k, kBlockN) : first.n_block + 1;
-  }
+  __device__ __forceinline__ explicit BiasWalk(const DbiasParams& params)
+      : gradient{params.batch, params.heads, ceil_div(params.rows, kBlockM), ceil_div(params.cols, kBlockN)},
+        pairs{params.problem.batch, params.problem.num_heads, ceil_div(params.problem.seqlen_q, kBlockM),
+              ceil_div(params.problem.seqlen_k, kBlockN)} {}
 
-  // The tiles of the gradient, by their number: neighbours have the same rows.
-  static __device__ __forceinline__ Step tile(const DbiasParams& params, unsigned number) {
-    const unsigned m_blocks = ceil_div(params.rows, kBlockM), n_blocks = ceil_div(params.cols, kBlockN);
-    const unsigned row = number / n_blocks, head = row / m_blocks, heads = params.heads;
-    return {static_cast<int>(head / heads), static_cast<int>(head % heads), static_cast<int>(row % m_blocks),
-            static_cast<int>(number % n_blocks)};
+  // A tile of the gradient by its number: neighbours have the same rows.
+  __device__ __forceinline__ Step tile(unsigned number) const {
+    const unsigned row = number / gradient.n_block, head = row / gradient.m_block;
+    return {static_cast<int>(head / gradient.head), static_cast<int>(head % gradient.head),
+            static_cast<int>(row % gradient.m_block), static_cast<int>(number % gradient.n_block)};
   }
-  // The one whose number is the sum of two others', found without a division. There is none beyond the last batch
+  // The one whose number is the sum of two others', found without a division. There is none behind the last batch
   // entry.
-  static __device__ __forceinline__ Step sum(const DbiasParams& params, const Step& x, const Step& y) {
-    const int m_blocks = ceil_div(params.rows, kBlockM), n_blocks = ceil_div(params.cols, kBlockN);
+  __device__ __forceinline__ Step sum(const Step& x, const Step& y) const {
     Step sum = {x.batch + y.batch, x.head + y.head, x.m_block + y.m_block, x.n_block + y.n_block};
-    if (sum.n_block >= n_blocks) {
-      sum.n_block -= n_blocks;
+    if (sum.n_block >= gradient.n_block) {
+      sum.n_block -= gradient.n_block;
       ++sum.m_block;
     }
-    if (sum.m_block >= m_blocks) {
-      sum.m_block -= m_blocks;
+    if (sum.m_block >= gradient.m_block) {
+      sum.m_block -= gradient.m_block;
       ++sum.head;
     }
-    if (sum.head >= params.heads) {
-      sum.head -= params.heads;
+    if (sum.head >= gradient.head) {
+      sum.head -= gradient.head;
       ++sum.batch;
     }
     return sum;
+  }
+  __device__ __forceinline__ bool exists(const Step& tile) const { return tile.batch < gradient.batch; }
+
+  // Starts at a tile of the gradient. Where this is the only one along an axis, all pairs share it.
+  __device__ __forceinline__ void begin(const Step& tile) {
+    first = tile;
+    end.batch = gradient.batch == 1 ? pairs.batch : first.batch + 1;
+    end.head = gradient.head == 1 ? pairs.head : first.head + 1;
+    end.m_block = gradient.m_block == 1 ? pairs.m_block : first.m_block + 1;
+    end.n_block = gradient.n_block == 1 ? pairs.n_block : first.n_block + 1;
   }
 
   // The batch is the innermost axis.

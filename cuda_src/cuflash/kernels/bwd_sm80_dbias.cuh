@@ -2,7 +2,7 @@
 // broadcast.
 #pragma once
 
-#include <cuflash/attention/bias_walk.cuh>
+#include <cuflash/attention/bias_tiles.cuh>
 #include <cuflash/attention/register_gradient.cuh>
 #include <cuflash/common/shared_memory.cuh>
 #include <cuflash/tile/mma_product.cuh>
@@ -10,25 +10,22 @@
 
 namespace cuflash {
 
-// A block computes one tile of the gradient after the other (BiasWalk). kSplits warps share the same rows of it, each
+// A block computes one tile of the gradient after the other (BiasTiles). kSplits warps share the same rows of it, each
 // has a part of the columns: a warp's sums, scores and gradients of weights are all there is in registers, whatever the
 // head dimensions. Those come in panels of kPanel columns of Q, K, dO and V, through a ring of stages: kStages - 1 of
-// them are on their way, be it for the next tile of the gradient. One thread walks, ahead of all, and writes down for
-// the others where tiles of pairs come from.
+// them are on their way, be it for the next tile of the gradient.
 template <class Number, class Options, int kHeadDim, int kHeadDimV, int kBlockM, int kBlockN, int kNumWarps,
           int kSplits, int kPanel, int kStages>
 struct BwdSm80Dbias {
   using Element = typename Number::Element;
   using Bias = typename Options::Bias;
-  using Walk = BiasWalk<kBlockM, kBlockN>;
-  using Step = typename Walk::Step;
 
   static constexpr int kNumThreads = 32 * kNumWarps;
   static constexpr int kWarpM = kBlockM / (kNumWarps / kSplits), kWarpN = kBlockN / kSplits;
   static constexpr int kTilesM = kWarpM / 16;
   static constexpr int kPanelsQ = kHeadDim / kPanel, kPanelsV = kHeadDimV / kPanel;
   static constexpr int kPanels = larger(kPanelsQ, kPanelsV);
-  static constexpr int kUnroll = kPanelsQ == kPanelsV ? kPanel / 16 : 2;  // as far as the registers hold the factors
+  static constexpr int kUnroll = kPanels == 1 ? kPanel / 16 : 2;  // as far as the registers hold the factors
 
   using Scores = WarpgroupTile<kWarpN>;
   using Gradients = GradientTile<Options, false, BiasPairs>;
@@ -39,36 +36,27 @@ struct BwdSm80Dbias {
     Bias* dbias;
   };
 
-  // A tile of pairs.
-  struct Tile {
-    Step step;
-    int head_kv;
-    bool exists;   // else there are no more
-    bool first;    // for its tile of the gradient
-    bool visible;  // else it stands for a tile of the gradient of which nobody sees any pair
-    bool same;     // arrays of pairs are those of the tile before
-  };
   // A panel; the last one of a tile has the statistics of its rows as well.
   struct Stage {
     LdmatrixTile<Element, kBlockM, kPanel> q, dout;
     LdmatrixTile<Element, kBlockN, kPanel> k, v;
     float lse[kBlockM], delta[kBlockM];
   };
-  // The tiles after the one at hand of which panels may be on their way. One more is written down meanwhile.
-  static constexpr int kAhead = 1 + (kStages - 2) / kPanels, kTiles = kAhead + 2;
+  // The tiles after the one at hand of which panels may be on their way.
+  static constexpr int kAhead = 1 + (kStages - 2) / kPanels;
+  using Tiles = BiasTiles<kBlockM, kBlockN, kAhead>;
+  using Walk = typename Tiles::Walk;
+  using Step = typename Walk::Step;
+
   static constexpr int kPairBytes = Options::template kTileBytes<kBlockM, kBlockN>;
   struct Shared {
     Stage stages[kStages];
     alignas(16) unsigned char pairs[larger(kPairBytes, 16)];
-    Tile tiles[kTiles];
-    Walk walk;    // of the thread that writes tiles down
-    Step stride;  // from one tile of the gradient to the next
-    Band band;
+    Tiles tiles;
   };
   // Without the padding at the end of the struct.
-  static constexpr int kSharedBytes = larger(kStages * sizeof(Stage) + sizeof(Shared::pairs) + kTiles * sizeof(Tile) +
-                                                 sizeof(Walk) + sizeof(Step) + sizeof(Band),
-                                             Walk::kSumBytes);
+  static constexpr int kSharedBytes =
+      larger(kStages * sizeof(Stage) + sizeof(Shared::pairs) + sizeof(Tiles), Walk::kSumBytes);
 
   static_assert(kNumWarps % kSplits == 0 && kBlockM % (16 * (kNumWarps / kSplits)) == 0 && kWarpN % 32 == 0);
   static_assert(kHeadDim % kPanel == 0 && kHeadDimV % kPanel == 0 && kStages >= 2);
@@ -77,41 +65,13 @@ struct BwdSm80Dbias {
   static __device__ __forceinline__ void run(const Arrays& arrays, const DbiasParams& params, const Options& options) {
     const Problem& problem = params.problem;
     Shared& shared = *reinterpret_cast<Shared*>(dynamic_shared_memory());
-    const Walk& walk = shared.walk;
-    const auto tile_at = [&](int number) -> Tile& { return shared.tiles[static_cast<unsigned>(number) % kTiles]; };
-    const auto begin_job = [&](int number, const Step& first) {
-      Tile& tile = tile_at(number);
-      tile = {first, 0, first.batch < params.batch, true, false, false};
-      if (!tile.exists) return;
-      shared.walk = Walk(params, first);
-      const Step step = walk.visited(first, problem, shared.band, options);
-      tile.visible = !walk.done(step);
-      if (tile.visible) tile.step = step;
-      tile.head_kv = tile.step.head / problem.group_size();
-    };
-    const auto write_down = [&](int number) {
-      const Tile& before = tile_at(number - 1);
-      Tile& tile = tile_at(number);
-      tile.exists = before.exists;
-      if (!tile.exists) return;
-      const Step step = walk.visited(walk.after(before.step), problem, shared.band, options);
-      if (walk.done(step)) return begin_job(number, Walk::sum(params, walk.first, shared.stride));
-      const bool same_head = step.head == before.step.head;
-      const bool same_place = same_head && step.m_block == before.step.m_block && step.n_block == before.step.n_block;
-      const int head_kv = same_head ? before.head_kv : step.head / problem.group_size();
-      tile = {step, head_kv, true, false, true, same_place && options.same_in_batch()};
-    };
-    if (threadIdx.x == 0) {
-      shared.band = problem.band(problem.seqlen_q, problem.seqlen_k);
-      shared.stride = Walk::tile(params, gridDim.x);
-      begin_job(0, Walk::tile(params, blockIdx.x));
-#pragma unroll 1
-      for (int number = 1; number <= kAhead; ++number) write_down(number);
-    }
+    Tiles& tiles = shared.tiles;
+    if (threadIdx.x == 0) tiles.begin(params, options);
     __syncthreads();
+    const Band& band = tiles.band;
     const int warp = threadIdx.x / 32, warp_row = warp / kSplits * kWarpM, warp_col = warp % kSplits * kWarpN;
-    const bool shares_pairs =
-        params.rows == 1 || params.cols == 1;  // of one tile, that is: then each block has one job
+    // Whether pairs of one tile share their bias. Then each block has one tile of the gradient.
+    const bool shares = params.rows == 1 || params.cols == 1;
 
     const auto options_of = [&](const Step& step) {
       Options there = options;
@@ -119,11 +79,14 @@ struct BwdSm80Dbias {
       return there;
     };
     const auto load_pairs = [&](const Step& step) {
-      options_of(step).template load<kBlockM, kBlockN, kNumThreads>(shared.pairs, step.first_query(), step.first_key());
+      unsigned thread = threadIdx.x;
+      ptx::make_opaque(thread);  // as in LdmatrixTile::load
+      options_of(step).template load<kBlockM, kBlockN, kNumThreads>(shared.pairs, step.first_query(), step.first_key(),
+                                                                    static_cast<int>(thread));
     };
     // The panel that comes so many turns after the first of a tile.
     const auto load = [&](Stage& stage, int number, int turns) {
-      const Tile& tile = tile_at(number + turns / kPanels);
+      const auto& tile = tiles.at(number + turns / kPanels);
       const int panel = turns % kPanels, first_query = tile.step.first_query(), first_key = tile.step.first_key();
       if (!tile.visible) return;
       const auto panel_of = [&](const Element* array, const Strides& strides, int head, int rows, int cols) {
@@ -155,7 +118,7 @@ struct BwdSm80Dbias {
     WarpgroupTile<kWarpN> sums[kTilesM];
 #pragma unroll
     for (int m = 0; m < kTilesM; ++m) sums[m].clear();
-    if (tile_at(0).visible) load_pairs(tile_at(0).step);
+    if (tiles.at(0).visible) load_pairs(tiles.at(0).step);
 #pragma unroll 1
     for (int turns = 0; turns < kStages - 1; ++turns) {
       load(shared.stages[turns], 0, turns);
@@ -164,8 +127,8 @@ struct BwdSm80Dbias {
 
     int next_stage = 0;
 #pragma unroll 1
-    for (int number = 0; tile_at(number).exists; ++number) {
-      const Tile& tile_of_pairs = tile_at(number);
+    for (int number = 0; tiles.at(number).exists; ++number) {
+      const auto& tile_of_pairs = tiles.at(number);
       const Step& step = tile_of_pairs.step;
       const bool visible = tile_of_pairs.visible, new_pairs = number > 0 && visible && !tile_of_pairs.same;
       Scores scores[kTilesM], dweights[kTilesM];
@@ -202,10 +165,10 @@ struct BwdSm80Dbias {
       if (visible) {
         Options here = options_of(step);
         here.template look_at<kBlockM, kBlockN>(shared.pairs, step.first_query(), step.first_key());
-        const BiasPairs<Options> pairs = {here, shared.band, problem.softmax_scale};
+        const BiasPairs<Options> pairs = {here, band, problem.softmax_scale};
         const int first_query = step.first_query() + warp_row, first_key = step.first_key() + warp_col;
         const Range queries = {first_query, first_query + kWarpM}, keys = {first_key, first_key + kWarpN};
-        const bool masked = queries.end > shared.band.seqlen_q || !shared.band.all_visible(queries, keys);
+        const bool masked = queries.end > band.seqlen_q || !band.all_visible(queries, keys);
 #pragma unroll
         for (int m = 0; m < kTilesM; ++m) {
           unsigned lane = threadIdx.x % 32;
@@ -229,7 +192,7 @@ struct BwdSm80Dbias {
           for (int i = 0; i < Scores::kNumElements; ++i) sums[m].x[i] += dweights[m].x[i];
         }
       }
-      if (tile_at(number + 1).first && !shares_pairs) {
+      if (tiles.at(number + 1).first && !shares) {
         const Matrix<Bias> dbias(arrays.dbias, params.dbias, params.batch == 1 ? 0 : step.batch,
                                  params.heads == 1 ? 0 : step.head, 0, params.rows, params.cols);
         const int row = step.first_query() + warp_row + threadIdx.x % 32 / 4, col = step.first_key() + warp_col;
@@ -240,11 +203,11 @@ struct BwdSm80Dbias {
           sums[m].clear();
         }
       }
-      if (threadIdx.x == 0) write_down(number + kAhead + 1);  // in place of the tile before this one
+      if (threadIdx.x == 0) tiles.advance(number, problem, options);
     }
     ptx::cp_async_wait<0>();
-    if (!shares_pairs) return;
-    const Walk walked = walk;
+    if (!shares) return;
+    const Walk walk = tiles.walk;
     __syncthreads();  // shared memory is no longer read: the sums take its place
     const int lane = threadIdx.x % 32;
     float* const memory = reinterpret_cast<float*>(dynamic_shared_memory());
@@ -257,7 +220,7 @@ struct BwdSm80Dbias {
       }
     }
     __syncthreads();
-    walked.template write<kNumWarps>(arrays.dbias, params, memory);
+    walk.template write<kNumWarps>(arrays.dbias, params, memory);
   }
 };
 

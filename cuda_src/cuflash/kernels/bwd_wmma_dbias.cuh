@@ -63,7 +63,8 @@ struct BwdWmmaDbias {
   static __device__ __forceinline__ void run(const Arrays& arrays, const DbiasParams& params, const Options& options) {
     const Problem& problem = params.problem;
     const Band band = problem.band(problem.seqlen_q, problem.seqlen_k);
-    const Walk walk(params, Walk::tile(params, blockIdx.x));
+    Walk walk(params);
+    walk.begin(walk.tile(blockIdx.x));
 
     const int warp = threadIdx.x / 32;
     unsigned char* const shared = dynamic_shared_memory();
