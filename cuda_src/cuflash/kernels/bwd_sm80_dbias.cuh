@@ -145,15 +145,17 @@ struct BwdSm80Dbias {
         ptx::cp_async_wait<kStages - 2>();
         __syncthreads();  // this panel has arrived, and the one before is no longer read
         if (panel == 0 && new_pairs) load_pairs(step);
-        load(shared.stages[(stage + kStages - 1) % kStages], number, panel + kStages - 1);
-        ptx::cp_async_commit();
-
-        if (!visible) continue;
         const Stage& at_hand = shared.stages[stage];
-        if (kPanelsQ == kPanels || panel < kPanelsQ) {
-          add_product_along<kPanel, kUnroll>(scores, RowsOf(at_hand.q, warp_row), at_hand.k, warp_col);
+#pragma unroll 1
+        for (int half = 0; half < 2; ++half) {  // of the warps one half multiplies while the other starts copies
+          if (warp / (kNumWarps / 2) == half) {
+            load(shared.stages[(stage + kStages - 1) % kStages], number, panel + kStages - 1);
+            ptx::cp_async_commit();
+          } else if (visible && (kPanelsQ == kPanels || panel < kPanelsQ)) {
+            add_product_along<kPanel, kUnroll>(scores, RowsOf(at_hand.q, warp_row), at_hand.k, warp_col);
+          }
         }
-        if (kPanelsV == kPanels || panel < kPanelsV) {
+        if (visible && (kPanelsV == kPanels || panel < kPanelsV)) {
           add_product_along<kPanel, kUnroll>(dweights, RowsOf(at_hand.dout, warp_row), at_hand.v, warp_col);
         }
       }
