@@ -14,7 +14,7 @@ from ._device import Array, Chip
 from ._features import ELEMENTS
 from ._kernel import HEAD_DIMS, NUMBERS, Kernel, padded_head_dims
 from ._options import PLAIN, Options
-from ._problem import Operand, Problem
+from ._problem import FULL, Operand, Problem
 from ._wmma import BACKWARD_INPUTS, Inputs, num_bias_tiles, num_jobs, operand_of_delta, plan_gradients
 
 CAPABILITY = (8, 0)
@@ -147,6 +147,7 @@ DBIAS_TILES_OF_CHIPS = {
     # With 64 columns there are half the barriers. The other one is for D 32 and 96.
     227: (DbiasTile(128, 128, 8, 2, 64, 2), DbiasTile(128, 128, 8, 2, 32, 3)),
 }
+DBIAS_MIN_TILES = 32  # that blocks stay for, if the tiles differ in length: then those of each make up for it
 DBIAS_TILES: Tiles = {
     (*dims, kib): tuple(tile for tile in tiles if all(dim % tile.panel == 0 for dim in dims))
     for dims in HEAD_DIMS
@@ -324,7 +325,8 @@ def num_places(kernel: Kernel, chip: Chip) -> int:
 def backward_dbias(problem: Problem, options: Options, number: str, chip: Chip, dbias: Operand) -> tuple[Kernel, int]:
     """The kernel that computes the gradient of a bias of this shape, and the number of its blocks.
 
-    They stay for one tile of the gradient after the other, but for tiles of which pairs share a row or a column.
+    They stay for one tile of the gradient after the other, but for tiles of which pairs share a row or a column, and
+    for few tiles that differ in length: then new blocks come as others end.
     """
     make = _TiledKernel(
         template="BwdSm80Dbias",
@@ -336,8 +338,12 @@ def backward_dbias(problem: Problem, options: Options, number: str, chip: Chip, 
         params="DbiasParams",
     )
     kernel, num_tiles = make(problem, options, number, chip)
-    _, _, rows, cols = dbias.shape
-    return kernel, num_tiles if 1 in (rows, cols) else min(num_tiles, num_places(kernel, chip))
+    places = num_places(kernel, chip)
+    uneven = problem.window != FULL or "block_mask" in options.names
+    if 1 in dbias.shape[2:] or num_tiles < places * (DBIAS_MIN_TILES if uneven else 1):
+        return kernel, num_tiles
+    # Of an odd number, lest each always have the same few columns.
+    return kernel, places - (places + 1) % 2 if uneven else places
 
 
 def plan_forward(call: Call) -> Run:

@@ -1124,6 +1124,7 @@ def numpy_arrays_on(device: HostDevice, family: str, *, one_stage: bool = False)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_backends, "numpy_backend", LaunchBackend(device))
         patch.setattr(_parts, "MIN_TILES", 1)
+        patch.setattr(_sm80, "DBIAS_MIN_TILES", 1)
         for table, tile in (TILES_OF_ONE_STAGE if one_stage else TILES).items():
             patch.setitem(getattr(_wmma, table), (2, 64), [tile])
         patch.delitem(_sm80.SHORT_TILES, (64, 64))

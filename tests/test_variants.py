@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from cuflash import _sm80
 from cuflash.testing import assert_attention_accurate, assert_gradients_accurate
 from cuflash.testing.mods import MASK_MODS, SCORE_MODS
 from cuflash.testing.strategies import PAIR_STRIDES, VARIANTS, AttentionProblem, PairArray
@@ -72,7 +73,10 @@ def test_bias_of_every_shape(ring: Ring, shape: tuple[int, ...], dtype: str) -> 
 
 @pytest.mark.parametrize("shape", [(1, 2, 150, 300), (2, 1, 150, 300), (2, 2, 1, 300), (150, 1), (1, 1)])
 @pytest.mark.parametrize("causal", [False, True])
-def test_bias_of_several_tiles(ring: Ring, shape: tuple[int, ...], causal: bool) -> None:
+def test_bias_of_several_tiles(
+    ring: Ring, shape: tuple[int, ...], causal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_sm80, "DBIAS_MIN_TILES", 1)
     problem = AttentionProblem((2, 2, 150, 32), (2, 1, 300, 32), (2, 1, 300, 17), "float16", seed=1)
     ring.check_backward(dataclasses.replace(problem, bias=PairArray(shape), causal="top-left" if causal else False))
 
