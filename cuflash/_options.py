@@ -173,6 +173,8 @@ class Options:
                 "void load(unsigned char* memory, int first_query, int first_key, int thread = threadIdx.x) const",
                 loads,
             )
+            same = " && ".join(f"{array.name}.strides.batch == 0" for array in arrays)
+            lines += _method("bool same_in_batch() const", [f"return {same};"])
         if looks:
             lines += [f"  {tile}"]
             lines += _method("void look_at(const unsigned char* memory, int first_query, int first_key)", looks)

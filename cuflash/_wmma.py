@@ -260,16 +260,21 @@ backward_dq = _TiledKernel(
 )
 
 
+def num_bias_tiles(dbias: Operand, block_m: int, block_n: int) -> int:
+    """The tiles of the gradient of a bias (attention/bias_walk.cuh)."""
+    batch, heads, rows, cols = dbias.shape
+    return batch * heads * ceil_div(rows, block_m) * ceil_div(cols, block_n)
+
+
 def backward_dbias(problem: Problem, options: Options, number: str, chip: Chip, dbias: Operand) -> tuple[Kernel, int]:
     """The kernel that computes the gradient of a bias of this shape, and the number of its blocks."""
-    batch, heads, rows, cols = dbias.shape
     make = _TiledKernel(
         template="BwdWmmaDbias",
         header="bwd_wmma_dbias",
         tiles=DBIAS_TILES,
         shared_bytes=_dbias_bytes,
         num_warps=lambda tile: tile[2],
-        num_blocks=lambda problem, tile: batch * heads * ceil_div(rows, tile[0]) * ceil_div(cols, tile[1]),
+        num_blocks=lambda problem, tile: num_bias_tiles(dbias, *tile[:2]),
         pointers=(*BACKWARD_INPUTS, f"{ELEMENTS[dbias.dtype]}* dbias"),
         params="DbiasParams",
     )
@@ -336,7 +341,7 @@ def plan_backward(call: Call) -> Run:
         dkdv_step(*arrays, dk, dv, options=options)
         dq_step(*arrays, dq, options=options)
 
-    return plan_gradients(call, products)
+    return plan_gradients(call, products, backward_dbias)
 
 
 Inputs = tuple[Array, Array, Array, Array, Array, Array]
@@ -349,10 +354,11 @@ def operand_of_delta(problem: Problem) -> Operand:
     return Operand((batch, problem.num_heads, problem.seqlen_q, 1), (batch_stride, problem.seqlen_q, 1, 0))
 
 
-def plan_gradients(call: Call, products: Callable[..., None]) -> Run:
+def plan_gradients(call: Call, products: Callable[..., None], dbias_of: Callable[..., tuple[Kernel, int]]) -> Run:
     """What every family does before and after the gradients of Q, K and V, which `products` computes.
 
-    It is called with the inputs, dq, dk, dv and the options of the kernels.
+    It is called with the inputs, dq, dk, dv and the options of the kernels. `dbias_of` makes the kernel of the gradient
+    of a bias, and the number of its blocks.
     """
     device, problem, operands = call.device, call.problem, call.operands
     delta_operand = operand_of_delta(problem)
@@ -360,7 +366,7 @@ def plan_gradients(call: Call, products: Callable[..., None]) -> Run:
     dbias_step = dsinks_step = None
     rows = problem.batch * problem.seqlen_q  # without any there is nothing to sum, and no sequence to look at
     if "dbias" in operands and rows * problem.seqlen_k:
-        made = backward_dbias(problem, call.options, call.number, call.chip, operands["dbias"])
+        made = dbias_of(problem, call.options, call.number, call.chip, operands["dbias"])
         dbias_step = call.step(made, delta=delta_operand)
     if "dsinks" in operands and rows:
         dsinks_step = call.step(dsinks(problem, call.options, operands["dsinks"].dtype), delta=delta_operand)

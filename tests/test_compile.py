@@ -121,6 +121,9 @@ def kernels_with_options(arch: int) -> Iterator[Kernel]:
         yield _wmma.dsinks(problem(1, 1), options("sinks"), "float32")[0]
         for number, head_dims in product(("float16", "bfloat16", "float32"), HEAD_DIMS):
             yield _wmma.backward_dbias(problem(*head_dims), options("bias"), number, CHIPS[arch], PAIRS)[0]
+    if arch >= 80:
+        for number, head_dims in product(HALF, HEAD_DIMS):
+            yield _sm80.backward_dbias(problem(*head_dims), options("bias"), number, CHIPS[arch], PAIRS)[0]
 
 
 def reachable(arch: int) -> Iterator[Kernel]:
@@ -140,7 +143,7 @@ def is_thorough(kernel: Kernel, arch: int) -> bool:
     if arch < 80:
         return False
     has_options = kernel.options is not None and bool(kernel.options.names)
-    by_name_alone = "wmma" in kernel.header and "f32" not in kernel.symbol and "dbias" not in kernel.header
+    by_name_alone = "wmma" in kernel.header and "f32" not in kernel.symbol
     like_another = ("_f16" in kernel.symbol or "_tf32" in kernel.symbol) and "d64x64" not in kernel.symbol
     rare = (has_options and "sm90" not in kernel.header) or any(dims in kernel.symbol for dims in RARE_HEAD_DIMS)
     return by_name_alone or like_another or arch == 89 or (rare and arch != 80)
@@ -241,6 +244,15 @@ def test_a_kernel_compiles_within_its_registers_and_uses_tensor_cores(kernel: Ke
 def test_every_tile_fits_the_shared_memory(arch: int) -> None:
     for kernel in reachable(arch):
         assert kernel.shared_bytes <= CHIPS[arch].shared_memory, kernel.symbol
+
+
+@pytest.mark.parametrize("arch", [arch for arch in CHIPS if arch >= 80])
+def test_the_gradient_of_a_bias_has_a_tile_beside_other_arrays(arch: int) -> None:
+    bias = PAIRS._replace(dtype="float32")
+    crowded = Options.of(problem(1, 1), {"bias": bias, "mask": MASK, "block_mask": ROWS})
+    for head_dims in HEAD_DIMS:
+        kernel, _ = _sm80.backward_dbias(problem(*head_dims), crowded, "bfloat16", CHIPS[arch], bias)
+        assert kernel.shared_bytes <= CHIPS[arch].shared_memory
 
 
 CHECKED = [

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 import cuflash
+from cuflash import _sm80
 from cuflash.testing import assert_attention_accurate, assert_gradients_accurate
-from cuflash.testing.strategies import AttentionProblem
+from cuflash.testing.strategies import AttentionProblem, PairArray
 
 pytestmark = pytest.mark.gpu
 
@@ -343,6 +344,21 @@ def test_variants_give_the_same_bits_again(gpu: Any, kernel: str) -> None:
         for x, y in zip(bits, first, strict=True):
             differing += (x != y).sum()
     assert int(differing) == 0
+
+
+@pytest.mark.parametrize("kernel", ["auto", "sm80"])
+@pytest.mark.parametrize("causal", [False, True])
+def test_the_gradient_of_a_bias_of_more_tiles_than_fit_the_gpu(
+    gpu: Any, kernel: str, causal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks stay, for whatever tiles come next."""
+    monkeypatch.setattr(_sm80, "DBIAS_MIN_TILES", 1)
+    shapes = ((2, 24, 401, 64), (2, 12, 385, 64), (2, 12, 385, 64))  # of 24 x 4 x 4 tiles of the gradient
+    problem = AttentionProblem(*shapes, "float16", causal=causal, bias=PairArray((24, 401, 385)))
+    arrays, bias = problem.arrays(gpu), gpu.asarray(problem.options["bias"])
+    _, vjp = cuflash.attention_vjp(*arrays, causal=causal, bias=bias, kernel=kernel, return_dbias=True)
+    dq, dk, dv, dbias = vjp(problem.dout(gpu))
+    assert_gradients_accurate(problem.dout(), *problem.arrays(), dq, dk, dv, dbias=dbias, **problem.options)
 
 
 def test_variants_take_no_memory_of_the_size_of_the_scores(gpu: Any) -> None:

@@ -57,6 +57,7 @@ SM80_TILES = {
     "FORWARD_TILES": _sm80.Tile(64, 64, 4, 2),
     "DKDV_TILES": _sm80.DkDvTile(64, 64, 4, 1, 1, 2),
     "DQ_TILES": _sm80.DqTile(64, 64, 4, 2),
+    "DBIAS_TILES": _sm80.DbiasTile(64, 64, 4, 2, 32, 3),
 }
 SM80_TILES_OF_ONE_STAGE = {
     "FORWARD_TILES": _sm80.Tile(64, 64, 4, 1),
@@ -137,6 +138,7 @@ SOFTCAP = replace(VARIANT, softcap=0.5)
 ALIBI = replace(VARIANT, alibi="heads")
 BIAS = replace(VARIANT, bias=PairArray((70, 200)))
 SHARED_BIAS = replace(BIAS, q=(2, 2, 70, 64), bias=PairArray((70, 200)))  # by 2 batch entries and 2 heads
+BIAS_OF_HEADS = replace(BIAS, q=(2, 2, 70, 64), bias=PairArray((2, 70, 200)), causal=True)
 ROW_BIAS = replace(VARIANT, bias=PairArray((1, 200)))
 SINKS = replace(VARIANT, sinks="float32")
 DROPOUT = replace(VARIANT, dropout_p=0.3)
@@ -174,9 +176,12 @@ FORWARD = "kernels/fwd_wmma.cuh"
 DKDV = "kernels/bwd_wmma_dkdv.cuh"
 DQ = "kernels/bwd_wmma_dq.cuh"
 DBIAS = "kernels/bwd_wmma_dbias.cuh"
+BIAS_WALK = "attention/bias_walk.cuh"
+BIAS_TILES = "attention/bias_tiles.cuh"
 SM80_FORWARD = "kernels/fwd_sm80.cuh"
 SM80_DKDV = "kernels/bwd_sm80_dkdv.cuh"
 SM80_DQ = "kernels/bwd_sm80_dq.cuh"
+SM80_DBIAS = "kernels/bwd_sm80_dbias.cuh"
 
 MUTANTS = [
     # Missing barriers and weak waits
@@ -639,18 +644,18 @@ MUTANTS = [
     Mutant(
         "the bias of a batch entry is taken for all of it",
         "backward",
-        DBIAS,
-        "end_batch = params.batch == 1 ? problem.batch : batch + 1;",
-        "end_batch = batch + 1;",
+        BIAS_WALK,
+        "end.batch = gradient.batch == 1 ? pairs.batch : first.batch + 1;",
+        "end.batch = first.batch + 1;",
         SHARED_BIAS,
         ("forward",),
     ),
     Mutant(
         "the gradient of a shared row is that of the first tile",
         "backward",
-        DBIAS,
-        "end_m_block = params.rows == 1 ? ceil_div(problem.seqlen_q, kBlockM) : m_block + 1;",
-        "end_m_block = m_block + 1;",
+        BIAS_WALK,
+        "end.m_block = gradient.m_block == 1 ? pairs.m_block : first.m_block + 1;",
+        "end.m_block = first.m_block + 1;",
         ROW_BIAS,
         ("forward",),
     ),
@@ -824,6 +829,42 @@ MUTANTS += [
         "tsan",
     ),
     sm80(
+        "no barrier before the first panel of a tile is read",
+        "backward",
+        SM80_DBIAS,
+        "__syncthreads();  // this panel has arrived",
+        "if (panel > 0) __syncthreads();  //",  # without any, tiles are read of which nothing was written down
+        BIAS_OF_HEADS,
+        "greedy",
+    ),
+    sm80(
+        "a wait for a panel that allows one group more",
+        "backward",
+        SM80_DBIAS,
+        "cp_async_wait<kStages - 2>",
+        "cp_async_wait<kStages - 1>",
+        BIAS_OF_HEADS,
+        "lazy",
+    ),
+    sm80(
+        "no wait for the pairs of the next tile",
+        "backward",
+        SM80_DBIAS,
+        "ptx::cp_async_wait<0>();\n        __syncthreads();  // the pairs have arrived",
+        "",
+        replace(BIAS_OF_HEADS, q=(2, 2, 128, 64), bias=PairArray((2, 128, 200))),
+        "lazy",
+    ),
+    sm80(
+        "no barrier before the sums overwrite the panels",
+        "backward",
+        SM80_DBIAS,
+        "__syncthreads();  // shared memory is no longer read",
+        "//",
+        replace(ROW_BIAS, q=(70, 64), k=(200, 64), v=(200, 64)),  # the last panel is in the first stage
+        "greedy",
+    ),
+    sm80(
         "no barrier before the job is looked at",
         "forward",
         SM80_FORWARD,
@@ -955,6 +996,60 @@ MUTANTS += [
         SQUARE,
         "forward",
     ),
+    sm80(
+        "the gradient of a bias counts hidden pairs",
+        "backward",
+        SM80_DBIAS,
+        "if (masked) tile.hide_by_band",
+        "if (false) tile.hide_by_band",
+        BIAS_OF_HEADS,
+        "forward",
+    ),
+    sm80(
+        "a tile of the gradient of a bias begins with the sums of the one before",
+        "backward",
+        SM80_DBIAS,
+        "sums[m].clear();\n        }\n      }",
+        "}\n      }",
+        BIAS_OF_HEADS,
+        "forward",
+    ),
+    sm80(
+        "a tile of the gradient of a bias that nobody sees is not written",
+        "backward",
+        BIAS_TILES,
+        "tile.visible = !walk.done(step);",
+        "tile.visible = !walk.done(step);\n      if (!tile.visible) tile.exists = false;",
+        replace(BIAS_OF_HEADS, q=(2, 2, 200, 64), bias=PairArray((2, 200, 200))),
+        "forward",
+    ),
+    sm80(
+        "the bias of the tile before is kept",
+        "backward",
+        SM80_DBIAS,
+        "number > 0 && visible && !tile_of_pairs.same",
+        "false",
+        BIAS_OF_HEADS,
+        "forward",
+    ),
+    sm80(
+        "the mask of the batch entry before is kept",
+        "backward",
+        BIAS_TILES,
+        "same_place && options.same_in_batch()",
+        "same_place",
+        replace(SHARED_BIAS, mask=PairArray((2, 1, 70, 200), hidden=0.3)),
+        "forward",
+    ),
+    sm80(
+        "keys of a group's second head are those of another group",
+        "backward",
+        BIAS_TILES,
+        "same_head ? before.head_kv : step.head / group_size",
+        "step.head % problem.num_heads_kv",
+        replace(SHARED_BIAS, q=(4, 70, 64), k=(2, 200, 64), v=(2, 200, 64)),
+        "forward",
+    ),
     # Wrong numbers
     sm80(
         "merged parts are not rescaled when a maximum grows",
@@ -1029,6 +1124,7 @@ def numpy_arrays_on(device: HostDevice, family: str, *, one_stage: bool = False)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_backends, "numpy_backend", LaunchBackend(device))
         patch.setattr(_parts, "MIN_TILES", 1)
+        patch.setattr(_sm80, "DBIAS_MIN_TILES", 1)
         for table, tile in (TILES_OF_ONE_STAGE if one_stage else TILES).items():
             patch.setitem(getattr(_wmma, table), (2, 64), [tile])
         patch.delitem(_sm80.SHORT_TILES, (64, 64))

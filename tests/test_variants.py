@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cuflash.testing import assert_attention_accurate
+from cuflash import _sm80
+from cuflash.testing import assert_attention_accurate, assert_gradients_accurate
 from cuflash.testing.mods import MASK_MODS, SCORE_MODS
 from cuflash.testing.strategies import PAIR_STRIDES, VARIANTS, AttentionProblem, PairArray
 from tests.conftest import Ring
@@ -68,6 +69,46 @@ def test_alibi_slopes(ring: Ring, alibi: Any, causal: Any) -> None:
 @pytest.mark.parametrize("dtype", ["", "float32"])
 def test_bias_of_every_shape(ring: Ring, shape: tuple[int, ...], dtype: str) -> None:
     check(ring, bias=PairArray(shape, dtype=dtype))
+
+
+@pytest.mark.parametrize("shape", [(1, 2, 150, 300), (2, 1, 150, 300), (2, 2, 1, 300), (150, 1), (1, 1)])
+@pytest.mark.parametrize("causal", [False, True])
+def test_bias_of_several_tiles(
+    ring: Ring, shape: tuple[int, ...], causal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_sm80, "DBIAS_MIN_TILES", 1)
+    problem = AttentionProblem((2, 2, 150, 32), (2, 1, 300, 32), (2, 1, 300, 17), "float16", seed=1)
+    ring.check_backward(dataclasses.replace(problem, bias=PairArray(shape), causal="top-left" if causal else False))
+
+
+def test_bias_beside_every_head_dim(ring: Ring) -> None:
+    for head_dim, head_dim_v in ring.head_dim_pairs:
+        q, k, v = (2, 2, 66, head_dim), (2, 1, 130, head_dim), (2, 1, 130, head_dim_v)
+        ring.check_backward(AttentionProblem(q, k, v, "float16", causal=True, bias=PairArray((2, 66, 130))))
+
+
+@pytest.mark.parametrize("other", ["softcap", "alibi", "score_mod", "dropout_p", "mask", "block_mask"])
+def test_bias_of_several_batch_entries_beside_another_option(ring: Ring, other: str) -> None:
+    """Whatever the entries have of their own must not be that of the one before."""
+    values: dict[str, Any] = {"softcap": 2.0, "alibi": "batch", "score_mod": "relative", "dropout_p": 0.3}
+    values |= {"mask": PairArray((3, 1, 150, 140), hidden=0.3), "block_mask": True}
+    problem = AttentionProblem((3, 2, 150, 32), (3, 2, 140, 32), (3, 2, 140, 32), "float16", seed=1)
+    ring.check_backward(dataclasses.replace(problem, bias=PairArray((2, 150, 140)), **{other: values[other]}))
+
+
+@pytest.mark.parametrize("name", ["dout", "q", "k", "v"])
+@pytest.mark.parametrize("shape", [(2, 40, 70), (1, 70), (40, 1)])
+def test_nan_spreads_to_the_gradient_of_a_bias_as_in_the_reference(
+    ring: Ring, name: str, shape: tuple[int, ...]
+) -> None:
+    problem = dataclasses.replace(GROUPED, q=(2, 40, 32), k=(2, 70, 32), v=(2, 70, 32), bias=PairArray(shape))
+    arrays = dict(zip(("dout", "q", "k", "v"), (problem.dout(), *problem.arrays()), strict=True))
+    arrays[name][0, 35, 3] = np.nan
+    bias = problem.options["bias"]
+    dout, q, k, v = map(ring.asarray, arrays.values())
+    _, vjp = ring.attention_vjp(q, k, v, bias=ring.asarray(bias), causal=True, return_dbias=True)
+    dq, dk, dv, dbias = vjp(dout)
+    assert_gradients_accurate(*arrays.values(), dq, dk, dv, dbias=dbias, bias=bias, causal=True)
 
 
 @pytest.mark.parametrize(

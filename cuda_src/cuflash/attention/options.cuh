@@ -29,6 +29,8 @@ struct PlainOptions : BatchedSequences {
   static constexpr int kTileBytes = 0;
   template <int kBlockM, int kBlockN, int kNumThreads>
   __device__ __forceinline__ void load(unsigned char*, int, int, int = 0) const {}
+  // Whether that is the same for all batch entries.
+  __device__ __forceinline__ bool same_in_batch() const { return true; }
 
   // Prepares for that tile; what follows may be asked of its pairs alone. The memory is read when the copies are there.
   template <int kBlockM, int kBlockN>
@@ -113,24 +115,24 @@ struct Pairs {
 };
 
 // The same, where gradients are those by the bias.
-template <class Options>
-struct BiasPairs : Pairs<Options> {
+template <class Options, Size kSize = Size::kAny>
+struct BiasPairs : Pairs<Options, kSize> {
   __device__ __forceinline__ Dual score(float product, int query, int key) const {
-    return this->options.score_by_bias(this->options.template scaled<Size::kAny>(product, this->scale),
+    return this->options.score_by_bias(this->options.template scaled<kSize>(product, this->scale),
                                        this->inside(query, this->band.seqlen_q),
                                        this->inside(key, this->band.seqlen_k));
   }
 };
 
 // Calls use(pairs) with the kind of pairs that suits these products of a warp.
-template <class Options, class Tile, class Use>
-__device__ __forceinline__ void use_pairs(const Pairs<Options>& pairs, Tile& products, Use use) {
+template <template <class, Size> class SomePairs, class Options, class Tile, class Use>
+__device__ __forceinline__ void use_pairs(const SomePairs<Options, Size::kAny>& pairs, Tile& products, Use use) {
   if constexpr (Options::kHasShortWays) {
     const float largest = products.largest();
     if (__all_sync(kFullMask, pairs.options.allows(Size::kSmall, largest))) {
-      use(Pairs<Options, Size::kSmall>{pairs.options, pairs.band, pairs.scale});
+      use(SomePairs<Options, Size::kSmall>{pairs.options, pairs.band, pairs.scale});
     } else if (__all_sync(kFullMask, pairs.options.allows(Size::kModerate, largest))) {
-      use(Pairs<Options, Size::kModerate>{pairs.options, pairs.band, pairs.scale});
+      use(SomePairs<Options, Size::kModerate>{pairs.options, pairs.band, pairs.scale});
     } else {
       use(pairs);
     }

@@ -8,9 +8,10 @@
 namespace cuflash {
 
 // The rows of the tile are queries, or keys if kTransposed; the positions are those of the first element of this lane.
-template <class Options, bool kTransposed>
+// With BiasPairs for Pairs gradients of scores become those of the bias.
+template <class Options, bool kTransposed, template <class, Size> class SomePairs = Pairs>
 struct GradientTile {
-  const Pairs<Options>& pairs;
+  const SomePairs<Options, Size::kAny>& pairs;
   int first_query, first_key;
 
   // Whether weights come of products by one multiply-add, with lse in base 2.
