@@ -1,0 +1,234 @@
+// What the Hopper forward does besides computing: a block's jobs, its tiles in shared memory, and the warps that copy
+// them there (sm_90a).
+#pragma once
+
+#include <cuflash/attention/careful_row.cuh>
+#include <cuflash/attention/job_ring.cuh>
+#include <cuflash/attention/key_blocks.cuh>
+#include <cuflash/ptx/warpgroup.cuh>
+#include <cuflash/tile/swizzled_tile.cuh>
+
+namespace cuflash {
+
+// Where TMA finds the inputs, and in boxes of which sizes.
+struct QkvMaps {
+  ptx::TensorMap q, k, v;
+};
+
+// One struct, because each argument costs the host time (mirrored in cuflash/_params.py).
+struct FwdSm90Params {
+  FwdParams fwd;
+  const void *q, *k, *v;
+  QkvMaps maps;
+};
+
+// A block stays on its multiprocessor and takes one job after another: kBlockM rows of one head's output. Two warps
+// copy Q, K and V to shared memory, ahead of the consumers: kBlockM / 64 warpgroups with 64 rows each.
+template <class Element, class Options, int kHeadDim, int kHeadDimV, int kBlockM, int kBlockN, int kStagesQ,
+          int kStagesK, int kStagesV, int kStagesPairs>
+struct ForwardBlock {
+  static constexpr int kNumConsumers = kBlockM / 64;
+  static constexpr int kNumThreads = 128 * (1 + kNumConsumers);
+  // Of each thread. The kernel starts with as many for all as fit into the 64 K of a multiprocessor.
+  static constexpr int kProducerRegisters = kNumConsumers == 3 ? 32 : 40;
+  static constexpr int kConsumerRegisters = kNumConsumers == 3 ? 160 : 232;
+
+  using TileQ = SwizzledTile<Element, kBlockM, kHeadDim>;
+  using TileK = SwizzledTile<Element, kBlockN, kHeadDim>;
+  using TileV = SwizzledTile<Element, kBlockN, kHeadDimV>;
+  using Blocks = KeyBlocks<kBlockM, kBlockN>;
+  // The registers of three consumers are few.
+  static constexpr bool kCompact = kNumConsumers == 3;
+  using RingQ = Pipeline<kStagesQ, kCompact>;
+  using RingK = Pipeline<kStagesK, kCompact>;
+  using RingV = Pipeline<kStagesV, kCompact>;
+  using RingPairs = Pipeline<kStagesPairs>;
+  using Jobs = JobRing<kStagesQ + 2, kCompact>;
+  using Careful = CarefulHead<Element, Options>;
+
+  // Arrays of pairs, which two warps copy ahead of the consumers.
+  static constexpr int kPairBytes = Options::template kTileBytes<kBlockM, kBlockN>;
+  static constexpr bool kLoadsPairs = kPairBytes > 0;
+  // Whether those two warps have anything to do.
+  static constexpr bool kHelps = kLoadsPairs || Options::kPacked;
+  // With a second place for Q, the next job begins before the epilogue of the one at hand.
+  static constexpr bool kOverlapsJobs = kStagesQ > 1;
+
+  struct alignas(16) TileOfArrays {
+    unsigned char memory[larger(kPairBytes, 16)];
+  };
+  struct Rings {
+    RingQ q;
+    RingK k;
+    RingV v;
+    RingV partial;  // values of which only a part is kept
+    RingPairs pairs;
+    Jobs jobs;
+  };
+  struct Shared {
+    TileQ q[kStagesQ];
+    TileK k[kStagesK];
+    TileV v[kStagesV];
+    TileOfArrays pairs[kStagesPairs];
+    typename Careful::Memory careful[4 * kNumConsumers];
+    Rings rings;
+  };
+  // Without the padding that makes the struct a multiple of 1024.
+  static constexpr int kSharedBytes = sizeof(TileQ) * kStagesQ + sizeof(TileK) * kStagesK + sizeof(TileV) * kStagesV +
+                                      sizeof(TileOfArrays) * kStagesPairs + sizeof(Shared::careful) + sizeof(Rings);
+
+  static_assert(kBlockM % 64 == 0 && kNumConsumers >= 1 && kNumConsumers <= 3 && kBlockN % 16 == 0);
+
+  struct Results {
+    Element* out;
+    float* lse;         // may be null
+    unsigned* counter;  // 0 before and after the kernel
+  };
+  struct Arrays : Results {
+    const QkvMaps& maps;
+    const Element *q, *k, *v;
+  };
+
+  // Starts the rings, then each warp does its part: `consume` is that of the consumers.
+  template <class Consume>
+  static __device__ __forceinline__ void run(const Arrays& arrays, const FwdParams& params, const Options& options,
+                                             Shared& shared, const Consume& consume) {
+    if (threadIdx.x == 0) {
+      ptx::tma_prefetch(&arrays.maps.q);
+      ptx::tma_prefetch(&arrays.maps.k);
+      ptx::tma_prefetch(&arrays.maps.v);
+      const int num_warps = 4 * kNumConsumers;  // wgmma ends warp by warp: each releases what it has read
+      shared.rings.q.init(num_warps);
+      shared.rings.k.init(num_warps);
+      shared.rings.v.init(num_warps);
+      shared.rings.pairs.init(num_warps, 64);  // every lane copies
+      shared.rings.partial.init(1);
+      shared.rings.jobs.init(num_warps + (kHelps ? 3 : 1));
+      ptx::barrier_init_fence();
+    }
+    __syncthreads();
+    if (threadIdx.x < 128) {
+      ptx::release_registers<kProducerRegisters>();
+      if (threadIdx.x < 64) {
+        if constexpr (kHelps) help(params, options, shared);
+      } else if (threadIdx.x < 96) {
+        load_queries_and_keys(arrays, params, options, shared);
+      } else {
+        load_values(arrays, params, options, shared);
+      }
+    } else {
+      ptx::acquire_registers<kConsumerRegisters>();
+      consume();
+    }
+  }
+
+  // ---- Loads
+
+  // Run by one warp, which also asks for jobs.
+  static __device__ __forceinline__ void load_queries_and_keys(const Arrays& arrays, const FwdParams& params,
+                                                               const Options& options, Shared& shared) {
+    const Problem& problem = params.problem;
+    const bool leader = threadIdx.x % 32 == 0;
+    const JobCounter<QueryJobs<kBlockM>, Options> jobs(options, problem, arrays.counter);
+    typename Jobs::Position job_at;
+    typename RingQ::Position q_at;
+    typename RingK::Position k_at;
+
+    const auto next_job = [&](int index) {
+      const Job job = jobs.job(index);
+      shared.rings.jobs.put(job_at, job);
+      return job;
+    };
+    const auto load_queries = [&](const Job& job) {
+      if (leader && job.tile != Job::kNoTile) {
+        shared.rings.q.wait_empty(q_at);
+        shared.q[q_at.stage()].load(&arrays.maps.q, shared.rings.q.expect(q_at, sizeof(TileQ)), params.q,
+                                    job.sequence.batch, job.head, job.sequence.first_query + job.tile * kBlockM);
+      }
+      q_at.advance();
+    };
+
+    Job job = next_job(blockIdx.x), next;
+    load_queries(job);
+    while (job.tile != Job::kNoTile) {
+      const unsigned index = jobs.ask();  // the answer comes while keys are loaded
+      const int head_kv = job.head / problem.group_size();
+      Blocks::for_each(options, problem, job, [&](const Options&, int block, bool last) {
+        if (last) {
+          next = next_job(uniform(index));
+          if (kOverlapsJobs) load_queries(next);
+        }
+        if (leader) {
+          shared.rings.k.wait_empty(k_at);
+          shared.k[k_at.stage()].load(&arrays.maps.k, shared.rings.k.expect(k_at, sizeof(TileK)), params.k,
+                                      job.sequence.batch, head_kv, job.sequence.first_key + block * kBlockN);
+        }
+        k_at.advance();
+      });
+      if (!kOverlapsJobs) load_queries(next);
+      job = next;
+    }
+  }
+
+  // Run by another warp.
+  static __device__ __forceinline__ void load_values(const Arrays& arrays, const FwdParams& params,
+                                                     const Options& options, Shared& shared) {
+    const Problem& problem = params.problem;
+    const bool leader = threadIdx.x % 32 == 0;
+    typename Jobs::Position job_at;
+    typename RingV::Position at, partial_at;
+    for (Job job; (job = shared.rings.jobs.template take<Options>(job_at, problem)).tile != Job::kNoTile;) {
+      const int head_kv = job.head / problem.group_size();
+      Blocks::for_each(options, problem, job, [&](const Options&, int block, bool) {
+        const bool partial = is_partial(job, block);
+        if (leader) {
+          shared.rings.v.wait_empty(at);
+          ptx::Barrier* const arrived = partial ? shared.rings.partial.expect(partial_at, sizeof(TileV))
+                                                : shared.rings.v.expect(at, sizeof(TileV));
+          shared.v[at.stage()].load(&arrays.maps.v, arrived, params.v, job.sequence.batch, head_kv,
+                                    job.sequence.first_key + block * kBlockN);
+        }
+        at.advance();
+        if (partial) partial_at.advance();
+      });
+    }
+  }
+
+  // Rows behind a packed sequence belong to others: a weight of 0 times what they hold may be NaN.
+  static __device__ __forceinline__ bool is_partial(const Job& job, int block) {
+    return Options::kPacked && job.sequence.seqlen_k < (block + 1) * kBlockN;
+  }
+
+  // Run by two more warps: they copy arrays of pairs, and the first clears values that do not belong to a sequence.
+  static __device__ __forceinline__ void help(const FwdParams& params, const Options& options, Shared& shared) {
+    const Problem& problem = params.problem;
+    const bool first_warp = uniform(threadIdx.x / 32) == 0, leader = threadIdx.x % 32 == 0;
+    typename Jobs::Position job_at;
+    typename RingV::Position v_at, partial_at;
+    typename RingPairs::Position pairs_at;
+    for (Job job; (job = shared.rings.jobs.template take<Options>(job_at, problem)).tile != Job::kNoTile;) {
+      Blocks::for_each(options, problem, job, [&](const Options& here, int block, bool) {
+        if (first_warp && is_partial(job, block)) {
+          shared.rings.partial.wait_full(partial_at);
+          shared.v[v_at.stage()].clear(larger(0, job.sequence.seqlen_k - block * kBlockN), kBlockN);
+          ptx::async_proxy_fence();
+          __syncwarp();
+          if (leader) shared.rings.v.fill(v_at);
+          partial_at.advance();
+        }
+        v_at.advance();
+        if constexpr (kLoadsPairs) {
+          shared.rings.pairs.wait_empty(pairs_at);
+          here.template load<kBlockM, kBlockN, 64>(shared.pairs[pairs_at.stage()].memory, job.tile * kBlockM,
+                                                   block * kBlockN);
+          ptx::cp_async_commit();
+          ptx::cp_async_wait<0>();
+          shared.rings.pairs.fill(pairs_at);
+          pairs_at.advance();
+        }
+      });
+    }
+  }
+};
+
+}  // namespace cuflash
