@@ -6,6 +6,7 @@
 #include <cuflash/attention/register_softmax.cuh>
 #include <cuflash/common/shared_memory.cuh>
 #include <cuflash/tile/row_store.cuh>
+#include <cuflash/tile/wgmma_product.cuh>
 
 namespace cuflash {
 
@@ -26,8 +27,6 @@ struct FwdSm90 {
   using Scores = WarpgroupTile<kBlockN>;
   using Weights = WarpgroupFactor<Element, kBlockN>;
   using Output = WarpgroupTile<kHeadDimV>;
-  using MultiplyK = ptx::Wgmma<Element, kBlockN>;
-  using MultiplyV = ptx::Wgmma<Element, kHeadDimV>;
 
   static __device__ __forceinline__ void run(const Results& results, const FwdSm90Params& all, Options options) {
     const Arrays arrays = {results, all.maps, static_cast<const Element*>(all.q), static_cast<const Element*>(all.k),
@@ -35,8 +34,6 @@ struct FwdSm90 {
     Shared& shared = *reinterpret_cast<Shared*>(dynamic_shared_memory());
     Block::run(arrays, all.fwd, options, shared, [&] { consume(arrays, all.fwd, options, shared); });
   }
-
-  // ---- Products
 
   // A consumer's turn to start products: named barrier 1 + its number.
   struct Turn {
@@ -49,26 +46,6 @@ struct FwdSm90 {
       if constexpr (kNumConsumers > 1) ptx::named_barrier_arrive(1 + (consumer + 1) % kNumConsumers, 256);
     }
   };
-
-  static __device__ __forceinline__ void multiply_keys(Scores& scores, const typename Block::TileQ& q, int row,
-                                                       const typename Block::TileK& k) {
-    ptx::wgmma_fence();
-#pragma unroll
-    for (int col = 0; col < kHeadDim; col += 16) {
-      MultiplyK::template multiply<false, false>(scores.x, q.along(row, col), k.along(0, col), col > 0);
-    }
-    ptx::wgmma_commit();
-  }
-
-  static __device__ __forceinline__ void add_values(Output& output, const Weights& weights,
-                                                    const typename Block::TileV& v) {
-    ptx::wgmma_fence();
-#pragma unroll
-    for (int row = 0; row < kBlockN; row += 16) {
-      MultiplyV::template multiply<true>(output.x, weights.x[row / 16], v.across(row), true);
-    }
-    ptx::wgmma_commit();
-  }
 
   // ---- The algorithm
 
@@ -89,9 +66,9 @@ struct FwdSm90 {
     Weights weights;
     Output output;
     const auto start_scores = [&] {
-      multiply_keys(scores, shared.q[q_at.stage()], consumer * 64, shared.k[k_at.stage()]);
+      start_product_along<kHeadDim>(scores, shared.q[q_at.stage()], consumer * 64, shared.k[k_at.stage()]);
     };
-    const auto start_output = [&] { add_values(output, weights, shared.v[v_at.stage()]); };
+    const auto start_output = [&] { start_adding_across(output, weights, shared.v[v_at.stage()]); };
     const auto release = [&](auto& ring, auto& at) {
       if (leader) ring.release(at);
       at.advance();
