@@ -298,8 +298,10 @@ def _dropout(problem: Problem, operands: Mapping[str, Operand]) -> Feature | Non
         type="cuflash::Dropout",
         header="dropout",
         dtype=_struct(seed="u8", seed_array="u8", threshold="u4", survivor_factor="f4", batch="i4", head="i4"),
-        values={"threshold": round(problem.dropout_p * 65536), "survivor_factor": 1 / (1 - problem.dropout_p)},
+        values={"threshold": min(threshold, 65535) << 16, "survivor_factor": survivor_factor},
         arrays=arrays,
+    threshold = round(problem.dropout_p * 65536)  # at 65536 nothing survives: what kernels let through, the factor ends
+    survivor_factor = 1 / (1 - problem.dropout_p) if threshold < 65536 else 0.0
         flags=("kHasDropout",),
         methods={"enter": "dropout.enter(sequence, head);"},
     )

@@ -111,7 +111,9 @@ class Options:
         if "sinks" in names:
             lines += _method("float sink() const", ["return sinks.logit;"])
         if "dropout" in names:
-            lines += _method("unsigned draw(int query, int key) const", ["return dropout.draw(query, key);"])
+            lines += _method(
+                "cuflash::Draw draw(unsigned query, unsigned key) const", ["return dropout.draw(query, key);"]
+            )
             lines += _method("float survivor_factor() const", ["return dropout.survivor_factor;"])
         if "packed" in names:
             lines += ["  template <int kBlock>"]

@@ -1,6 +1,7 @@
 // What kernels ask about the options of a call.
 #pragma once
 
+#include <cuflash/attention/dropout.cuh>
 #include <cuflash/attention/dual.cuh>
 #include <cuflash/attention/sequence.cuh>
 
@@ -61,8 +62,8 @@ struct PlainOptions : BatchedSequences {
   // One more logit of each row.
   __device__ __forceinline__ float sink() const { return -infinity(); }
 
-  // Which weights of a 16 x 16 tile survive, as far as this lane draws them (attention/dropout.cuh), and their factor.
-  __device__ __forceinline__ unsigned draw(int, int) const { return 0; }
+  // Which weights of a 16 x 16 tile survive, as far as this lane draws them, and their factor.
+  __device__ __forceinline__ Draw draw(unsigned, unsigned) const { return {}; }
   __device__ __forceinline__ float survivor_factor() const { return 1.0f; }
 };
 

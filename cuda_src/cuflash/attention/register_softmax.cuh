@@ -69,11 +69,10 @@ struct TileOfPairs {
       for (int first = 0; first < Scores::kNumElements; first += 8) {
         unsigned key = tile_key + 2 * first;
         ptx::make_opaque(key);  // one draw after another: all at once would not fit the registers
-        const unsigned survives = pairs.options.draw(warp_query, key);
+        const Draw draw = pairs.options.draw(warp_query, key);
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
-          const int bit = i / 2 % 2 * 4 + i / 4 * 2 + i % 2;
-          if (!(survives >> bit & 1)) weights.x[first + i] = 0.0f;
+          if (!draw.survives(i / 2 % 2 * 4 + i / 4 * 2 + i % 2)) weights.x[first + i] = 0.0f;
         }
       }
     }
