@@ -164,14 +164,21 @@ def _alibi(problem: Problem, operands: Mapping[str, Operand]) -> Feature | None:
             f"the sequences have lengths {problem.seqlen_q} and {problem.seqlen_k}"
         )
     batch_stride, head_stride, _, _ = operands["alibi_slopes"].strides
+    # Kernels may put it on products if no other option sees scores, and scores are not far from products in size.
+    alone = problem.softcap is None and "bias" not in operands and (problem.mod is None or not problem.mod.score_mod)
+    near = 1e-6 < problem.softmax_scale < 1e6
     return Feature(
         name="alibi",
         type="cuflash::Alibi",
         header="alibi",
-        dtype=_struct(slopes="u8", batch_stride="i8", head_stride="i8", slope="f4", diagonal="i4"),
-        values={"batch_stride": batch_stride, "head_stride": head_stride},
+        dtype=_struct(slopes="u8", batch_stride="i8", head_stride="i8", inverse_scale="f4", slope="f4", diagonal="i4"),
+        values={
+            "batch_stride": batch_stride,
+            "head_stride": head_stride,
+            "inverse_scale": 1 / problem.softmax_scale if near else 0,
+        },
         arrays=lambda extras, pointer: {"slopes": pointer(extras["alibi_slopes"])},
-        flags=("kChangesScores",),
+        flags=("kChangesScores", "kHasPenalties") if alone and near else ("kChangesScores",),
         methods={
             "enter": "alibi.enter(sequence, head);",
             "score": "score = score + alibi.bias(query, key);",
@@ -293,6 +300,8 @@ def _dropout(problem: Problem, operands: Mapping[str, Operand]) -> Feature | Non
         seed = extras["seed"]
         return {"seed": seed} if isinstance(seed, int) else {"seed_array": pointer(seed)}
 
+    threshold = round(problem.dropout_p * 65536)  # at 65536 nothing survives: what kernels let through, the factor ends
+    survivor_factor = 1 / (1 - problem.dropout_p) if threshold < 65536 else 0.0
     return Feature(
         name="dropout",
         type="cuflash::Dropout",
@@ -300,8 +309,6 @@ def _dropout(problem: Problem, operands: Mapping[str, Operand]) -> Feature | Non
         dtype=_struct(seed="u8", seed_array="u8", threshold="u4", survivor_factor="f4", batch="i4", head="i4"),
         values={"threshold": min(threshold, 65535) << 16, "survivor_factor": survivor_factor},
         arrays=arrays,
-    threshold = round(problem.dropout_p * 65536)  # at 65536 nothing survives: what kernels let through, the factor ends
-    survivor_factor = 1 / (1 - problem.dropout_p) if threshold < 65536 else 0.0
         flags=("kHasDropout",),
         methods={"enter": "dropout.enter(sequence, head);"},
     )

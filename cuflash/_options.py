@@ -82,6 +82,13 @@ class Options:
             lines += _method(
                 "cuflash::Dual score(cuflash::Dual score, int query, int key) const", [*scores, "return score;"]
             )
+        if any("kHasPenalties" in feature.flags for feature in self.features):
+            lines += _method("float penalty(int query, int key) const", ["return alibi.penalty(query, key);"])
+            lines += _method(
+                "bool penalties_are_line(int query, int key, int width) const",
+                ["return alibi.penalties_are_line(query, key, width);"],
+            )
+            lines += _method("float penalty_step(int query, int key) const", ["return alibi.penalty_step(query, key);"])
         if "softcap" in names:
             lines += ["  template <cuflash::Size kSize>"]
             lines += _method(

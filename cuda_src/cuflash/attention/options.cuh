@@ -48,6 +48,13 @@ struct PlainOptions : BatchedSequences {
   // What becomes of the scaled score. The two lie inside the sequence where arrays are read.
   __device__ __forceinline__ Dual score(Dual score, int, int) const { return score; }
 
+  // Options may do no more than subtract a penalty from products: what a pair loses; whether that is a line over the
+  // keys up to half a width away, for queries nearby too; and by how much it falls from one key to the next.
+  static constexpr bool kHasPenalties = false;
+  __device__ __forceinline__ float penalty(int, int) const { return 0.0f; }
+  __device__ __forceinline__ bool penalties_are_line(int, int, int) const { return false; }
+  __device__ __forceinline__ float penalty_step(int, int) const { return 0.0f; }
+
   // The same with the derivative by the bias of the pair, for calls that have one.
   using Bias = float;
   __device__ __forceinline__ Dual score_by_bias(Dual score, int, int) const { return score; }

@@ -11,30 +11,53 @@ namespace cuflash {
 // Where a tile may have pairs that the band hides: only behind its end, or anywhere.
 enum class Hidden { kBehind, kAround };
 
-// The tile at hand: what its pairs are asked, and the positions of the first element that this lane holds.
-template <class Options>
+// What is left to do of scores: x * scale - penalty.
+struct Rest {
+  float scale, penalty;
+};
+
+// The tile at hand, which has as many columns as Scores: what its pairs are asked, and the positions of the first
+// element that this lane holds.
+template <class Options, class Scores>
 struct TileOfPairs {
   const Pairs<Options>& pairs;
   int first_query, first_key;
 
-  // Turns products into scores as far as options change them. Returns the scale that is left to do.
-  template <class Scores>
-  __device__ __forceinline__ float change(Scores& scores) const {
-    if constexpr (Options::kChangesScores) {
-      if (has_no_keys()) return 1.0f;
+  // Turns products into scores as far as options change them.
+  __device__ __forceinline__ void change(Scores& scores) const {
+    if constexpr (Options::kHasPenalties) {
+      if (penalties_are_line()) {
+        const float step = pairs.options.penalty_step(first_query, middle_key());
+#pragma unroll
+        for (int i = 0; i < Scores::kNumElements; ++i) {
+          scores.x[i] = fmaf(step, key(i) - middle_key() - query(i) + first_query, scores.x[i]);
+        }
+      } else {
+#pragma unroll
+        for (int i = 0; i < Scores::kNumElements; ++i) scores.x[i] -= pairs.options.penalty(query(i), key(i));
+      }
+    } else if constexpr (Options::kChangesScores) {
+      if (has_no_keys()) return;
       use_pairs(pairs, scores, [&](const auto& pairs) {
 #pragma unroll
         for (int i = 0; i < Scores::kNumElements; ++i) {
           scores.x[i] = pairs.score(scores.x[i], query(i), key(i)).value;
         }
       });
-      return 1.0f;
-    } else {
-      return pairs.scale;
     }
   }
 
-  template <Hidden kHidden, class Scores>
+  // What is then left to do.
+  __device__ __forceinline__ Rest rest() const {
+    if constexpr (Options::kHasPenalties) {
+      const float penalty = penalties_are_line() ? pairs.options.penalty(first_query, middle_key()) : 0.0f;
+      return {pairs.scale, penalty * pairs.scale};
+    } else {
+      return {Options::kChangesScores ? 1.0f : pairs.scale, 0.0f};
+    }
+  }
+
+  template <Hidden kHidden>
   __device__ __forceinline__ void hide_by_band(Scores& scores) const {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
@@ -50,7 +73,6 @@ struct TileOfPairs {
     }
   }
 
-  template <class Scores>
   __device__ __forceinline__ void hide_by_options(Scores& scores) const {
     if constexpr (Options::kHidesPairs) {
       if (pairs.options.shows_all() || has_no_keys()) return;
@@ -62,7 +84,6 @@ struct TileOfPairs {
   }
 
   // A lane draws bits for the very pairs that it holds.
-  template <class Scores>
   __device__ __forceinline__ void drop(Scores& weights, int warp_query, int tile_key) const {
     if constexpr (Options::kHasDropout) {
 #pragma unroll
@@ -79,6 +100,12 @@ struct TileOfPairs {
   }
 
  private:
+  // Then that of one pair is left to do, and the others differ from it by a step for each key and query between.
+  __device__ __forceinline__ bool penalties_are_line() const {
+    return __all_sync(kFullMask, pairs.options.penalties_are_line(first_query, middle_key(), 2 * Scores::kNumElements));
+  }
+  __device__ __forceinline__ int middle_key() const { return first_key + Scores::kNumElements; }
+
   // Then the tile is visited all the same, but options have nothing to look at.
   __device__ __forceinline__ bool has_no_keys() const { return Options::kReadsArrays && pairs.band.seqlen_k == 0; }
 
@@ -91,9 +118,9 @@ struct RowPair {
   OnlineSoftmax softmax[2];
   float sum[2] = {0.0f, 0.0f};  // of this lane's part
 
-  // Turns scores, which are yet to be scaled, into weights; `factor` is what earlier sums must be multiplied by.
+  // Turns scores into weights, once the rest is done; `factor` is what earlier sums must be multiplied by.
   template <class Scores>
-  __device__ __forceinline__ void weigh(Scores& scores, float scale, float (&factor)[2]) {
+  __device__ __forceinline__ void weigh(Scores& scores, const Rest& rest, float (&factor)[2]) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       float maxima[2] = {-infinity(), -infinity()}, sums[2] = {0.0f, 0.0f};  // two chains are done in half the time
@@ -101,13 +128,13 @@ struct RowPair {
       for (int i = 0; i < Scores::kNumElements; ++i) {
         if (row_of_element(i) == r) maxima[i % 2] = fmaxf(maxima[i % 2], scores.x[i]);
       }
-      const float tile_max = reduce(fmaxf(maxima[0], maxima[1]), [](float x, float y) { return fmaxf(x, y); });
-      factor[r] = softmax[r].rescale(tile_max * scale);
-      const float shift = softmax[r].shift() * kLog2e;
+      const float lane_max = fmaxf(maxima[0], maxima[1]) * rest.scale - rest.penalty;
+      factor[r] = softmax[r].rescale(reduce(lane_max, [](float x, float y) { return fmaxf(x, y); }));
+      const float shift = (-softmax[r].shift() - rest.penalty) * kLog2e;
 #pragma unroll
       for (int i = 0; i < Scores::kNumElements; ++i) {
         if (row_of_element(i) != r) continue;
-        scores.x[i] = exp2f(fmaf(scores.x[i], scale * kLog2e, -shift));
+        scores.x[i] = exp2f(fmaf(scores.x[i], rest.scale * kLog2e, shift));
         sums[i % 2] += scores.x[i];
       }
       sum[r] = sum[r] * factor[r] + (sums[0] + sums[1]);
