@@ -16,48 +16,32 @@ struct Rest {
   float scale, penalty;
 };
 
-// The tile at hand, which has as many columns as Scores: what its pairs are asked, and the positions of the first
-// element that this lane holds.
-template <class Options, class Scores>
+// The tile at hand: what its pairs are asked, and the positions of the first element that this lane holds.
+template <class Options>
 struct TileOfPairs {
   const Pairs<Options>& pairs;
   int first_query, first_key;
 
-  // Turns products into scores as far as options change them.
-  __device__ __forceinline__ void change(Scores& scores) const {
+  // Turns products into scores as far as options change them. Returns what is left to do.
+  template <class Scores>
+  __device__ __forceinline__ Rest change(Scores& scores) const {
     if constexpr (Options::kHasPenalties) {
-      if (penalties_are_line()) {
-        const float step = pairs.options.penalty_step(first_query, middle_key());
-#pragma unroll
-        for (int i = 0; i < Scores::kNumElements; ++i) {
-          scores.x[i] = fmaf(step, key(i) - middle_key() - query(i) + first_query, scores.x[i]);
-        }
-      } else {
-#pragma unroll
-        for (int i = 0; i < Scores::kNumElements; ++i) scores.x[i] -= pairs.options.penalty(query(i), key(i));
-      }
+      return penalize(scores);
     } else if constexpr (Options::kChangesScores) {
-      if (has_no_keys()) return;
+      if (has_no_keys()) return {1.0f, 0.0f};
       use_pairs(pairs, scores, [&](const auto& pairs) {
 #pragma unroll
         for (int i = 0; i < Scores::kNumElements; ++i) {
           scores.x[i] = pairs.score(scores.x[i], query(i), key(i)).value;
         }
       });
-    }
-  }
-
-  // What is then left to do.
-  __device__ __forceinline__ Rest rest() const {
-    if constexpr (Options::kHasPenalties) {
-      const float penalty = penalties_are_line() ? pairs.options.penalty(first_query, middle_key()) : 0.0f;
-      return {pairs.scale, penalty * pairs.scale};
+      return {1.0f, 0.0f};
     } else {
-      return {Options::kChangesScores ? 1.0f : pairs.scale, 0.0f};
+      return {pairs.scale, 0.0f};
     }
   }
 
-  template <Hidden kHidden>
+  template <Hidden kHidden, class Scores>
   __device__ __forceinline__ void hide_by_band(Scores& scores) const {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
@@ -73,6 +57,7 @@ struct TileOfPairs {
     }
   }
 
+  template <class Scores>
   __device__ __forceinline__ void hide_by_options(Scores& scores) const {
     if constexpr (Options::kHidesPairs) {
       if (pairs.options.shows_all() || has_no_keys()) return;
@@ -84,6 +69,7 @@ struct TileOfPairs {
   }
 
   // A lane draws bits for the very pairs that it holds.
+  template <class Scores>
   __device__ __forceinline__ void drop(Scores& weights, int warp_query, int tile_key) const {
     if constexpr (Options::kHasDropout) {
 #pragma unroll
@@ -100,11 +86,25 @@ struct TileOfPairs {
   }
 
  private:
-  // Then that of one pair is left to do, and the others differ from it by a step for each key and query between.
-  __device__ __forceinline__ bool penalties_are_line() const {
-    return __all_sync(kFullMask, pairs.options.penalties_are_line(first_query, middle_key(), 2 * Scores::kNumElements));
+  // Where penalties are a line, that of one pair is left to do, and the others differ from it by a step for each key
+  // and query between.
+  template <class Scores>
+  __device__ __forceinline__ Rest penalize(Scores& scores) const {
+    const Options& options = pairs.options;
+    constexpr int kHalf = Scores::kNumElements;  // of the columns
+    const int middle = first_key + kHalf;
+    if (__all_sync(kFullMask, options.penalties_are_line(first_query, middle, 2 * kHalf))) {
+      const float step = options.penalty_step(first_query, middle);
+#pragma unroll
+      for (int i = 0; i < Scores::kNumElements; ++i) {
+        scores.x[i] = fmaf(step, col_of_element(i) - kHalf - 8 * row_of_element(i), scores.x[i]);
+      }
+      return {pairs.scale, options.penalty(first_query, middle) * pairs.scale};
+    }
+#pragma unroll
+    for (int i = 0; i < Scores::kNumElements; ++i) scores.x[i] -= options.penalty(query(i), key(i));
+    return {pairs.scale, 0.0f};
   }
-  __device__ __forceinline__ int middle_key() const { return first_key + Scores::kNumElements; }
 
   // Then the tile is visited all the same, but options have nothing to look at.
   __device__ __forceinline__ bool has_no_keys() const { return Options::kReadsArrays && pairs.band.seqlen_k == 0; }

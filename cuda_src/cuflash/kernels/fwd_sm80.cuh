@@ -167,8 +167,8 @@ struct FwdSm80 {
       const auto tile_at = [&](int m) {
         unsigned lane = threadIdx.x % 32;
         ptx::make_opaque(lane);  // as in TileReader
-        return TileOfPairs<Options, Scores>{pairs, work.first_query + warp_row + 16 * m + static_cast<int>(lane / 4),
-                                            first_key + static_cast<int>(lane % 4 * 2)};
+        return TileOfPairs<Options>{pairs, work.first_query + warp_row + 16 * m + static_cast<int>(lane / 4),
+                                    first_key + static_cast<int>(lane % 4 * 2)};
       };
       const bool masked = block < work.blocks.full_begin || block >= work.blocks.full_end;
       // If not, the warp only helps to load.
@@ -188,6 +188,9 @@ struct FwdSm80 {
         load_values(0, block);
         ptx::cp_async_commit();
       }
+      Rest rest[kTilesM];
+#pragma unroll
+      for (int m = 0; m < kTilesM; ++m) rest[m] = {pairs.scale, 0.0f};
       if (sees) {
 #pragma unroll
         for (int m = 0; m < kTilesM; ++m) scores[m].clear();
@@ -199,8 +202,8 @@ struct FwdSm80 {
         options.template look_at<kBlockM, kBlockN>(shared.pairs[stage].memory, work.first_query, first_key);
 #pragma unroll
         for (int m = 0; m < kTilesM; ++m) {
-          const TileOfPairs<Options, Scores> tile = tile_at(m);
-          tile.change(scores[m]);
+          const TileOfPairs<Options> tile = tile_at(m);
+          rest[m] = tile.change(scores[m]);
           if (masked) tile.template hide_by_band<Hidden::kAround>(scores[m]);
           tile.hide_by_options(scores[m]);
         }
@@ -214,7 +217,7 @@ struct FwdSm80 {
         bool grown = false;
 #pragma unroll
         for (int m = 0; m < kTilesM; ++m) {
-          rows[m].weigh(scores[m], tile_at(m).rest(), factor[m]);
+          rows[m].weigh(scores[m], rest[m], factor[m]);
           tile_at(m).drop(scores[m], work.first_query + warp_row + 16 * m, first_key);
           weights[m].round(scores[m]);
           grown = grown || factor[m][0] != 1.0f || factor[m][1] != 1.0f;

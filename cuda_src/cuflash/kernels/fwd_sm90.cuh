@@ -340,12 +340,12 @@ struct FwdSm90 {
         release(shared.rings.k, k_at);
         if constexpr (kLoadsPairs) shared.rings.pairs.wait_full(pairs_at);
         here.template look_at<kBlockM, kBlockN>(shared.pairs[pairs_at.stage()].memory, job_query, block * kBlockN);
-        const TileOfPairs<Options, Scores> tile = {pairs, first_query, block * kBlockN + first_col};
-        tile.change(scores);
+        const TileOfPairs<Options> tile = {pairs, first_query, block * kBlockN + first_col};
+        const Rest rest = tile.change(scores);
         hide_by_band(tile);
         tile.hide_by_options(scores);
         release_pairs();
-        rows.weigh(scores, tile.rest(), factor);
+        rows.weigh(scores, rest, factor);
         tile.drop(scores, warp_query, block * kBlockN);
       };
       const auto hide_anywhere = [&](const auto& tile) {
