@@ -90,6 +90,14 @@ class Options:
             )
             lines += _method("float penalty_step(int query, int key) const", ["return alibi.penalty_step(query, key);"])
         if "softcap" in names:
+            if not scores:
+                lines += ["  static constexpr bool kLeavesFactor = true;"]
+                lines += ["  template <cuflash::Size kSize>"]
+                lines += _method("float factor() const", ["return softcap.factor<kSize>();"])
+                lines += ["  template <cuflash::Size kSize>"]
+                lines += _method(
+                    "float over_factor(float product) const", ["return softcap.over_factor<kSize>(product);"]
+                )
             lines += ["  template <cuflash::Size kSize>"]
             lines += _method(
                 "cuflash::Dual scaled(float product, float scale) const",

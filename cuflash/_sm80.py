@@ -88,7 +88,7 @@ FORWARD_TILES: Tiles = {
 MOST_HUNGRY = {"bias", "mask", "mod", "dropout"}
 FRUGAL_TILES: dict[tuple[int, int], dict[Tile, set[str]]] = {
     (64, 64): {Tile(128, 64, 4, 2): MOST_HUNGRY},
-    (128, 128): {Tile(128, 48, 4, 2): {"alibi", "bias", "mask", "mod"}, Tile(128, 32, 4, 2): MOST_HUNGRY},
+    (128, 128): {Tile(128, 48, 4, 2): {"softcap", "alibi", "bias", "mask", "mod"}, Tile(128, 32, 4, 2): MOST_HUNGRY},
 }
 # What calls with so few queries take first: memory decides, and copies have two stages.
 SHORT_TILES = {(64, 64): Tile(64, 128, 4, 2), (128, 128): Tile(64, 64, 4, 2)}

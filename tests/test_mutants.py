@@ -1029,6 +1029,15 @@ MUTANTS += [
         "forward",
     ),
     sm80(
+        "the factor that a softcap leaves is left out",
+        "forward",
+        "attention/register_softmax.cuh",
+        "factor = pairs.factor();",
+        "",
+        replace(VARIANT, softcap=30.0),
+        "forward",
+    ),
+    sm80(
         "both weights of a word of random bits go by its high half",
         "forward",
         "attention/dropout.cuh",

@@ -42,6 +42,17 @@ struct PlainOptions : BatchedSequences {
     return {product * scale, 1.0f};
   }
 
+  // In a short way scores may be a factor that they have in common, which can wait, times what is computed of products.
+  static constexpr bool kLeavesFactor = false;
+  template <Size kSize>
+  __device__ __forceinline__ float factor() const {
+    return 1.0f;
+  }
+  template <Size kSize>
+  __device__ __forceinline__ float over_factor(float product) const {
+    return product;
+  }
+
   // Whether products up to this magnitude may take the short way of a size.
   __device__ __forceinline__ bool allows(Size, float) const { return false; }
 
@@ -87,6 +98,18 @@ struct Pairs {
   __device__ __forceinline__ Dual score(float product, int query, int key) const {
     return options.score(options.template scaled<kSize>(product, scale), inside(query, band.seqlen_q),
                          inside(key, band.seqlen_k));
+  }
+
+  // The same as a factor of all scores and the rest of this one.
+  __device__ __forceinline__ float factor() const {
+    return Options::kLeavesFactor && kSize != Size::kAny ? options.template factor<kSize>() : 1.0f;
+  }
+  __device__ __forceinline__ float score_over_factor(float product, int query, int key) const {
+    if constexpr (Options::kLeavesFactor && kSize != Size::kAny) {
+      return options.template over_factor<kSize>(product);
+    } else {
+      return score(product, query, key).value;
+    }
   }
 
   // Options are asked in any case: a branch around a load of a mask would wait for it.

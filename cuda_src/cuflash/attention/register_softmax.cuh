@@ -29,13 +29,15 @@ struct TileOfPairs {
       return penalize(scores);
     } else if constexpr (Options::kChangesScores) {
       if (has_no_keys()) return {1.0f, 0.0f};
+      float factor = 1.0f;
       use_pairs(pairs, scores, [&](const auto& pairs) {
 #pragma unroll
         for (int i = 0; i < Scores::kNumElements; ++i) {
-          scores.x[i] = pairs.score(scores.x[i], query(i), key(i)).value;
+          scores.x[i] = pairs.score_over_factor(scores.x[i], query(i), key(i));
         }
+        factor = pairs.factor();
       });
-      return {1.0f, 0.0f};
+      return {factor, 0.0f};
     } else {
       return {pairs.scale, 0.0f};
     }
