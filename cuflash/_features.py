@@ -94,18 +94,18 @@ def _softcap(problem: Problem, operands: Mapping[str, Operand]) -> Feature | Non
         return None
     with np.errstate(all="ignore"):
         scale, inverse = np.float64(problem.softmax_scale), 1 / np.float64(problem.softcap)
-        small_limit, polynomial = _by_products(*TANH_OVER_X, scale * inverse, scale)
+        small_limit, square = _completed_square(*TANH_OVER_X, scale * inverse, scale)
         moderate_limit, reciprocal = _by_products(*X_OVER_TANH, scale * inverse, 1 / scale)
     return Feature(
         name="softcap",
         type="cuflash::Softcap",
         header="softcap",
-        dtype=_struct(cap="f4", inverse="f4", limits=("f4", (2,)), polynomial=("f4", (3,)), reciprocal=("f4", (5,))),
+        dtype=_struct(cap="f4", inverse="f4", limits=("f4", (2,)), square=("f4", (3,)), reciprocal=("f4", (5,))),
         values={
             "cap": problem.softcap,
             "inverse": inverse,
             "limits": (small_limit, moderate_limit),
-            "polynomial": polynomial,
+            "square": square,
             "reciprocal": reciprocal,
         },
         arrays=lambda extras, pointer: {},
@@ -121,6 +121,22 @@ def _by_products(
     largest = limit / abs(slope)
     held = 1e-15 < largest < 1e15 and np.all((abs(sizes) > 1e-37) & (abs(sizes) < 1e37))
     return (float(largest), sizes.tolist()) if held else (0.0, [0.0] * len(coefficients))
+
+
+def _completed_square(
+    limit: float, coefficients: tuple[float, ...], slope: np.float64, factor: np.float64
+) -> tuple[float, list[float]]:
+    """Put factor * (a + b x^2 + c x^4) with x = slope * product into d * ((product^2 + e)^2 + f); return d, e and f."""
+    a, b, c = coefficients
+    shift = np.float64(np.float32(b / (2 * c * slope**2)))
+    # What the first is rounded by is an error of all scores: of some numbers beside the right one, the best for it.
+    rests = np.float32((a / (c * slope**4) - shift**2) * (1 + 2.0**-23 * np.arange(-16, 17)))
+    sums = np.float64(np.float32(shift**2 + rests))
+    best = np.argmin(abs(np.float32(factor * a / sums) / (factor * a / sums) - 1))
+    square = np.array([factor * a / sums[best], shift, rests[best]])
+    largest = limit / abs(slope)
+    held = 1e-15 < sums[best] < 1e37 / largest and np.all((abs(square) > 1e-37) & (abs(square) < 1e37))
+    return (float(largest), square.tolist()) if held else (0.0, [0.0] * len(square))
 
 
 def _pair_array(name: str, operand: Operand, flag: str, methods: dict[str, str]) -> Feature:
@@ -164,14 +180,21 @@ def _alibi(problem: Problem, operands: Mapping[str, Operand]) -> Feature | None:
             f"the sequences have lengths {problem.seqlen_q} and {problem.seqlen_k}"
         )
     batch_stride, head_stride, _, _ = operands["alibi_slopes"].strides
+    # Kernels may put it on products if no other option sees scores, and scores are not far from products in size.
+    alone = problem.softcap is None and "bias" not in operands and (problem.mod is None or not problem.mod.score_mod)
+    near = 1e-6 < problem.softmax_scale < 1e6
     return Feature(
         name="alibi",
         type="cuflash::Alibi",
         header="alibi",
-        dtype=_struct(slopes="u8", batch_stride="i8", head_stride="i8", slope="f4", diagonal="i4"),
-        values={"batch_stride": batch_stride, "head_stride": head_stride},
+        dtype=_struct(slopes="u8", batch_stride="i8", head_stride="i8", inverse_scale="f4", slope="f4", diagonal="i4"),
+        values={
+            "batch_stride": batch_stride,
+            "head_stride": head_stride,
+            "inverse_scale": 1 / problem.softmax_scale if near else 0,
+        },
         arrays=lambda extras, pointer: {"slopes": pointer(extras["alibi_slopes"])},
-        flags=("kChangesScores",),
+        flags=("kChangesScores", "kHasPenalties") if alone and near else ("kChangesScores",),
         methods={
             "enter": "alibi.enter(sequence, head);",
             "score": "score = score + alibi.bias(query, key);",
@@ -293,12 +316,14 @@ def _dropout(problem: Problem, operands: Mapping[str, Operand]) -> Feature | Non
         seed = extras["seed"]
         return {"seed": seed} if isinstance(seed, int) else {"seed_array": pointer(seed)}
 
+    threshold = round(problem.dropout_p * 65536)  # at 65536 nothing survives: what kernels let through, the factor ends
+    survivor_factor = 1 / (1 - problem.dropout_p) if threshold < 65536 else 0.0
     return Feature(
         name="dropout",
         type="cuflash::Dropout",
         header="dropout",
         dtype=_struct(seed="u8", seed_array="u8", threshold="u4", survivor_factor="f4", batch="i4", head="i4"),
-        values={"threshold": round(problem.dropout_p * 65536), "survivor_factor": 1 / (1 - problem.dropout_p)},
+        values={"threshold": min(threshold, 65535) << 16, "survivor_factor": survivor_factor},
         arrays=arrays,
         flags=("kHasDropout",),
         methods={"enter": "dropout.enter(sequence, head);"},

@@ -82,7 +82,22 @@ class Options:
             lines += _method(
                 "cuflash::Dual score(cuflash::Dual score, int query, int key) const", [*scores, "return score;"]
             )
+        if any("kHasPenalties" in feature.flags for feature in self.features):
+            lines += _method("float penalty(int query, int key) const", ["return alibi.penalty(query, key);"])
+            lines += _method(
+                "bool penalties_are_line(int query, int key, int width) const",
+                ["return alibi.penalties_are_line(query, key, width);"],
+            )
+            lines += _method("float penalty_step(int query, int key) const", ["return alibi.penalty_step(query, key);"])
         if "softcap" in names:
+            if not scores:
+                lines += ["  static constexpr bool kLeavesFactor = true;"]
+                lines += ["  template <cuflash::Size kSize>"]
+                lines += _method("float factor() const", ["return softcap.factor<kSize>();"])
+                lines += ["  template <cuflash::Size kSize>"]
+                lines += _method(
+                    "float over_factor(float product) const", ["return softcap.over_factor<kSize>(product);"]
+                )
             lines += ["  template <cuflash::Size kSize>"]
             lines += _method(
                 "cuflash::Dual scaled(float product, float scale) const",
@@ -111,7 +126,9 @@ class Options:
         if "sinks" in names:
             lines += _method("float sink() const", ["return sinks.logit;"])
         if "dropout" in names:
-            lines += _method("unsigned draw(int query, int key) const", ["return dropout.draw(query, key);"])
+            lines += _method(
+                "cuflash::Draw draw(unsigned query, unsigned key) const", ["return dropout.draw(query, key);"]
+            )
             lines += _method("float survivor_factor() const", ["return dropout.survivor_factor;"])
         if "packed" in names:
             lines += ["  template <int kBlock>"]

@@ -97,9 +97,12 @@ FORWARD_TILES: Tiles = {
     (256, 256, 163): (Tile(128, 64, 8, 1), Tile(64, 64, 4, 1), SMALLEST),
     (256, 256, 227): (Tile(64, 64, 4, 1), SMALLEST),  # two blocks of 4 warps beat one of 8
 }
-# What calls take first if their options take more registers than the first tiles leave.
-HUNGRY = {"alibi", "bias", "mask", "mod", "sinks", "dropout"}
-FRUGAL_TILES = {(64, 64): Tile(128, 64, 4, 2), (128, 128): Tile(128, 32, 4, 2)}
+# What calls take first if one of these options takes more registers than the first tiles leave.
+MOST_HUNGRY = {"bias", "mask", "mod", "dropout"}
+FRUGAL_TILES: dict[tuple[int, int], dict[Tile, set[str]]] = {
+    (64, 64): {Tile(128, 64, 4, 2): MOST_HUNGRY},
+    (128, 128): {Tile(128, 48, 4, 2): {"softcap", "alibi", "bias", "mask", "mod"}, Tile(128, 32, 4, 2): MOST_HUNGRY},
+}
 # What calls with so few queries take first: memory decides, and copies have two stages.
 SHORT_TILES = {(64, 64): Tile(64, 128, 4, 2), (128, 128): Tile(64, 64, 4, 2)}
 
@@ -224,7 +227,7 @@ class _TiledKernel:
     num_blocks: Callable[[Problem, Any], int]
     pointers: tuple[str, ...]
     params: str
-    frugal_tiles: dict[tuple[int, int], Any] = field(default_factory=dict)
+    frugal_tiles: dict[tuple[int, int], dict[Any, set[str]]] = field(default_factory=dict)
     short_tiles: dict[tuple[int, int], Any] = field(default_factory=dict)
     change: Callable[[Any], Any] = lambda tile: tile
     name: str = ""  # if not that of the header
@@ -234,8 +237,8 @@ class _TiledKernel:
         """The tile that suits a call, or None if none fits the shared memory."""
         dims = padded_head_dims(problem)
         tiles = self.tiles[tile_class(self.tiles, problem, chip)]
-        if dims in self.frugal_tiles and HUNGRY.intersection(options.names):
-            tiles = (self.frugal_tiles[dims], *tiles)
+        frugal = self.frugal_tiles.get(dims, {})
+        tiles = (*(tile for tile in frugal if frugal[tile].intersection(options.names)), *tiles)
         if dims in self.short_tiles and problem.seqlen_q <= self.short_tiles[dims].block_m:
             tiles = (self.short_tiles[dims], *tiles)
         return next(

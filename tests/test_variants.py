@@ -63,6 +63,15 @@ def test_alibi_slopes(ring: Ring, alibi: Any, causal: Any) -> None:
     check(ring, alibi=alibi, causal=causal)
 
 
+# There kernels take the biases of a tile for a line over its keys: below the diagonal, above it, and on both sides.
+@pytest.mark.parametrize("seqlens", [(20, 700), (700, 20), (300, 300)])
+@pytest.mark.parametrize("scale", [None, 0.3, 1e-9])
+def test_alibi_far_from_the_diagonal(ring: Ring, seqlens: tuple[int, int], scale: float | None) -> None:
+    seqlen_q, seqlen_k = seqlens
+    shapes = {"q": (4, seqlen_q, 32), "k": (2, seqlen_k, 32), "v": (2, seqlen_k, 17)}
+    check(ring, **shapes, alibi="heads", scale=scale)
+
+
 @pytest.mark.parametrize(
     "shape", [PAIRS, (40, 70), (4, 1, 70), (2, 1, 40, 70), (1, 4, 40, 1), (1, 1, 1, 70), (2, 1, 1, 1), (1, 1)]
 )
@@ -192,7 +201,7 @@ def test_a_row_that_sees_only_its_sink(ring: Ring) -> None:
     ring.check_backward(problem)
 
 
-@pytest.mark.parametrize("dropout_p", [0.17, 0.9])
+@pytest.mark.parametrize("dropout_p", [1e-6, 0.17, 0.9, 0.999999])
 def test_dropout(ring: Ring, dropout_p: float) -> None:
     check(ring, dropout_p=dropout_p)
 

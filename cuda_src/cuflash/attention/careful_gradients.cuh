@@ -168,7 +168,7 @@ struct CarefulGradients {
   // Lanes draw the bits of the tile (attention/dropout.cuh): each asks the one that drew its own.
   static __device__ __forceinline__ bool survives(const Options& options, int query, int key) {
     if constexpr (Options::kHasDropout) {
-      const unsigned drawn = options.draw(query / 16 * 16, key / 16 * 16);
+      const unsigned drawn = options.draw(query / 16 * 16, key / 16 * 16).survivors();
       const unsigned of_owner = __shfl_sync(kFullMask, drawn, query % 8 * 4 + key % 8 / 2);
       return of_owner >> (query / 8 % 2 * 4 + key / 8 % 2 * 2 + key % 2) & 1;
     } else {

@@ -94,7 +94,7 @@ struct CarefulHead {
       unsigned drawn[2];
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        drawn[half] = __shfl_sync(kFullMask, options.draw(row / 16 * 16, key / 32 * 32 + 16 * half), owner);
+        drawn[half] = __shfl_sync(kFullMask, options.draw(row / 16 * 16, key / 32 * 32 + 16 * half).survivors(), owner);
       }
       return (key / 16 % 2 ? drawn[1] : drawn[0]) >> bit & 1;
     } else {

@@ -19,12 +19,31 @@ __device__ __forceinline__ uint4 philox(uint2 key, uint4 counter) {
   return counter;
 }
 
-// One draw decides about 8 pairs, the ones that a lane holds of a 16 x 16 tile in the layout of mma instructions: bit
-// 4 i + 2 j + c is for query 8 i + lane / 4 and key 8 j + 2 (lane % 4) + c of the tile.
+// One draw decides about 8 pairs, the ones that a lane holds of a 16 x 16 tile in the layout of mma instructions:
+// number 4 i + 2 j + c is for query 8 i + lane / 4 and key 8 j + 2 (lane % 4) + c of the tile.
+struct Draw {
+  uint4 random;        // two numbers of 16 bits in each word, the low half first
+  unsigned threshold;  // 65536 times the least number that survives
+
+  // The low half is compared as a high one, and what is below a high half decides nothing.
+  __device__ __forceinline__ bool survives(int i) const {
+    const unsigned word = i / 2 == 0 ? random.x : i / 2 == 1 ? random.y : i / 2 == 2 ? random.z : random.w;
+    return (i % 2 ? word : word << 16) >= threshold;
+  }
+
+  // The same of all numbers, a bit for each.
+  __device__ __forceinline__ unsigned survivors() const {
+    unsigned bits = 0;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) bits |= survives(i) << i;
+    return bits;
+  }
+};
+
 struct Dropout {
   unsigned long long seed;
   const unsigned long long* seed_array;  // if not null, the seed is there
-  unsigned threshold;                    // of 65536 numbers, how many drop
+  unsigned threshold;                    // as in Draw
   float survivor_factor;                 // 1 / (1 - p)
   int batch, head;                       // at hand
 
@@ -34,18 +53,13 @@ struct Dropout {
     head = query_head;
   }
 
-  // The bits of the tile that begins at these multiples of 16, as far as this lane draws them.
-  __device__ __forceinline__ unsigned draw(int query, int key) const {
+  // Of the tile that begins at these multiples of 16.
+  __device__ __forceinline__ Draw draw(unsigned query, unsigned key) const {
     const int lane = threadIdx.x % 32;
     const unsigned column = key / 4 + lane % 4, row = query / 2 + lane / 4;
-    const uint4 random = philox(make_uint2(static_cast<unsigned>(seed), static_cast<unsigned>(seed >> 32)),
-                                make_uint4(column, row, head, batch));
-    return survivors(random.x) | survivors(random.y) << 2 | survivors(random.z) << 4 | survivors(random.w) << 6;
-  }
-
- private:
-  __device__ __forceinline__ unsigned survivors(unsigned random) const {
-    return (random & 0xffffu) >= threshold | (random >> 16 >= threshold) << 1;
+    // The keys of all rounds are then in registers that lanes share.
+    const unsigned low = uniform(static_cast<unsigned>(seed)), high = uniform(static_cast<unsigned>(seed >> 32));
+    return {philox(make_uint2(low, high), make_uint4(column, row, head, batch)), threshold};
   }
 };
 

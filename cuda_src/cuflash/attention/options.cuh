@@ -1,6 +1,7 @@
 // What kernels ask about the options of a call.
 #pragma once
 
+#include <cuflash/attention/dropout.cuh>
 #include <cuflash/attention/dual.cuh>
 #include <cuflash/attention/sequence.cuh>
 
@@ -43,11 +44,29 @@ struct PlainOptions : BatchedSequences {
     return {product * scale, 1.0f};
   }
 
+  // In a short way scores may be a factor that they have in common, which can wait, times what is computed of products.
+  static constexpr bool kLeavesFactor = false;
+  template <Size kSize>
+  __device__ __forceinline__ float factor() const {
+    return 1.0f;
+  }
+  template <Size kSize>
+  __device__ __forceinline__ float over_factor(float product) const {
+    return product;
+  }
+
   // Whether products up to this magnitude may take the short way of a size.
   __device__ __forceinline__ bool allows(Size, float) const { return false; }
 
   // What becomes of the scaled score. The two lie inside the sequence where arrays are read.
   __device__ __forceinline__ Dual score(Dual score, int, int) const { return score; }
+
+  // Options may do no more than subtract a penalty from products: what a pair loses; whether that is a line over the
+  // keys up to half a width away, for queries nearby too; and by how much it falls from one key to the next.
+  static constexpr bool kHasPenalties = false;
+  __device__ __forceinline__ float penalty(int, int) const { return 0.0f; }
+  __device__ __forceinline__ bool penalties_are_line(int, int, int) const { return false; }
+  __device__ __forceinline__ float penalty_step(int, int) const { return 0.0f; }
 
   // The same with the derivative by the bias of the pair, for calls that have one.
   using Bias = float;
@@ -63,8 +82,8 @@ struct PlainOptions : BatchedSequences {
   // One more logit of each row.
   __device__ __forceinline__ float sink() const { return -infinity(); }
 
-  // Which weights of a 16 x 16 tile survive, as far as this lane draws them (attention/dropout.cuh), and their factor.
-  __device__ __forceinline__ unsigned draw(int, int) const { return 0; }
+  // Which weights of a 16 x 16 tile survive, as far as this lane draws them, and their factor.
+  __device__ __forceinline__ Draw draw(unsigned, unsigned) const { return {}; }
   __device__ __forceinline__ float survivor_factor() const { return 1.0f; }
 };
 
@@ -81,6 +100,18 @@ struct Pairs {
   __device__ __forceinline__ Dual score(float product, int query, int key) const {
     return options.score(options.template scaled<kSize>(product, scale), inside(query, band.seqlen_q),
                          inside(key, band.seqlen_k));
+  }
+
+  // The same as a factor of all scores and the rest of this one.
+  __device__ __forceinline__ float factor() const {
+    return Options::kLeavesFactor && kSize != Size::kAny ? options.template factor<kSize>() : 1.0f;
+  }
+  __device__ __forceinline__ float score_over_factor(float product, int query, int key) const {
+    if constexpr (Options::kLeavesFactor && kSize != Size::kAny) {
+      return options.template over_factor<kSize>(product);
+    } else {
+      return score(product, query, key).value;
+    }
   }
 
   // Options are asked in any case: a branch around a load of a mask would wait for it.

@@ -103,7 +103,7 @@ struct Survivors {
       for (int col = 0; col < kCols; col += 16) {
         unsigned at = (kTransposed ? first_query : first_key) + col;
         ptx::make_opaque(at);  // one draw after another: all at once would not fit the registers
-        unsigned drawn = kTransposed ? options.draw(at, first_key) : options.draw(first_query, at);
+        unsigned drawn = (kTransposed ? options.draw(at, first_key) : options.draw(first_query, at)).survivors();
         if constexpr (kTransposed) drawn = transposed(drawn);
         words[col / 64] |= drawn << col / 16 % 4 * 8;
       }

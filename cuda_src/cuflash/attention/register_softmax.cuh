@@ -11,26 +11,35 @@ namespace cuflash {
 // Where a tile may have pairs that the band hides: only behind its end, or anywhere.
 enum class Hidden { kBehind, kAround };
 
+// What is left to do of scores: x * scale - penalty.
+struct Rest {
+  float scale, penalty;
+};
+
 // The tile at hand: what its pairs are asked, and the positions of the first element that this lane holds.
 template <class Options>
 struct TileOfPairs {
   const Pairs<Options>& pairs;
   int first_query, first_key;
 
-  // Turns products into scores as far as options change them. Returns the scale that is left to do.
+  // Turns products into scores as far as options change them. Returns what is left to do.
   template <class Scores>
-  __device__ __forceinline__ float change(Scores& scores) const {
-    if constexpr (Options::kChangesScores) {
-      if (has_no_keys()) return 1.0f;
+  __device__ __forceinline__ Rest change(Scores& scores) const {
+    if constexpr (Options::kHasPenalties) {
+      return penalize(scores);
+    } else if constexpr (Options::kChangesScores) {
+      if (has_no_keys()) return {1.0f, 0.0f};
+      float factor = 1.0f;
       use_pairs(pairs, scores, [&](const auto& pairs) {
 #pragma unroll
         for (int i = 0; i < Scores::kNumElements; ++i) {
-          scores.x[i] = pairs.score(scores.x[i], query(i), key(i)).value;
+          scores.x[i] = pairs.score_over_factor(scores.x[i], query(i), key(i));
         }
+        factor = pairs.factor();
       });
-      return 1.0f;
+      return {factor, 0.0f};
     } else {
-      return pairs.scale;
+      return {pairs.scale, 0.0f};
     }
   }
 
@@ -69,17 +78,36 @@ struct TileOfPairs {
       for (int first = 0; first < Scores::kNumElements; first += 8) {
         unsigned key = tile_key + 2 * first;
         ptx::make_opaque(key);  // one draw after another: all at once would not fit the registers
-        const unsigned survives = pairs.options.draw(warp_query, key);
+        const Draw draw = pairs.options.draw(warp_query, key);
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
-          const int bit = i / 2 % 2 * 4 + i / 4 * 2 + i % 2;
-          if (!(survives >> bit & 1)) weights.x[first + i] = 0.0f;
+          if (!draw.survives(i / 2 % 2 * 4 + i / 4 * 2 + i % 2)) weights.x[first + i] = 0.0f;
         }
       }
     }
   }
 
  private:
+  // Where penalties are a line, that of one pair is left to do, and the others differ from it by a step for each key
+  // and query between.
+  template <class Scores>
+  __device__ __forceinline__ Rest penalize(Scores& scores) const {
+    const Options& options = pairs.options;
+    constexpr int kHalf = Scores::kNumElements;  // of the columns
+    const int middle = first_key + kHalf;
+    if (__all_sync(kFullMask, options.penalties_are_line(first_query, middle, 2 * kHalf))) {
+      const float step = options.penalty_step(first_query, middle);
+#pragma unroll
+      for (int i = 0; i < Scores::kNumElements; ++i) {
+        scores.x[i] = fmaf(step, col_of_element(i) - kHalf - 8 * row_of_element(i), scores.x[i]);
+      }
+      return {pairs.scale, options.penalty(first_query, middle) * pairs.scale};
+    }
+#pragma unroll
+    for (int i = 0; i < Scores::kNumElements; ++i) scores.x[i] -= options.penalty(query(i), key(i));
+    return {pairs.scale, 0.0f};
+  }
+
   // Then the tile is visited all the same, but options have nothing to look at.
   __device__ __forceinline__ bool has_no_keys() const { return Options::kReadsArrays && pairs.band.seqlen_k == 0; }
 
@@ -92,9 +120,9 @@ struct RowPair {
   OnlineSoftmax softmax[2];
   float sum[2] = {0.0f, 0.0f};  // of this lane's part
 
-  // Turns scores, which are yet to be scaled, into weights; `factor` is what earlier sums must be multiplied by.
+  // Turns scores into weights, once the rest is done; `factor` is what earlier sums must be multiplied by.
   template <class Scores>
-  __device__ __forceinline__ void weigh(Scores& scores, float scale, float (&factor)[2]) {
+  __device__ __forceinline__ void weigh(Scores& scores, const Rest& rest, float (&factor)[2]) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       float maxima[2] = {-infinity(), -infinity()}, sums[2] = {0.0f, 0.0f};  // two chains are done in half the time
@@ -102,13 +130,13 @@ struct RowPair {
       for (int i = 0; i < Scores::kNumElements; ++i) {
         if (row_of_element(i) == r) maxima[i % 2] = fmaxf(maxima[i % 2], scores.x[i]);
       }
-      const float tile_max = reduce(fmaxf(maxima[0], maxima[1]), [](float x, float y) { return fmaxf(x, y); });
-      factor[r] = softmax[r].rescale(tile_max * scale);
-      const float shift = softmax[r].shift() * kLog2e;
+      const float lane_max = fmaxf(maxima[0], maxima[1]) * rest.scale - rest.penalty;
+      factor[r] = softmax[r].rescale(reduce(lane_max, [](float x, float y) { return fmaxf(x, y); }));
+      const float shift = (-softmax[r].shift() - rest.penalty) * kLog2e;
 #pragma unroll
       for (int i = 0; i < Scores::kNumElements; ++i) {
         if (row_of_element(i) != r) continue;
-        scores.x[i] = exp2f(fmaf(scores.x[i], scale * kLog2e, -shift));
+        scores.x[i] = exp2f(fmaf(scores.x[i], rest.scale * kLog2e, shift));
         sums[i % 2] += scores.x[i];
       }
       sum[r] = sum[r] * factor[r] + (sums[0] + sums[1]);

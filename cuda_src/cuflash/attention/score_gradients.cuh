@@ -38,7 +38,7 @@ struct ScoreGradients {
       for (int first = 0; first < kCount; first += 8) {
         unsigned query = tile_query + 2 * first;
         ptx::make_opaque(query);  // one draw after another: all at once would not fit the registers
-        const unsigned drawn = pairs.options.draw(query, warp_key);
+        const unsigned drawn = pairs.options.draw(query, warp_key).survivors();
         unsigned mine = 0;
 #pragma unroll
         for (int j = 0; j < 2; ++j) {

@@ -10,7 +10,7 @@ namespace cuflash {
 struct Softcap {
   float cap, inverse;   // 1 / cap
   float limits[2];      // how large products may be for the short ways
-  float polynomial[3];  // score / product, by the powers of the product's square
+  float square[3];      // score / product: square[0] * ((product^2 + square[1])^2 + square[2])
   float reciprocal[5];  // product / score
 
   __device__ __forceinline__ bool allows(Size size, float largest_product) const {
@@ -23,10 +23,23 @@ struct Softcap {
       const float tanh = tanhf(product * scale * inverse);
       return capped(cap * tanh, tanh);
     } else {
-      const float square = product * product;
-      const float value =
-          kSize == Size::kSmall ? product * sum(polynomial, square) : __fdividef(product, sum(reciprocal, square));
+      const float value = over_factor<kSize>(product) * factor<kSize>();
       return capped(value, value * inverse);
+    }
+  }
+
+  // The score as a product of two, of which kernels may leave the first one for later.
+  template <Size kSize>
+  __device__ __forceinline__ float factor() const {
+    return kSize == Size::kSmall ? square[0] : 1.0f;
+  }
+  template <Size kSize>
+  __device__ __forceinline__ float over_factor(float product) const {
+    if constexpr (kSize == Size::kSmall) {
+      const float shifted = fmaf(product, product, square[1]);
+      return product * fmaf(shifted, shifted, square[2]);
+    } else {
+      return __fdividef(product, sum(reciprocal, product * product));
     }
   }
 

@@ -121,7 +121,7 @@ struct BwdWmmaDbias {
       acc_dp.template add_product<kHeadDimV, Stored::kTransposed>(stage.dout + warp_row * kPitchV, kPitchV, stage.v,
                                                                   kPitchV);
       const BitTile<Number, kTilesM, kTilesN, Options::kHasDropout> survives(
-          map, [&](int m, int n) { return here.draw(first_query + 16 * m, first_key + 16 * n); });
+          map, [&](int m, int n) { return here.draw(first_query + 16 * m, first_key + 16 * n).survivors(); });
       acc_dbias.for_each([&](float& sum, int m, int n, int i) {
         const int row = 16 * m + map.row(i), query = first_query + row, key = first_key + 16 * n + map.col(i);
         const PairGradient pair =

@@ -170,7 +170,7 @@ struct BwdWmmaDkDv {
           acc_dp.template add_product<kHeadDimV, Stored::kTransposed>(smem_v + row * kPitchV, kPitchV,
                                                                       stage.dout + col * kPitchV, kPitchV);
           const BitTile<Number, kTilesN, kTilesM, Options::kHasDropout, true> survives(
-              map, [&](int n, int m) { return here.draw(first_query + col + 16 * m, warp_key + 16 * n); });
+              map, [&](int n, int m) { return here.draw(first_query + col + 16 * m, warp_key + 16 * n).survivors(); });
           use_pairs(pairs, acc_s, [&](const auto& pairs) {
             acc_s.for_each([&](float& x, int n, int m, int i) {
               float& dp = acc_dp.tile[n][m].x[i];

@@ -147,7 +147,7 @@ struct BwdWmmaDq {
           acc_dp.template add_product<kHeadDimV, Stored::kTransposed>(warp_dout, kPitchV, stage_v(turn) + col * kPitchV,
                                                                       kPitchV);
           const BitTile<Number, kTilesM, kTilesN, Options::kHasDropout> survives(
-              map, [&](int m, int n) { return options.draw(warp_row + 16 * m, warp_key + 16 * n); });
+              map, [&](int m, int n) { return options.draw(warp_row + 16 * m, warp_key + 16 * n).survivors(); });
           use_pairs(pairs, acc_s, [&](const auto& pairs) {
             acc_dp.for_each([&](float& x, int m, int n, int i) {
               const int row = 16 * m + map.row(i), key = warp_key + 16 * n + map.col(i);

@@ -50,10 +50,13 @@ struct FwdSm80 {
     Band band;
     Blocks blocks;
     int first_query;
+    float sink;  // that of the head, in one part alone
 
-    __device__ __forceinline__ Work(const Arrays& arrays, const FwdParams& params, const Job& job, const Part& part)
+    __device__ __forceinline__ Work(const Arrays& arrays, const FwdParams& params, const Options& options,
+                                    const Job& job, const Part& part)
         : Work(arrays, params, job, job.sequence, job.head / params.problem.group_size(),
                part.number * params.problem.num_heads + job.head) {
+      sink = part.number == 0 ? options.sink() : -infinity();
       if constexpr (kHasParts) blocks.keep(part);
     }
 
@@ -101,7 +104,7 @@ struct FwdSm80 {
     options.enter(job.sequence, job.head);
 
     Shared& shared = *reinterpret_cast<Shared*>(dynamic_shared_memory());
-    if (threadIdx.x == 0) shared.work = Work(arrays, params, job, part);
+    if (threadIdx.x == 0) shared.work = Work(arrays, params, options, job, part);
     __syncthreads();
     const Work& work = shared.work;
     const Pairs<Options> pairs = {options, work.band, params.problem.softmax_scale};
@@ -185,7 +188,9 @@ struct FwdSm80 {
         load_values(0, block);
         ptx::cp_async_commit();
       }
-      float scale = pairs.scale;
+      Rest rest[kTilesM];
+#pragma unroll
+      for (int m = 0; m < kTilesM; ++m) rest[m] = {pairs.scale, 0.0f};
       if (sees) {
 #pragma unroll
         for (int m = 0; m < kTilesM; ++m) scores[m].clear();
@@ -198,7 +203,7 @@ struct FwdSm80 {
 #pragma unroll
         for (int m = 0; m < kTilesM; ++m) {
           const TileOfPairs<Options> tile = tile_at(m);
-          scale = tile.change(scores[m]);
+          rest[m] = tile.change(scores[m]);
           if (masked) tile.template hide_by_band<Hidden::kAround>(scores[m]);
           tile.hide_by_options(scores[m]);
         }
@@ -212,7 +217,7 @@ struct FwdSm80 {
         bool grown = false;
 #pragma unroll
         for (int m = 0; m < kTilesM; ++m) {
-          rows[m].weigh(scores[m], scale, factor[m]);
+          rows[m].weigh(scores[m], rest[m], factor[m]);
           tile_at(m).drop(scores[m], work.first_query + warp_row + 16 * m, first_key);
           weights[m].round(scores[m]);
           grown = grown || factor[m][0] != 1.0f || factor[m][1] != 1.0f;
@@ -239,9 +244,7 @@ struct FwdSm80 {
       for (int r = 0; r < 2; ++r) {
         float sum = rows[m].total(r), survivors = options.survivor_factor();
         shift[r] = rows[m].softmax[r].shift();
-        if constexpr (Options::kHasSinks) {
-          if (part.number == 0) survivors *= rows[m].softmax[r].join(options.sink(), sum);
-        }
+        if constexpr (Options::kHasSinks) survivors *= rows[m].softmax[r].join(work.sink, sum);
         inverse[r] = sum == 0.0f ? 0.0f : __fdividef(survivors, sum);
         const int row = lane_row + 8 * r;
         if (arrays.lse != nullptr && lane % 4 == 0 && row < work.out.rows) {

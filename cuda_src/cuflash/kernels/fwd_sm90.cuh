@@ -113,11 +113,11 @@ struct FwdSm90 {
         if constexpr (Block::kLoadsPairs) shared.rings.pairs.wait_full(pairs_at);
         here.template look_at<kBlockM, kBlockN>(shared.pairs[pairs_at.stage()].memory, job_query, block * kBlockN);
         const TileOfPairs<Options> tile = {pairs, first_query, block * kBlockN + first_col};
-        const float scale = tile.change(scores);
+        const Rest rest = tile.change(scores);
         hide_by_band(tile);
         tile.hide_by_options(scores);
         release_pairs();
-        rows.weigh(scores, scale, factor);
+        rows.weigh(scores, rest, factor);
         tile.drop(scores, warp_query, block * kBlockN);
       };
       const auto hide_anywhere = [&](const auto& tile) {

@@ -165,7 +165,7 @@ struct FwdWmma {
           }
         }
         const BitTile<Number, kTilesM, kTilesN, Options::kHasDropout> survives(
-            map, [&](int m, int n) { return options.draw(warp_row + 16 * m, first_key + 16 * n); });
+            map, [&](int m, int n) { return options.draw(warp_row + 16 * m, first_key + 16 * n).survivors(); });
         acc_s.for_each([&](float& weight, int m, int n, int i) {
           if (!survives(m, n, i)) weight = 0.0f;
         });
