@@ -96,11 +96,13 @@ def kernels(
     of_call = "_".join((short, f"d{dims[0]}x{dims[1]}", *options.names))
     wide = dims[0] > 128
     cols = dims[0] if tile.block_m == 128 else min(64, dims[0] // 2)  # of a part of dQ
+    staggered = problem.group_size > 1 and not deterministic  # attention/query_walk.cuh
+    flags = {"deterministic": deterministic, "staggered": staggered}
     main = Kernel(
         template="BwdSm90Wide" if wide else "BwdSm90",
         header="bwd_sm90_wide" if wide else "bwd_sm90",
-        symbol=f"cuflash_bwd_sm90_{of_call}" + ("_deterministic" if deterministic else ""),
-        arguments=(f"cuflash::{name}", options.type, *dims, *tile, "true" if deterministic else "false"),
+        symbol="_".join((f"cuflash_bwd_sm90_{of_call}", *(name for name, is_set in flags.items() if is_set))),
+        arguments=(f"cuflash::{name}", options.type, *dims, *tile, *(str(flag).lower() for flag in flags.values())),
         pointers=(
             *("const float* lse", "const float* delta", "float* dq_sums", "unsigned* turns"),
             *("unsigned* spoiled", "Element* dk", "Element* dv", "unsigned* counter"),

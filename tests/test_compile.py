@@ -63,11 +63,12 @@ def sm90_forward(options: Options, number: str, head_dims: tuple[int, int], *, c
 
 
 def sm90_backward(
-    options: Options, number: str, head_dims: tuple[int, int], *, deterministic: bool = False
+    options: Options, number: str, head_dims: tuple[int, int], *, deterministic: bool = False, group_size: int = 1
 ) -> tuple[Kernel, Kernel]:
     """The main kernel and the one that comes last."""
-    changed = replace(problem(*head_dims), packed="packed" in options.names)
-    main, finish, _ = _sm90_backward.kernels(changed, options, number, CHIPS[90], deterministic=deterministic)
+    long = replace(problem(*head_dims), num_heads=group_size, seqlen_q=4096, seqlen_k=4096)
+    long = replace(long, packed="packed" in options.names)
+    main, finish, _ = _sm90_backward.kernels(long, options, number, CHIPS[90], deterministic=deterministic)
     return main, finish
 
 
@@ -103,6 +104,8 @@ def plain_kernels(arch: int) -> Iterator[Kernel]:
             yield sm90_forward(Options(), number, head_dims, causal=causal)
         for number, head_dims, deterministic in product(HALF, _sm90_backward.TILES, (False, True)):
             yield from sm90_backward(Options(), number, head_dims, deterministic=deterministic)
+        for head_dims in _sm90_backward.TILES:
+            yield from sm90_backward(Options(), "bfloat16", head_dims, group_size=2)
 
 
 def kernels_with_options(arch: int) -> Iterator[Kernel]:
@@ -180,8 +183,13 @@ MAY_PARK = {
     "bwd_sm90_bf16_d64x64_alibi": {90: 8},
     "bwd_sm90_bf16_d64x64_deterministic": {90: 8},
     "bwd_sm90_bf16_d64x64_mask": {90: 32},
-    "bwd_sm90_bf16_d64x64_packed": {90: 96},
+    "bwd_sm90_bf16_d64x64_packed": {90: 112},
     "bwd_sm90_bf16_d64x64_sinks": {90: 8},
+    "bwd_sm90_bf16_d64x64_staggered": {90: 16},
+    "bwd_sm90_bf16_d128x128_staggered": {90: 16},
+    "bwd_sm90_bf16_d192x128_staggered": {90: 16},
+    "bwd_sm90_bf16_d192x192_staggered": {90: 16},
+    "bwd_sm90_bf16_d256x256_staggered": {90: 16},
     "bwd_sm90_bf16_d128x128_bias": {90: 24},
     "bwd_sm90_bf16_d128x128_mask": {90: 24},
     "bwd_sm90_bf16_d128x128_mod": {90: 16},

@@ -29,7 +29,7 @@ struct BwdSm90Params {
 // queries that see them, in tiles of kBlockM, of every query head of the group. Warps of their own copy what is needed
 // to shared memory, ahead of two consumers.
 template <class Element, class Options, int kHeadDim, int kHeadDimV, int kBlockM, int kBlockN, int kStagesKv,
-          int kStages, int kStagesPairs, int kTilesDs, bool kDeterministic>
+          int kStages, int kStagesPairs, int kTilesDs, bool kDeterministic, bool kStaggered>
 struct BackwardBlock {
   static constexpr int kNumConsumers = 2, kNumThreads = 128 * (1 + kNumConsumers);
   // Of each thread. The kernel starts with as many for all as fit into the 64 K of a multiprocessor.
@@ -49,7 +49,7 @@ struct BackwardBlock {
   using RingPairs = Pipeline<kStagesPairs, true>;
   using Jobs = JobRing<2 * kStagesKv, true>;
   // In a fixed order everybody waits for the turn of each tile: none may be left out.
-  using Walk = QueryWalk<kBlockM, kBlockN, Options, Options::kSkipsBlocks && !kDeterministic, kDeterministic>;
+  using Walk = QueryWalk<kBlockM, kBlockN, Options, Options::kSkipsBlocks && !kDeterministic, kStaggered>;
 
   // Arrays of pairs, which two warps copy ahead of the consumers; and whether those have anything to do.
   static constexpr int kPairBytes = Options::template kTileBytes<kBlockM, kBlockN>;

@@ -32,8 +32,7 @@ struct PackedSequences {
   template <int kBlockN>
   __device__ __forceinline__ Job key_job(const Problem& problem, int index, bool last_first = false) const {
     const int num_jobs = jobs_of_head<kBlockN>(problem, problem.seqlen_k);
-    const HeadTile numbered(index, problem.num_heads_kv, num_jobs,
-                            HeadTile::group_of_keys(num_jobs, false, problem.group_size()));
+    const HeadTile numbered(index, problem.num_heads_kv, num_jobs, HeadTile::group_of_keys(num_jobs, false, false));
     return job<kBlockN>(problem, cu_seqlens_k, problem.seqlen_k, numbered.head,
                         last_first ? num_jobs - 1 - numbered.tile : numbered.tile);
   }

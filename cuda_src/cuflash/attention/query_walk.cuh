@@ -5,15 +5,14 @@
 
 namespace cuflash {
 
-// Goes through those of one query head of the group after another, without the ones that options hide altogether.
-// Blocks of threads that have the same heads to go through keep step: were they at the same queries, they would add to
-// the same sums at the same time. So each begins beside its own keys, unless the sums have an order.
-template <int kBlockM, int kBlockN, class Options, bool kSkips, bool kInOrder>
+// Goes through those of one query head of the group after another, without the ones that options hide altogether. With
+// kStaggered each head begins with the queries beside the keys: blocks of threads that go through the same heads keep
+// step, and would otherwise add to the same sums at the same time.
+template <int kBlockM, int kBlockN, class Options, bool kSkips, bool kStaggered>
 struct QueryWalk {
   const Options& options;
   const Job& job;
   int begin, end;  // blocks of queries that see some of the keys, as far as the band is concerned
-  int start;       // that with which each head begins
   int last_head;
   int head, block;  // at hand
 
@@ -25,8 +24,7 @@ struct QueryWalk {
     end = queries.begin < queries.end ? uniform(ceil_div(queries.end, kBlockM)) : begin;
     last_head = job.head * group + group - 1;
     head = begin < end ? job.head * group : last_head + 1;
-    const int beside = smaller(job.tile * kBlockN / kBlockM, end - 1);
-    block = start = !kInOrder && group > 1 ? uniform(larger(beside, begin)) : begin;
+    block = start();
     skip();
   }
 
@@ -38,9 +36,14 @@ struct QueryWalk {
   }
 
  private:
+  // The block with which each head begins. Found anew each time: registers are few.
+  __device__ __forceinline__ int start() const {
+    return kStaggered ? larger(begin, smaller(job.tile * kBlockN / kBlockM, end - 1)) : begin;
+  }
+
   __device__ __forceinline__ void step() {
     if (++block == end) block = begin;
-    if (block == start) ++head;
+    if (block == start()) ++head;
   }
 
   __device__ __forceinline__ void skip() {

@@ -45,12 +45,12 @@ struct HeadTile {
     return 8 * (num_tiles < 8 ? 4 : num_tiles < 16 ? 2 : 1);
   }
 
-  // With tiles of keys, of long sequences fewer: all blocks that work on a head add to the same sums. Of heads for
-  // which several query heads are to be done jobs are few and long: the longest of more heads come first.
-  static __device__ __forceinline__ int group_of_keys(int num_tiles, bool alike, int num_query_heads) {
+  // With tiles of keys, of long sequences fewer: all blocks that work on a head add to the same sums. Of heads that
+  // belong to several query heads jobs are few and long: the longest of more heads come first.
+  static __device__ __forceinline__ int group_of_keys(int num_tiles, bool alike, bool of_several) {
     if (num_tiles >= (alike ? 128 : 256)) return 2;
     if (num_tiles >= (alike ? 32 : 128)) return 4;
-    return group(num_tiles) * (alike ? 1 : num_query_heads);
+    return of_several && !alike ? 2 * group(num_tiles) : group(num_tiles);
   }
 };
 
@@ -79,8 +79,9 @@ struct BatchedSequences {
   template <int kBlockN>
   static __device__ __forceinline__ Job key_job(const Problem& problem, int index, bool last_first = false) {
     const int num_tiles = ceil_div(problem.seqlen_k, kBlockN);
-    const HeadTile job(index, problem.num_heads_kv * problem.batch, num_tiles,
-                       HeadTile::group_of_keys(num_tiles, shows_all(problem), problem.group_size()));
+    const HeadTile job(
+        index, problem.num_heads_kv * problem.batch, num_tiles,
+        HeadTile::group_of_keys(num_tiles, shows_all(problem), problem.num_heads > problem.num_heads_kv));
     const int tile = last_first ? num_tiles - 1 - job.tile : job.tile;
     return {sequence(problem, job.head / problem.num_heads_kv), job.head % problem.num_heads_kv, tile};
   }

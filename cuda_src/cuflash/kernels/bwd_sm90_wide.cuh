@@ -12,11 +12,11 @@ namespace cuflash {
 // and of scores, and dK; of dQ each computes a part of the columns. Weights go from the first to the second, gradients
 // of scores to both.
 template <class Number, class Options, int kHeadDim, int kHeadDimV, int kBlockM, int kBlockN, int kStagesKv,
-          int kStages, int kStagesPairs, bool kDeterministic>
+          int kStages, int kStagesPairs, bool kDeterministic, bool kStaggered>
 struct BwdSm90Wide {
   using Element = typename Number::Element;
   using Block = BackwardBlock<Element, Options, kHeadDim, kHeadDimV, kBlockM, kBlockN, kStagesKv, kStages, kStagesPairs,
-                              1, kDeterministic>;
+                              1, kDeterministic, kStaggered>;
   using Arrays = typename Block::Arrays;
 
   using Gradients = ScoreGradients<Element, Options, kBlockM>;
