@@ -84,11 +84,40 @@ FORWARD_TILES: Tiles = {
     (256, 256, 163): (Tile(128, 64, 8, 1), Tile(64, 64, 4, 1), SMALLEST),
     (256, 256, 227): (Tile(64, 64, 4, 1), SMALLEST),  # two blocks of 4 warps beat one of 8
 }
+# float32: tiles are twice as large, and products of high and low parts take more time than anything else.
+FLOAT32_FORWARD_TILES: Tiles = {
+    # 32 rows a warp: K and V are read and taken apart half as often as with 16.
+    (32, 32, 99): (Tile(128, 64, 4, 2), Tile(64, 32, 4, 1)),
+    (64, 64, 99): (Tile(128, 32, 4, 1), Tile(64, 32, 4, 1)),
+    # Q is taken apart half as often.
+    (64, 64, 163): (Tile(128, 64, 4, 1), Tile(64, 32, 4, 1)),
+    (96, 96, 99): (Tile(128, 32, 4, 1), Tile(64, 32, 4, 1)),
+    # Memory for one block, and not the registers for 32 rows of each of its 4 warps on sm_120.
+    (128, 128, 99): (Tile(64, 32, 4, 1),),
+    # Two blocks of 4 warps; with 32 rows a warp there is memory for one.
+    (128, 128, 163): (Tile(64, 32, 4, 1),),
+    (128, 128, 227): (Tile(128, 32, 4, 1), Tile(64, 32, 4, 1)),
+    # Long rows: 16 a warp, and 8 warps, in one block or two.
+    (192, 128, 99): (Tile(64, 32, 4, 1), Tile(64, 16, 4, 1)),
+    (192, 128, 163): (Tile(128, 32, 8, 1), Tile(64, 32, 4, 1), Tile(64, 16, 4, 1)),
+    (192, 128, 227): (Tile(64, 32, 4, 1), Tile(64, 16, 4, 1)),
+    (192, 192, 99): (Tile(64, 32, 4, 1), Tile(64, 16, 4, 1)),
+    (192, 192, 163): (Tile(128, 32, 8, 1), Tile(64, 16, 4, 1)),
+    (192, 192, 227): (Tile(64, 32, 4, 1), Tile(64, 16, 4, 1)),
+    (256, 256, 99): (Tile(64, 16, 4, 1), Tile(32, 16, 2, 1)),
+    (256, 256, 163): (Tile(128, 16, 8, 1), Tile(64, 16, 4, 1)),
+    (256, 256, 227): (Tile(128, 32, 8, 1), Tile(64, 16, 4, 1)),
+}
 # What calls take first if their options take more registers than the first tiles leave.
 HUNGRY = {"alibi", "bias", "mask", "mod", "sinks", "dropout"}
 FRUGAL_TILES = {(64, 64): Tile(128, 64, 4, 2), (128, 128): Tile(128, 32, 4, 2)}
 # What calls with so few queries take first: memory decides, and copies have two stages.
 SHORT_TILES = {(64, 64): Tile(64, 128, 4, 2), (128, 128): Tile(64, 64, 4, 2)}
+
+# The head_dims, padded, of the float32 forwards that kernel="auto" gives to this family. None, as long as gradients are
+# those of wmma: its scores are rounded otherwise than those of which lse is, and where a row sees few keys the errors
+# of gradients exceed the rule (docs/kernels.md). Nor was the speed measured.
+FLOAT32_IN_AUTO: frozenset[int] = frozenset()
 
 # Gradients of K and V. A warp holds its keys' dK and dV, and their scores and gradients of weights of a step.
 DKDV_TILES: Tiles = {
@@ -135,33 +164,42 @@ def why_not(
             f"it needs compute capability {CAPABILITY[0]}.{CAPABILITY[1]} or newer, "
             f"{chip.name} has {chip.capability[0]}.{chip.capability[1]}"
         )
-    if number not in ("float16", "bfloat16"):
-        return f"it multiplies float16 and bfloat16, not {problem.dtype}"
     if problem.softmax_scale < MIN_SCALE:
         return f"it takes scales from {MIN_SCALE:.3g}, not {problem.softmax_scale}"
-    if any(kernel.tile(problem, options, chip) is None for kernel in (forward, backward, backward_dkdv, backward_dq)):
+    kernels = (forward, backward, backward_dkdv, backward_dq)
+    if any(kernel.tile(problem, options, chip) is None for kernel in kernels if _size(problem) in kernel.tiles):
         return f"{chip.name} has too little shared memory for a tile with {', '.join(options.arguments)}"
     return None
 
 
-def _forward_bytes(dims: tuple[int, int], tile: Tile, options: Options) -> int:
+def is_slower_than_wmma(problem: Problem) -> bool:
+    """Whether kernel="auto" asks wmma first."""
+    return problem.dtype == "float32" and padded_head_dims(problem)[0] not in FLOAT32_IN_AUTO
+
+
+def _size(problem: Problem) -> int:
+    """Bytes of an element."""
+    return 4 if problem.dtype == "float32" else 2
+
+
+def _forward_bytes(size: int, dims: tuple[int, int], tile: Tile, options: Options) -> int:
     """Tiles of Q, K and V, of arrays of pairs, and those of careful rows (attention/careful_row.cuh)."""
     pairs, careful = options.tile_bytes(*tile[:2]), options.tile_bytes(1, 32)
-    stage = 2 * tile.block_n * sum(dims) + max(pairs, 16)
-    return 2 * tile.block_m * dims[0] + tile.stages * stage + tile.warps * max(careful, 16) + WORK_BYTES
+    stage = size * tile.block_n * sum(dims) + max(pairs, 16)
+    return size * tile.block_m * dims[0] + tile.stages * stage + tile.warps * max(careful, 16) + WORK_BYTES
 
 
-def _dkdv_bytes(dims: tuple[int, int], tile: DkDvTile, options: Options) -> int:
-    stage = 2 * tile.block_m * sum(dims) + 8 * tile.block_m + max(options.tile_bytes(*tile[:2]), 16)
-    pairs, nothing = 2 * tile.block_n * tile.block_m, 2 * 16 * 32
+def _dkdv_bytes(size: int, dims: tuple[int, int], tile: DkDvTile, options: Options) -> int:
+    stage = size * tile.block_m * sum(dims) + 8 * tile.block_m + max(options.tile_bytes(*tile[:2]), 16)
+    pairs, nothing = size * tile.block_n * tile.block_m, size * 16 * 32
     weights, dscores = (pairs if shared else nothing for shared in (tile.splits > 1, tile.splits > 1 or tile.adds_dq))
-    tiles = 2 * tile.block_n * sum(dims) + weights + dscores + tile.stages * stage
+    tiles = size * tile.block_n * sum(dims) + weights + dscores + tile.stages * stage
     return tiles + _careful_bytes(tile.warps, options) + DKDV_WORK_BYTES
 
 
-def _dq_bytes(dims: tuple[int, int], tile: DqTile, options: Options) -> int:
-    stage = 2 * tile.block_n * sum(dims) + max(options.tile_bytes(*tile[:2]), 16)
-    return 2 * tile.block_m * sum(dims) + tile.stages * stage + _careful_bytes(tile.warps, options) + DQ_WORK_BYTES
+def _dq_bytes(size: int, dims: tuple[int, int], tile: DqTile, options: Options) -> int:
+    stage = size * tile.block_n * sum(dims) + max(options.tile_bytes(*tile[:2]), 16)
+    return size * tile.block_m * sum(dims) + tile.stages * stage + _careful_bytes(tile.warps, options) + DQ_WORK_BYTES
 
 
 def _careful_bytes(warps: int, options: Options) -> int:
@@ -182,30 +220,31 @@ class _TiledKernel:
 
     template: str
     header: str
-    tiles: Tiles
-    shared_bytes: Callable[[tuple[int, int], Any, Options], int]
+    tiles: Mapping[int, Tiles]  # by the size of elements
+    shared_bytes: Callable[[int, tuple[int, int], Any, Options], int]
     num_blocks: Callable[[Problem, Any], int]
     pointers: tuple[str, ...]
     params: str
-    frugal_tiles: dict[tuple[int, int], Any] = field(default_factory=dict)
-    short_tiles: dict[tuple[int, int], Any] = field(default_factory=dict)
+    frugal_tiles: Mapping[int, dict[tuple[int, int], Any]] = field(default_factory=dict)
+    short_tiles: Mapping[int, dict[tuple[int, int], Any]] = field(default_factory=dict)
     change: Callable[[Any], Any] = lambda tile: tile
     name: str = ""  # if not that of the header
     more_arguments: tuple[str, ...] = ()
 
     def tile(self, problem: Problem, options: Options, chip: Chip) -> Any:
         """The tile that suits a call, or None if none fits the shared memory."""
-        dims = padded_head_dims(problem)
-        tiles = self.tiles[tile_class(self.tiles, problem, chip)]
-        if dims in self.frugal_tiles and HUNGRY.intersection(options.names):
-            tiles = (self.frugal_tiles[dims], *tiles)
-        if dims in self.short_tiles and problem.seqlen_q <= self.short_tiles[dims].block_m:
-            tiles = (self.short_tiles[dims], *tiles)
+        size, dims = _size(problem), padded_head_dims(problem)
+        tiles = self.tiles[size][tile_class(self.tiles[size], problem, chip)]
+        frugal, short = (special.get(size, {}).get(dims) for special in (self.frugal_tiles, self.short_tiles))
+        if frugal and HUNGRY.intersection(options.names):
+            tiles = (frugal, *tiles)
+        if short and problem.seqlen_q <= short.block_m:
+            tiles = (short, *tiles)
         return next(
             (
                 tile
                 for tile in map(self.change, tiles)
-                if options.allows_tile(*tile[:2]) and self.shared_bytes(dims, tile, options) <= chip.shared_memory
+                if options.allows_tile(*tile[:2]) and self.shared_bytes(size, dims, tile, options) <= chip.shared_memory
             ),
             None,
         )
@@ -222,7 +261,7 @@ class _TiledKernel:
             pointers=self.pointers,
             params=self.params,
             num_threads=32 * tile.warps,
-            shared_bytes=self.shared_bytes(dims, tile, options),
+            shared_bytes=self.shared_bytes(_size(problem), dims, tile, options),
             options=options,
         )
         return kernel, self.num_blocks(problem, tile)
@@ -239,24 +278,24 @@ def _key_blocks(problem: Problem, tile: DkDvTile) -> int:
 forward = _TiledKernel(
     template="FwdSm80",
     header="fwd_sm80",
-    tiles=FORWARD_TILES,
+    tiles={2: FORWARD_TILES, 4: FLOAT32_FORWARD_TILES},
     shared_bytes=_forward_bytes,
     num_blocks=_query_blocks,
     pointers=("const Element* q", "const Element* k", "const Element* v", "Element* out", "float* lse"),
     params="FwdParams",
-    frugal_tiles=FRUGAL_TILES,
-    short_tiles=SHORT_TILES,
+    frugal_tiles={2: FRUGAL_TILES},
+    short_tiles={2: SHORT_TILES},
 )
 forward_parts = replace(
     forward,
     name="fwd_sm80_parts",
     pointers=("const Element* q", "const Element* k", "const Element* v", "float* parts", "float* part_lse"),
-    more_arguments=("float",),
+    more_arguments=("float", "true"),
 )
 backward_dkdv = _TiledKernel(
     template="BwdSm80DkDv",
     header="bwd_sm80_dkdv",
-    tiles=DKDV_TILES,
+    tiles={2: DKDV_TILES},
     shared_bytes=_dkdv_bytes,
     num_blocks=_key_blocks,
     pointers=(*BACKWARD_INPUTS, "Element* dk", "Element* dv", "float* dq_sums"),
@@ -266,7 +305,7 @@ backward = replace(backward_dkdv, name="bwd_sm80", change=lambda tile: tile._rep
 backward_dq = _TiledKernel(
     template="BwdSm80Dq",
     header="bwd_sm80_dq",
-    tiles=DQ_TILES,
+    tiles={2: DQ_TILES},
     shared_bytes=_dq_bytes,
     num_blocks=_query_blocks,
     pointers=(*BACKWARD_INPUTS, "Element* dq"),
@@ -304,7 +343,9 @@ def plan_forward(call: Call) -> Run:
 
 
 def why_no_backward(problem: Problem, chip: Chip, options: Options = PLAIN) -> str | None:
-    """None: it can compute gradients."""
+    """The reason why it cannot compute gradients, or None if it can."""
+    if problem.dtype == "float32":
+        return "it computes gradients of float16 and bfloat16, not float32"
     return None
 
 

@@ -6,7 +6,7 @@ import ctypes
 import functools
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 
 import cuflash
-from cuflash import _backends, _launch, _numpy, _plan
+from cuflash import _backends, _launch, _numpy, _plan, _sm80
+from cuflash._kernel import HEAD_DIMS
 from cuflash.testing import (
     assert_attention_accurate,
     assert_attention_varlen_accurate,
@@ -247,6 +248,12 @@ def forget_plans() -> None:
     _plan._plan_backward.cache_clear()
 
 
+def let_auto_take_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Float32 forwards go to sm80, whatever the head dimension is."""
+    monkeypatch.setattr(_sm80, "FLOAT32_IN_AUTO", frozenset(dim for dim, _ in HEAD_DIMS))
+    forget_plans()
+
+
 @functools.cache
 def why_no_gpu() -> str | None:
     """Return why the gpu ring cannot run here, or None if it can."""
@@ -290,6 +297,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def ring(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Ring]:
     """A ring that can run here; the calls of the test go to its kernels."""
     name, kernel = request.param
+    is_forward = request.node.get_closest_marker("forward") is not None
+    asks_for_float32 = is_forward and name != "numpy" and kernel != "wmma"
+    if asks_for_float32:
+        let_auto_take_float32(monkeypatch)
     if name == "numpy":
         # Small problems shall meet several blocks.
         monkeypatch.setattr(_numpy, "BLOCK_ROWS", 32)
@@ -307,9 +318,10 @@ def ring(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
         if kernel == "sm80":  # what "auto" means without Hopper's family
             monkeypatch.setattr(_launch, "AUTO", ("sm80", "wmma"))
             forget_plans()
-        yield gpu_ring(kernel)
-        if kernel == "sm80":
-            forget_plans()
+        ring = gpu_ring(kernel)
+        yield replace(ring, dtypes=(*HALF, "float32")) if asks_for_float32 else ring
+    if asks_for_float32 or kernel == "sm80":
+        forget_plans()
 
 
 @pytest.fixture

@@ -32,14 +32,14 @@ struct BwdSm80DkDv {
 
   using Scores = WarpgroupTile<kWarpM>;
   using Weights = WarpgroupFactor<Element, kWarpM>;
-  using TileK = LdmatrixTile<Element, kBlockN, kHeadDim>;
-  using TileV = LdmatrixTile<Element, kBlockN, kHeadDimV>;
-  using TileQ = LdmatrixTile<Element, kBlockM, kHeadDim>;
-  using TileDout = LdmatrixTile<Element, kBlockM, kHeadDimV>;
+  using TileK = LdmatrixTile<Number, kBlockN, kHeadDim>;
+  using TileV = LdmatrixTile<Number, kBlockN, kHeadDimV>;
+  using TileQ = LdmatrixTile<Number, kBlockM, kHeadDim>;
+  using TileDout = LdmatrixTile<Number, kBlockM, kHeadDimV>;
   // Weights and gradients of scores, transposed as well.
   static constexpr bool kSharesWeights = kSplits > 1, kSharesDs = kSplits > 1 || kAddsDq;
-  using TileWeights = LdmatrixTile<Element, kSharesWeights ? kBlockN : 16, kSharesWeights ? kBlockM : 32>;
-  using TileDs = LdmatrixTile<Element, kSharesDs ? kBlockN : 16, kSharesDs ? kBlockM : 32>;
+  using TileWeights = LdmatrixTile<Number, kSharesWeights ? kBlockN : 16, kSharesWeights ? kBlockM : 32>;
+  using TileDs = LdmatrixTile<Number, kSharesDs ? kBlockN : 16, kSharesDs ? kBlockM : 32>;
   using DqSums = SharedSums<rows_of_sums(kBlockM, kHeadDim, kNumWarps), kHeadDim, kNumWarps>;
   using Gradients = GradientTile<Options, true>;
   using Careful = CarefulGradients<Element, Options>;
@@ -241,8 +241,8 @@ struct BwdSm80DkDv {
           share(weights[n], dscores[n], n);
         }
         if (kSplits == 1) {
-          add_product_across<kWarpM>(dv, registers_of(weights), shared.dout[stage], Corner{warp_col, 0});
-          add_product_across<kWarpM>(dk, registers_of(dscores), shared.q[stage], Corner{warp_col, 0});
+          add_product_across<kWarpM>(dv, RegistersOf(weights), shared.dout[stage], Corner{warp_col, 0});
+          add_product_across<kWarpM>(dk, RegistersOf(dscores), shared.q[stage], Corner{warp_col, 0});
         }
       }
       if constexpr (kSplits > 1) {

@@ -23,10 +23,10 @@ struct BwdSm80Dq {
 
   using Scores = WarpgroupTile<kBlockN>;
   using Dscores = WarpgroupFactor<Element, kBlockN>;
-  using TileQ = LdmatrixTile<Element, kBlockM, kHeadDim>;
-  using TileDout = LdmatrixTile<Element, kBlockM, kHeadDimV>;
-  using TileK = LdmatrixTile<Element, kBlockN, kHeadDim>;
-  using TileV = LdmatrixTile<Element, kBlockN, kHeadDimV>;
+  using TileQ = LdmatrixTile<Number, kBlockM, kHeadDim>;
+  using TileDout = LdmatrixTile<Number, kBlockM, kHeadDimV>;
+  using TileK = LdmatrixTile<Number, kBlockN, kHeadDim>;
+  using TileV = LdmatrixTile<Number, kBlockN, kHeadDimV>;
   using Gradients = GradientTile<Options, false>;
   using Careful = CarefulGradients<Element, Options>;
 
@@ -168,7 +168,7 @@ struct BwdSm80Dq {
         tile.hide_by_options(scores[m], dweights[m]);
         dscores[m].round(dweights[m]);
       }
-      add_product_across<kBlockN>(dq, registers_of(dscores), shared.k[stage]);
+      add_product_across<kBlockN>(dq, RegistersOf(dscores), shared.k[stage]);
       if (kStages == 1) {
         __syncthreads();  // the only stage is no longer read
         load_following(0);
