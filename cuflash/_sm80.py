@@ -89,8 +89,8 @@ FLOAT32_FORWARD_TILES: Tiles = {
     # 32 rows a warp: K and V are read and taken apart half as often as with 16.
     (32, 32, 99): (Tile(128, 64, 4, 2), Tile(64, 32, 4, 1)),
     (64, 64, 99): (Tile(128, 32, 4, 1), Tile(64, 32, 4, 1)),
-    # Q is taken apart half as often.
-    (64, 64, 163): (Tile(128, 64, 4, 1), Tile(64, 32, 4, 1)),
+    # Q is taken apart half as often; sm_80 lacks a register or two.
+    (64, 64, 227): (Tile(128, 64, 4, 1), Tile(64, 32, 4, 1)),
     (96, 96, 99): (Tile(128, 32, 4, 1), Tile(64, 32, 4, 1)),
     # Memory for one block, and not the registers for 32 rows of each of its 4 warps on sm_120.
     (128, 128, 99): (Tile(64, 32, 4, 1),),
@@ -114,11 +114,27 @@ FRUGAL_TILES = {(64, 64): Tile(128, 64, 4, 2), (128, 128): Tile(128, 32, 4, 2)}
 # What calls with so few queries take first: memory decides, and copies have two stages.
 SHORT_TILES = {(64, 64): Tile(64, 128, 4, 2), (128, 128): Tile(64, 64, 4, 2)}
 
-# The head_dims, padded, of the float32 forwards that kernel="auto" gives to this family. None, as long as gradients are
-# those of wmma: its scores are rounded otherwise than those of which lse is, and where a row sees few keys the errors
-# of gradients exceed the rule (docs/kernels.md). Nor was the speed measured.
+# The head_dims, padded, of the float32 calls that kernel="auto" gives to this family: of those with gradients (below)
+# the ones that were measured to be faster than with wmma. None was measured.
 FLOAT32_IN_AUTO: frozenset[int] = frozenset()
 
+# Of float32, by two kernels, up to 128 columns: a warp would not hold more of dK and dV.
+FLOAT32_DKDV_TILES: Tiles = {
+    # 32 keys a warp up to 64 columns, then 16. As long as memory allows: barriers are few.
+    (32, 32, 99): (DkDvTile(64, 128, 4, 1, 2, 1), DkDvTile(16, 64, 4, 1, 1, 1)),
+    (64, 64, 99): (DkDvTile(32, 128, 4, 1, 2, 1), DkDvTile(16, 64, 4, 1, 1, 1)),
+    (64, 64, 163): (DkDvTile(64, 128, 4, 1, 4, 1), DkDvTile(16, 64, 4, 1, 1, 1)),
+    (96, 96, 99): (DkDvTile(32, 64, 4, 1, 2, 1), DkDvTile(16, 64, 4, 1, 1, 1)),
+    (128, 128, 99): (DkDvTile(16, 64, 4, 1, 1, 1),),
+    (128, 128, 163): (DkDvTile(32, 64, 4, 1, 2, 1), DkDvTile(16, 64, 4, 1, 1, 1)),
+}
+FLOAT32_DQ_TILES: Tiles = {
+    # 32 queries a warp up to 64 columns; more do not fit the memory.
+    (32, 32, 99): (DqTile(128, 32, 4, 1), DqTile(64, 16, 4, 1)),
+    (64, 64, 99): (DqTile(128, 32, 4, 1), DqTile(64, 16, 4, 1)),
+    (96, 96, 99): (DqTile(64, 32, 4, 1), DqTile(64, 16, 4, 1)),
+    (128, 128, 99): (DqTile(64, 32, 4, 1), DqTile(64, 16, 4, 1)),
+}
 # Gradients of K and V. A warp holds its keys' dK and dV, and their scores and gradients of weights of a step.
 DKDV_TILES: Tiles = {
     (32, 32, 99): (DkDvTile(64, 128, 4, 1, 1, 2), DkDvTile(32, 64, 4, 1, 1, 1)),
@@ -166,8 +182,8 @@ def why_not(
         )
     if problem.softmax_scale < MIN_SCALE:
         return f"it takes scales from {MIN_SCALE:.3g}, not {problem.softmax_scale}"
-    kernels = (forward, backward, backward_dkdv, backward_dq)
-    if any(kernel.tile(problem, options, chip) is None for kernel in kernels if _size(problem) in kernel.tiles):
+    kernels = (forward, backward, backward_dkdv, backward_dq) if _size(problem) == 2 else (forward,)
+    if any(kernel.tile(problem, options, chip) is None for kernel in kernels):
         return f"{chip.name} has too little shared memory for a tile with {', '.join(options.arguments)}"
     return None
 
@@ -295,7 +311,7 @@ forward_parts = replace(
 backward_dkdv = _TiledKernel(
     template="BwdSm80DkDv",
     header="bwd_sm80_dkdv",
-    tiles={2: DKDV_TILES},
+    tiles={2: DKDV_TILES, 4: FLOAT32_DKDV_TILES},
     shared_bytes=_dkdv_bytes,
     num_blocks=_key_blocks,
     pointers=(*BACKWARD_INPUTS, "Element* dk", "Element* dv", "float* dq_sums"),
@@ -305,7 +321,7 @@ backward = replace(backward_dkdv, name="bwd_sm80", change=lambda tile: tile._rep
 backward_dq = _TiledKernel(
     template="BwdSm80Dq",
     header="bwd_sm80_dq",
-    tiles={2: DQ_TILES},
+    tiles={2: DQ_TILES, 4: FLOAT32_DQ_TILES},
     shared_bytes=_dq_bytes,
     num_blocks=_query_blocks,
     pointers=(*BACKWARD_INPUTS, "Element* dq"),
@@ -344,8 +360,12 @@ def plan_forward(call: Call) -> Run:
 
 def why_no_backward(problem: Problem, chip: Chip, options: Options = PLAIN) -> str | None:
     """The reason why it cannot compute gradients, or None if it can."""
-    if problem.dtype == "float32":
-        return "it computes gradients of float16 and bfloat16, not float32"
+    if problem.dtype != "float32":
+        return None
+    if max(padded_head_dims(problem)) > 128:
+        return f"it computes gradients of float32 up to head_dim 128, not {max(problem.head_dim, problem.head_dim_v)}"
+    if any(kernel.tile(problem, options, chip) is None for kernel in (backward_dkdv, backward_dq)):
+        return f"{chip.name} has too little shared memory for a tile with {', '.join(options.arguments)}"
     return None
 
 
@@ -381,7 +401,7 @@ def plan_backward(call: Call) -> Run:
     """A function of (dout, q, k, v, out, lse, dq, dk, dv) and the arrays of the options that computes gradients."""
     device, problem, delta = call.device, call.problem, operand_of_delta(call.problem)
     of_call = problem, call.options, call.number, call.chip
-    if call.deterministic:
+    if call.deterministic or problem.dtype == "float32":
         dkdv_step, dq_step = (call.step(make(*of_call), delta=delta) for make in (backward_dkdv, backward_dq))
 
         def apart(inputs: Inputs, dq: Array, dk: Array, dv: Array, options: tuple[Any, ...]) -> None:

@@ -12,7 +12,6 @@ from cuflash.testing import assert_attention_accurate
 from cuflash.testing.strategies import STRIDES, AttentionProblem
 from tests.conftest import Ring
 
-pytestmark = pytest.mark.forward
 CAUSALS = (False, True, "top-left")
 
 

@@ -89,8 +89,10 @@ def sm80_passes(options: Options, number: str, head_dims: tuple[int, int], arch:
 
 
 def sm80_float32_passes(number: str, head_dims: tuple[int, int], arch: int) -> Iterator[Kernel]:
-    """The forward, whole and in parts."""
-    for make in (_sm80.forward, _sm80.forward_parts):
+    """The forward, whole and in parts, and the two kernels of the backward."""
+    has_gradients = (*head_dims, 99) in _sm80.FLOAT32_DKDV_TILES
+    gradients = (_sm80.backward_dkdv, _sm80.backward_dq) if has_gradients else ()
+    for make in (_sm80.forward, _sm80.forward_parts, *gradients):
         yield make(replace(problem(*head_dims), dtype="float32"), Options(), number, CHIPS[arch])[0]
 
 

@@ -13,7 +13,8 @@ import pytest
 import cuflash
 from cuflash import _backends, _sm80
 from cuflash._launch import LaunchBackend
-from cuflash.testing import reference_attention, reference_attention_backward
+from cuflash.testing import assert_attention_accurate, reference_attention, reference_attention_backward
+from cuflash.testing.strategies import AttentionProblem
 from tests.hostcuda import HostDevice
 from tests.test_sm90 import Notebook, put
 
@@ -27,11 +28,11 @@ print(max(errors(xp, sys.argv[1])))
 
 
 def errors(xp: Any, kernel: str) -> list[float]:
-    """The largest errors of the output, by this kernel, and of the gradients, relative to their largest values."""
+    """The largest errors of the output and the gradients, relative to their largest values."""
     rng = np.random.default_rng(0)
     arrays = [rng.standard_normal((2, 64, 64), dtype=np.float32) for _ in range(4)]
     q, k, v, dout = map(xp.asarray, arrays)
-    out, (_, vjp) = cuflash.attention(q, k, v, kernel=kernel), cuflash.attention_vjp(q, k, v)
+    out, vjp = cuflash.attention_vjp(q, k, v, kernel=kernel)
     expected = reference_attention(*arrays[:3])[0], *reference_attention_backward(arrays[3], *arrays[:3])
     results = [result if xp is np else result.get() for result in (out, *vjp(dout))]
     pairs = zip(results, expected, strict=True)
@@ -72,11 +73,21 @@ def test_auto_gives_sm80_what_is_switched_on(monkeypatch: pytest.MonkeyPatch) ->
     assert family(128) == "cuflash_fwd_wmma_f32_d128x128"
 
 
-def test_sm80_has_no_gradients_of_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("head_dim", [129, 256])
+def test_sm80_has_no_gradients_of_long_rows(monkeypatch: pytest.MonkeyPatch, head_dim: int) -> None:
     notebook = put(monkeypatch, Notebook())
-    x, lse = np.zeros((132, 256, 64), "float32"), np.zeros((132, 256), "float32")
-    with pytest.raises(NotImplementedError, match="gradients of float16 and bfloat16, not float32"):
+    x, lse = np.zeros((132, 256, head_dim), "float32"), np.zeros((132, 256), "float32")
+    with pytest.raises(NotImplementedError, match=f"gradients of float32 up to head_dim 128, not {head_dim}"):
         cuflash.attention_backward(x, x, x, x, x, lse, kernel="sm80")
     assert notebook.symbols == []
     cuflash.attention_backward(x, x, x, x, x, lse)
     assert {symbol[:19] for symbol in notebook.symbols[1:]} == {"cuflash_bwd_wmma_dk", "cuflash_bwd_wmma_dq"}
+
+
+@pytest.mark.host
+@pytest.mark.parametrize(("head_dim", "head_dim_v"), [(192, 128), (192, 192), (256, 256)])
+def test_long_rows_by_sm80(monkeypatch: pytest.MonkeyPatch, head_dim: int, head_dim_v: int) -> None:
+    monkeypatch.setattr(_backends, "numpy_backend", LaunchBackend(HostDevice()))
+    problem = AttentionProblem((2, 2, 66, head_dim), (2, 1, 70, head_dim), (2, 1, 70, head_dim_v), causal=True)
+    out, lse = cuflash.attention(*problem.arrays(), causal=True, return_lse=True, kernel="sm80")
+    assert_attention_accurate(*problem.arrays(), out, lse, causal=True)

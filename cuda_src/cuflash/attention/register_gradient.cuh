@@ -8,13 +8,14 @@
 namespace cuflash {
 
 // The rows of the tile are queries, or keys if kTransposed; the positions are those of the first element of this lane.
-template <class Options, bool kTransposed>
+// kExact: weights of float32, which have no use for roundings of log2(e).
+template <class Options, bool kTransposed, bool kExact = false>
 struct GradientTile {
   const Pairs<Options>& pairs;
   int first_query, first_key;
 
   // Whether weights come of products by one multiply-add, with lse in base 2.
-  static constexpr bool kFused = !Options::kChangesScores;
+  static constexpr bool kFused = !Options::kChangesScores && !kExact;
   static constexpr float kLseUnit = kFused ? kLog2e : 1.0f;
 
   // Turns products into weights, and gradients of weights into those of scores. lse_of(i) and delta_of(i) are those of

@@ -92,8 +92,10 @@ struct RowPair {
   OnlineSoftmax softmax[2];
   float sum[2] = {0.0f, 0.0f};  // of this lane's part
 
-  // Turns scores, which are yet to be scaled, into weights; `factor` is what earlier sums must be multiplied by.
-  template <class Scores>
+  // Turns scores, which are yet to be scaled, into weights; `factor` is what earlier sums must be multiplied by. With
+  // kExact, for float32, a score that is the shift weighs 1; else a multiplication is saved, and scores are rounded by
+  // log2(e).
+  template <bool kExact = false, class Scores>
   __device__ __forceinline__ void weigh(Scores& scores, float scale, float (&factor)[2]) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
@@ -104,11 +106,12 @@ struct RowPair {
       }
       const float tile_max = reduce(fmaxf(maxima[0], maxima[1]), [](float x, float y) { return fmaxf(x, y); });
       factor[r] = softmax[r].rescale(tile_max * scale);
-      const float shift = softmax[r].shift() * kLog2e;
+      const float shift = kExact ? softmax[r].shift() : softmax[r].shift() * kLog2e;
 #pragma unroll
       for (int i = 0; i < Scores::kNumElements; ++i) {
         if (row_of_element(i) != r) continue;
-        scores.x[i] = exp2f(fmaf(scores.x[i], scale * kLog2e, -shift));
+        scores.x[i] = kExact ? softmax_weight(__fmul_rn(scores.x[i], scale), shift)
+                             : exp2f(fmaf(scores.x[i], scale * kLog2e, -shift));
         sums[i % 2] += scores.x[i];
       }
       sum[r] = sum[r] * factor[r] + (sums[0] + sums[1]);

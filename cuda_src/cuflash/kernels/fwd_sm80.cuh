@@ -25,10 +25,9 @@ struct FwdSm80 {
   static constexpr int kNumThreads = 32 * kNumWarps;
   static constexpr int kWarpM = kBlockM / kNumWarps;
   static constexpr int kTilesM = kWarpM / 16;
-  // Steps of products that the compiler may mix: it keeps the factors of all, and those in two parts fill registers.
-  static constexpr bool kHasTwoParts = kMmaParts<Number> == 2;
-  static constexpr int kUnrollScores = kHasTwoParts ? 1 : kHeadDim / 16;
-  static constexpr int kUnrollOutput = kHasTwoParts ? larger(1, 128 / kHeadDimV) : kBlockN / 16;
+  static constexpr bool kExact = sizeof(Element) == 4;  // as float32 has to be
+  static constexpr int kUnrollScores = unroll_along<Number>(kTilesM, kBlockN, kHeadDim / 16);
+  static constexpr int kUnrollOutput = unroll_across<Number>(kHeadDimV, kBlockN / 16);
 
   using Scores = WarpgroupTile<kBlockN>;  // the 16 rows of a warp lie in registers as after wgmma
   using Weights = WarpgroupFactor<Element, kBlockN>;
@@ -216,7 +215,7 @@ struct FwdSm80 {
         bool grown = false;
 #pragma unroll
         for (int m = 0; m < kTilesM; ++m) {
-          rows[m].weigh(scores[m], scale, factor[m]);
+          rows[m].template weigh<kExact>(scores[m], scale, factor[m]);
           tile_at(m).drop(scores[m], work.first_query + warp_row + 16 * m, first_key);
           weights[m].round(scores[m]);
           grown = grown || factor[m][0] != 1.0f || factor[m][1] != 1.0f;
@@ -246,7 +245,7 @@ struct FwdSm80 {
         if constexpr (Options::kHasSinks) {
           if (part.number == 0) survivors *= rows[m].softmax[r].join(options.sink(), sum);
         }
-        inverse[r] = sum == 0.0f ? 0.0f : __fdividef(survivors, sum);
+        inverse[r] = sum == 0.0f ? 0.0f : kExact ? survivors / sum : __fdividef(survivors, sum);
         const int row = lane_row + 8 * r;
         if (arrays.lse != nullptr && lane % 4 == 0 && row < work.out.rows) {
           *work.lse.at(row, 0) = rows[m].softmax[r].lse(sum);

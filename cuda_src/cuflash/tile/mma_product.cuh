@@ -96,6 +96,18 @@ struct AcrossReader<Tile, Start, 4> {
   }
 };
 
+// How many steps of products a loop should have at once. Factors in two parts fill the registers: of products along B
+// as many as make 8 independent sums of 16 x 8, which keep tensor cores busy, across it as many as have 128 columns.
+// Others have enough registers for `all`.
+template <class Number>
+__host__ __device__ constexpr int unroll_along(int tiles, int cols, int all) {
+  return kMmaParts<Number> == 2 ? larger(1, 64 / (tiles * cols)) : all;
+}
+template <class Number>
+__host__ __device__ constexpr int unroll_across(int cols, int all) {
+  return kMmaParts<Number> == 2 ? larger(1, 128 / cols) : all;
+}
+
 // sums[m] += A[m] B over kDepth: first_factor(x, m, k) loads 16 rows of A, second_factor(x, k, n) 16 columns of B. The
 // compiler mixes an unrolled product with those before and after it, and keeps the factors and sums of all: kUnroll
 // steps at a time it does not.
