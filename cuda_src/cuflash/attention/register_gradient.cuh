@@ -8,7 +8,7 @@
 namespace cuflash {
 
 // The rows of the tile are queries, or keys if kTransposed; the positions are those of the first element of this lane.
-// kExact: weights of float32, which have no use for roundings of log2(e).
+// kExact: weights of float32, as in RowPair.
 template <class Options, bool kTransposed, bool kExact = false>
 struct GradientTile {
   const Pairs<Options>& pairs;
@@ -23,11 +23,12 @@ struct GradientTile {
   template <class Tile, class LseOf, class DeltaOf, class Survives>
   __device__ __forceinline__ void differentiate(Tile& scores, Tile& dweights, LseOf lse_of, DeltaOf delta_of,
                                                 Survives survives) const {
-    if constexpr (kFused) {
-      const float scale = pairs.scale * kLog2e;
+    if constexpr (!Options::kChangesScores) {
+      const float scale = pairs.scale * kLseUnit;
 #pragma unroll
       for (int i = 0; i < Tile::kNumElements; ++i) {
-        const float weight = exp2f(fmaf(scores.x[i], scale, -lse_of(i)));
+        const float weight = kFused ? exp2f(fmaf(scores.x[i], scale, -lse_of(i)))
+                                    : softmax_weight(__fmul_rn(scores.x[i], scale), lse_of(i));
         float factor = 1.0f;
         if constexpr (Options::kHasDropout) factor = survives(i) ? pairs.options.survivor_factor() : 0.0f;
         scores.x[i] = weight * factor;
