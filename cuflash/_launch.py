@@ -35,7 +35,12 @@ class Family(Protocol):
 
 FAMILIES: dict[str, Family] = {"sm90": _sm90, "sm80": _sm80, "wmma": _wmma, "fa1": _fa1, "naive": _naive}
 AUTO = ("sm90", "sm80", "wmma")
-"""What ``kernel="auto"`` chooses from: the first that can do it, or sm80 where it is faster than sm90."""
+"""What ``kernel="auto"`` chooses from: the first that can do it, or the next where that is faster."""
+
+
+def fastest_first(problem: Problem) -> list[str]:
+    """What ``kernel="auto"`` tries for a problem."""
+    return sorted(AUTO, key=lambda name: name == "sm80" and _sm80.is_slower_than_wmma(problem))
 
 
 class LaunchBackend:
@@ -70,7 +75,7 @@ class LaunchBackend:
 
     def family_name(self, call: Call, kernel: str, *, backward: bool = False) -> str:
         """The family that `kernel` names; for "auto" the fastest that can do it."""
-        names = AUTO if kernel == "auto" else (kernel,)
+        names = fastest_first(call.problem) if kernel == "auto" else [kernel]
         reasons = {name: self._why_not(call, name, backward) for name in names}
         able = [name for name, reason in reasons.items() if reason is None]
         if able:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from . import _parts
+from . import _parts, _wmma
 from ._call import Call, Run
 from ._device import Array, Chip
 from ._features import ELEMENTS
@@ -97,15 +97,61 @@ FORWARD_TILES: Tiles = {
     (256, 256, 163): (Tile(128, 64, 8, 1), Tile(64, 64, 4, 1), SMALLEST),
     (256, 256, 227): (Tile(64, 64, 4, 1), SMALLEST),  # two blocks of 4 warps beat one of 8
 }
+# float32: tiles are twice as large, and products of high and low parts take more time than anything else.
+FLOAT32_FORWARD_TILES: Tiles = {
+    # 32 rows a warp: K and V are read and taken apart half as often as with 16.
+    (32, 32, 99): (Tile(128, 64, 4, 2), Tile(64, 32, 4, 1)),
+    (64, 64, 99): (Tile(128, 32, 4, 1), Tile(64, 32, 4, 1)),
+    # Q is taken apart half as often; sm_80 lacks a register or two.
+    (64, 64, 227): (Tile(128, 64, 4, 1), Tile(64, 32, 4, 1)),
+    (96, 96, 99): (Tile(128, 32, 4, 1), Tile(64, 32, 4, 1)),
+    # Memory for one block, and not the registers for 32 rows of each of its 4 warps on sm_120.
+    (128, 128, 99): (Tile(64, 32, 4, 1),),
+    # Two blocks of 4 warps; with 32 rows a warp there is memory for one.
+    (128, 128, 163): (Tile(64, 32, 4, 1),),
+    (128, 128, 227): (Tile(128, 32, 4, 1), Tile(64, 32, 4, 1)),
+    # Long rows: 16 a warp, and 8 warps, in one block or two.
+    (192, 128, 99): (Tile(64, 32, 4, 1), Tile(64, 16, 4, 1)),
+    (192, 128, 163): (Tile(128, 32, 8, 1), Tile(64, 32, 4, 1), Tile(64, 16, 4, 1)),
+    (192, 128, 227): (Tile(64, 32, 4, 1), Tile(64, 16, 4, 1)),
+    (192, 192, 99): (Tile(64, 32, 4, 1), Tile(64, 16, 4, 1)),
+    (192, 192, 163): (Tile(128, 32, 8, 1), Tile(64, 16, 4, 1)),
+    (192, 192, 227): (Tile(64, 32, 4, 1), Tile(64, 16, 4, 1)),
+    (256, 256, 99): (Tile(64, 16, 4, 1), Tile(32, 16, 2, 1)),
+    (256, 256, 163): (Tile(128, 16, 8, 1), Tile(64, 16, 4, 1)),
+    (256, 256, 227): (Tile(128, 32, 8, 1), Tile(64, 16, 4, 1)),
+}
 # What calls take first if one of these options takes more registers than the first tiles leave.
 MOST_HUNGRY = {"bias", "mask", "mod", "dropout"}
 FRUGAL_TILES: dict[tuple[int, int], dict[Tile, set[str]]] = {
     (64, 64): {Tile(128, 64, 4, 2): MOST_HUNGRY},
     (128, 128): {Tile(128, 48, 4, 2): {"softcap", "alibi", "bias", "mask", "mod"}, Tile(128, 32, 4, 2): MOST_HUNGRY},
 }
+FLOAT32_FRUGAL_TILES = {(64, 64): {Tile(128, 32, 4, 1): MOST_HUNGRY | {"softcap", "alibi"}}}
 # What calls with so few queries take first: memory decides, and copies have two stages.
 SHORT_TILES = {(64, 64): Tile(64, 128, 4, 2), (128, 128): Tile(64, 64, 4, 2)}
 
+# The head_dims, padded, of the float32 calls that kernel="auto" gives to this family: of those with gradients (below)
+# the ones that were measured to be faster than with wmma. None was measured.
+FLOAT32_IN_AUTO: frozenset[int] = frozenset()
+
+# Of float32, by two kernels, up to 128 columns: a warp would not hold more of dK and dV.
+FLOAT32_DKDV_TILES: Tiles = {
+    # 32 keys a warp up to 64 columns, then 16. As long as memory allows: barriers are few.
+    (32, 32, 99): (DkDvTile(64, 128, 4, 1, 2, 1), DkDvTile(16, 64, 4, 1, 1, 1)),
+    (64, 64, 99): (DkDvTile(32, 128, 4, 1, 2, 1), DkDvTile(16, 64, 4, 1, 1, 1)),
+    (64, 64, 163): (DkDvTile(64, 128, 4, 1, 4, 1), DkDvTile(16, 64, 4, 1, 1, 1)),
+    (96, 96, 99): (DkDvTile(32, 64, 4, 1, 2, 1), DkDvTile(16, 64, 4, 1, 1, 1)),
+    (128, 128, 99): (DkDvTile(16, 64, 4, 1, 1, 1),),
+    (128, 128, 163): (DkDvTile(32, 64, 4, 1, 2, 1), DkDvTile(16, 64, 4, 1, 1, 1)),
+}
+FLOAT32_DQ_TILES: Tiles = {
+    # 32 queries a warp up to 64 columns; more do not fit the memory.
+    (32, 32, 99): (DqTile(128, 32, 4, 1), DqTile(64, 16, 4, 1)),
+    (64, 64, 99): (DqTile(128, 32, 4, 1), DqTile(64, 16, 4, 1)),
+    (96, 96, 99): (DqTile(64, 32, 4, 1), DqTile(64, 16, 4, 1)),
+    (128, 128, 99): (DqTile(64, 32, 4, 1), DqTile(64, 16, 4, 1)),
+}
 # Gradients of K and V. A warp holds its keys' dK and dV, and their scores and gradients of weights of a step.
 DKDV_TILES: Tiles = {
     (32, 32, 99): (DkDvTile(64, 128, 4, 1, 1, 2), DkDvTile(32, 64, 4, 1, 1, 1)),
@@ -140,6 +186,7 @@ DQ_TILES: Tiles = {
     (256, 256, 99): (DqTile(64, 16, 4, 1), DqTile(32, 32, 2, 1)),
     (256, 256, 163): (DqTile(64, 32, 4, 1),),
 }
+DQ_FRUGAL_TILES = {(128, 128): {DqTile(64, 64, 4, 1): {"dropout"}}}
 # Gradient of a bias, for all head dimensions that are whole panels. What counts is how often Q, dO, K and V come from
 # L2: 128 x 128 makes 64 operations of a byte, 128 x 64 makes 43. 8 warps, since two of them hide what one waits for.
 DBIAS_TILES_OF_CHIPS = {
@@ -167,37 +214,46 @@ def why_not(
             f"it needs compute capability {CAPABILITY[0]}.{CAPABILITY[1]} or newer, "
             f"{chip.name} has {chip.capability[0]}.{chip.capability[1]}"
         )
-    if number not in ("float16", "bfloat16"):
-        return f"it multiplies float16 and bfloat16, not {problem.dtype}"
     if problem.softmax_scale < MIN_SCALE:
         return f"it takes scales from {MIN_SCALE:.3g}, not {problem.softmax_scale}"
-    if any(kernel.tile(problem, options, chip) is None for kernel in (forward, backward, backward_dkdv, backward_dq)):
+    kernels = (forward, backward, backward_dkdv, backward_dq) if _size(problem) == 2 else (forward,)
+    if any(kernel.tile(problem, options, chip) is None for kernel in kernels):
         return f"{chip.name} has too little shared memory for a tile with {', '.join(options.arguments)}"
     return None
 
 
-def _forward_bytes(dims: tuple[int, int], tile: Tile, options: Options) -> int:
+def is_slower_than_wmma(problem: Problem) -> bool:
+    """Whether kernel="auto" asks wmma first."""
+    return problem.dtype == "float32" and padded_head_dims(problem)[0] not in FLOAT32_IN_AUTO
+
+
+def _size(problem: Problem) -> int:
+    """Bytes of an element."""
+    return 4 if problem.dtype == "float32" else 2
+
+
+def _forward_bytes(size: int, dims: tuple[int, int], tile: Tile, options: Options) -> int:
     """Tiles of Q, K and V, of arrays of pairs, and those of careful rows (attention/careful_row.cuh)."""
     pairs, careful = options.tile_bytes(*tile[:2]), options.tile_bytes(1, 32)
-    stage = 2 * tile.block_n * sum(dims) + max(pairs, 16)
-    return 2 * tile.block_m * dims[0] + tile.stages * stage + tile.warps * max(careful, 16) + WORK_BYTES
+    stage = size * tile.block_n * sum(dims) + max(pairs, 16)
+    return size * tile.block_m * dims[0] + tile.stages * stage + tile.warps * max(careful, 16) + WORK_BYTES
 
 
-def _dkdv_bytes(dims: tuple[int, int], tile: DkDvTile, options: Options) -> int:
-    stage = 2 * tile.block_m * sum(dims) + 8 * tile.block_m + max(options.tile_bytes(*tile[:2]), 16)
-    pairs, nothing = 2 * tile.block_n * tile.block_m, 2 * 16 * 32
+def _dkdv_bytes(size: int, dims: tuple[int, int], tile: DkDvTile, options: Options) -> int:
+    stage = size * tile.block_m * sum(dims) + 8 * tile.block_m + max(options.tile_bytes(*tile[:2]), 16)
+    pairs, nothing = size * tile.block_n * tile.block_m, size * 16 * 32
     weights, dscores = (pairs if shared else nothing for shared in (tile.splits > 1, tile.splits > 1 or tile.adds_dq))
-    tiles = 2 * tile.block_n * sum(dims) + weights + dscores + tile.stages * stage
+    tiles = size * tile.block_n * sum(dims) + weights + dscores + tile.stages * stage
     return tiles + _careful_bytes(tile.warps, options) + DKDV_WORK_BYTES
 
 
-def _dq_bytes(dims: tuple[int, int], tile: DqTile, options: Options) -> int:
-    stage = 2 * tile.block_n * sum(dims) + max(options.tile_bytes(*tile[:2]), 16)
-    return 2 * tile.block_m * sum(dims) + tile.stages * stage + _careful_bytes(tile.warps, options) + DQ_WORK_BYTES
+def _dq_bytes(size: int, dims: tuple[int, int], tile: DqTile, options: Options) -> int:
+    stage = size * tile.block_n * sum(dims) + max(options.tile_bytes(*tile[:2]), 16)
+    return size * tile.block_m * sum(dims) + tile.stages * stage + _careful_bytes(tile.warps, options) + DQ_WORK_BYTES
 
 
-def _dbias_bytes(dims: tuple[int, int], tile: DbiasTile, options: Options) -> int:
-    stage = 4 * tile.panel * (tile.block_m + tile.block_n) + 8 * tile.block_m
+def _dbias_bytes(size: int, dims: tuple[int, int], tile: DbiasTile, options: Options) -> int:
+    stage = 2 * size * tile.panel * (tile.block_m + tile.block_n) + 8 * tile.block_m
     ahead = 1 + (tile.stages - 2) // (max(dims) // tile.panel)
     work = DBIAS_TILE_BYTES * (ahead + 2) + DBIAS_WALK_BYTES
     sums = 4 * tile.block_m * (tile.block_n + 1)
@@ -222,30 +278,31 @@ class _TiledKernel:
 
     template: str
     header: str
-    tiles: Tiles
-    shared_bytes: Callable[[tuple[int, int], Any, Options], int]
+    tiles: Mapping[int, Tiles]  # by the size of elements
+    shared_bytes: Callable[[int, tuple[int, int], Any, Options], int]
     num_blocks: Callable[[Problem, Any], int]
     pointers: tuple[str, ...]
     params: str
-    frugal_tiles: dict[tuple[int, int], dict[Any, set[str]]] = field(default_factory=dict)
-    short_tiles: dict[tuple[int, int], Any] = field(default_factory=dict)
+    frugal_tiles: Mapping[int, dict[tuple[int, int], dict[Any, set[str]]]] = field(default_factory=dict)
+    short_tiles: Mapping[int, dict[tuple[int, int], Any]] = field(default_factory=dict)
     change: Callable[[Any], Any] = lambda tile: tile
     name: str = ""  # if not that of the header
     more_arguments: tuple[str, ...] = ()
 
     def tile(self, problem: Problem, options: Options, chip: Chip) -> Any:
         """The tile that suits a call, or None if none fits the shared memory."""
-        dims = padded_head_dims(problem)
-        tiles = self.tiles[tile_class(self.tiles, problem, chip)]
-        frugal = self.frugal_tiles.get(dims, {})
-        tiles = (*(tile for tile in frugal if frugal[tile].intersection(options.names)), *tiles)
-        if dims in self.short_tiles and problem.seqlen_q <= self.short_tiles[dims].block_m:
-            tiles = (self.short_tiles[dims], *tiles)
+        size, dims = _size(problem), padded_head_dims(problem)
+        tiles = self.tiles[size][tile_class(self.tiles[size], problem, chip)]
+        frugal = self.frugal_tiles.get(size, {}).get(dims, {})
+        short = self.short_tiles.get(size, {}).get(dims)
+        tiles = (*(tile for tile, names in frugal.items() if names.intersection(options.names)), *tiles)
+        if short and problem.seqlen_q <= short.block_m:
+            tiles = (short, *tiles)
         return next(
             (
                 tile
                 for tile in map(self.change, tiles)
-                if options.allows_tile(*tile[:2]) and self.shared_bytes(dims, tile, options) <= chip.shared_memory
+                if options.allows_tile(*tile[:2]) and self.shared_bytes(size, dims, tile, options) <= chip.shared_memory
             ),
             None,
         )
@@ -262,7 +319,7 @@ class _TiledKernel:
             pointers=self.pointers,
             params=self.params,
             num_threads=32 * tile.warps,
-            shared_bytes=self.shared_bytes(dims, tile, options),
+            shared_bytes=self.shared_bytes(_size(problem), dims, tile, options),
             options=options,
         )
         return kernel, self.num_blocks(problem, tile)
@@ -279,24 +336,24 @@ def _key_blocks(problem: Problem, tile: DkDvTile) -> int:
 forward = _TiledKernel(
     template="FwdSm80",
     header="fwd_sm80",
-    tiles=FORWARD_TILES,
+    tiles={2: FORWARD_TILES, 4: FLOAT32_FORWARD_TILES},
     shared_bytes=_forward_bytes,
     num_blocks=_query_blocks,
     pointers=("const Element* q", "const Element* k", "const Element* v", "Element* out", "float* lse"),
     params="FwdParams",
-    frugal_tiles=FRUGAL_TILES,
-    short_tiles=SHORT_TILES,
+    frugal_tiles={2: FRUGAL_TILES, 4: FLOAT32_FRUGAL_TILES},
+    short_tiles={2: SHORT_TILES},
 )
 forward_parts = replace(
     forward,
     name="fwd_sm80_parts",
     pointers=("const Element* q", "const Element* k", "const Element* v", "float* parts", "float* part_lse"),
-    more_arguments=("float",),
+    more_arguments=("float", "true"),
 )
 backward_dkdv = _TiledKernel(
     template="BwdSm80DkDv",
     header="bwd_sm80_dkdv",
-    tiles=DKDV_TILES,
+    tiles={2: DKDV_TILES, 4: FLOAT32_DKDV_TILES},
     shared_bytes=_dkdv_bytes,
     num_blocks=_key_blocks,
     pointers=(*BACKWARD_INPUTS, "Element* dk", "Element* dv", "float* dq_sums"),
@@ -306,7 +363,8 @@ backward = replace(backward_dkdv, name="bwd_sm80", change=lambda tile: tile._rep
 backward_dq = _TiledKernel(
     template="BwdSm80Dq",
     header="bwd_sm80_dq",
-    tiles=DQ_TILES,
+    tiles={2: DQ_TILES, 4: FLOAT32_DQ_TILES},
+    frugal_tiles={2: DQ_FRUGAL_TILES},
     shared_bytes=_dq_bytes,
     num_blocks=_query_blocks,
     pointers=(*BACKWARD_INPUTS, "Element* dq"),
@@ -334,7 +392,7 @@ def backward_dbias(problem: Problem, options: Options, number: str, chip: Chip, 
     make = _TiledKernel(
         template="BwdSm80Dbias",
         header="bwd_sm80_dbias",
-        tiles=DBIAS_TILES,
+        tiles={2: DBIAS_TILES},
         shared_bytes=_dbias_bytes,
         num_blocks=lambda problem, tile: num_bias_tiles(dbias, *tile[:2]),
         pointers=(*BACKWARD_INPUTS, f"{ELEMENTS[dbias.dtype]}* dbias"),
@@ -368,7 +426,13 @@ def plan_forward(call: Call) -> Run:
 
 
 def why_no_backward(problem: Problem, chip: Chip, options: Options = PLAIN) -> str | None:
-    """None: it can compute gradients."""
+    """The reason why it cannot compute gradients, or None if it can."""
+    if problem.dtype != "float32":
+        return None
+    if max(padded_head_dims(problem)) > 128:
+        return f"it computes gradients of float32 up to head_dim 128, not {max(problem.head_dim, problem.head_dim_v)}"
+    if any(kernel.tile(problem, options, chip) is None for kernel in (backward_dkdv, backward_dq)):
+        return f"{chip.name} has too little shared memory for a tile with {', '.join(options.arguments)}"
     return None
 
 
@@ -404,14 +468,14 @@ def plan_backward(call: Call) -> Run:
     """A function of (dout, q, k, v, out, lse, dq, dk, dv) and the arrays of the options that computes gradients."""
     device, problem, delta = call.device, call.problem, operand_of_delta(call.problem)
     of_call = problem, call.options, call.number, call.chip
-    if call.deterministic:
+    if call.deterministic or problem.dtype == "float32":
         dkdv_step, dq_step = (call.step(make(*of_call), delta=delta) for make in (backward_dkdv, backward_dq))
 
         def apart(inputs: Inputs, dq: Array, dk: Array, dv: Array, options: tuple[Any, ...]) -> None:
             dkdv_step(*inputs, dk, dv, device.null, options=options)
             dq_step(*inputs, dq, options=options)
 
-        return plan_gradients(call, apart, backward_dbias)
+        return plan_gradients(call, apart, _wmma.backward_dbias if problem.dtype == "float32" else backward_dbias)
 
     step, finish_step = (call.step(make(*of_call), delta=delta) for make in (backward, finish))
     tile = backward.tile(problem, call.options, call.chip)

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 
 import cuflash
-from cuflash import _backends, _launch, _numpy, _plan, _sm90_backward
+from cuflash import _backends, _launch, _numpy, _plan, _sm80, _sm90_backward
 from cuflash.testing import (
     assert_attention_accurate,
     assert_attention_varlen_accurate,
@@ -158,12 +158,12 @@ class Ring:
     def assert_untouched(self, result: Any, expected: Any, poison: float) -> None:
         """Hold a result beside a hidden poison against the one without it: the same bits.
 
-        Tuned kernels compute rows beside NaN in another way, and may round them otherwise. On the host they are those
-        of sm80, which write no float32 but lse, and that as it is.
+        Tuned kernels compute rows beside NaN in another way, and may round them otherwise; on the host they are those
+        of sm80.
         """
-        by_sm80 = self.name == "host" and self.kernel != "wmma" and result.dtype.itemsize == 2
+        by_sm80 = self.name == "host" and self.kernel != "wmma"
         if (self.may_take_tuned_kernels or by_sm80) and np.isnan(poison):
-            eps = 2.0**-8 if "bfloat16" in str(result.dtype) else 2.0**-11
+            eps = {"bfloat16": 2.0**-8, "float16": 2.0**-11, "float32": 2.0**-20}[str(result.dtype)]
             result, expected = self.numpy(result).astype(np.float64), self.numpy(expected).astype(np.float64)
             np.testing.assert_allclose(result, expected, rtol=0, atol=2 * eps * np.abs(expected).max())
         else:
@@ -212,7 +212,7 @@ def gpu_ring(kernel: str) -> Ring:
             name="gpu",
             kernel="auto",
             xp=cupy,
-            dtypes=HALF,
+            dtypes=(*HALF, "float32") if kernel == "sm80" else HALF,
             head_dims=(8, 64, 96, 128),
             head_dim_pairs=tuple(pair for pair in ALL_HEAD_DIM_PAIRS if not any(dim % 8 for dim in pair)),
             max_seqlen=400,
@@ -245,6 +245,12 @@ def forget_plans() -> None:
     """Forget which family a call of kernel="auto" goes to."""
     _plan._plan_forward.cache_clear()
     _plan._plan_backward.cache_clear()
+
+
+def let_auto_take_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Float32 goes to sm80 where that has gradients; "wmma" has rings of its own."""
+    monkeypatch.setattr(_sm80, "FLOAT32_IN_AUTO", frozenset(dim for dim, *_ in _sm80.FLOAT32_DKDV_TILES))
+    forget_plans()
 
 
 @functools.cache
@@ -299,13 +305,17 @@ def ring(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
         if shutil.which("g++") is None:
             pytest.skip("the host ring needs g++")
         monkeypatch.setattr(_backends, "numpy_backend", host_backend())
+        if kernel == "auto":
+            let_auto_take_float32(monkeypatch)
         yield host_ring(kernel)
+        forget_plans()
     else:
         reason = why_no_gpu()
         if reason is not None:
             pytest.skip(reason)
         if kernel == "sm80":  # what "auto" means without Hopper's family
             monkeypatch.setattr(_launch, "AUTO", ("sm80", "wmma"))
+            let_auto_take_float32(monkeypatch)
         if kernel == "auto":  # small problems shall meet the tiles of large ones
             monkeypatch.setattr(_sm90_backward, "SHORT", 0)
         forget_plans()

@@ -89,16 +89,26 @@ def sm80_passes(options: Options, number: str, head_dims: tuple[int, int], arch:
         yield _sm80.forward(replace(problem(*head_dims), seqlen_q=4096), options, number, CHIPS[arch])[0]
 
 
+def sm80_float32_passes(number: str, head_dims: tuple[int, int], arch: int) -> Iterator[Kernel]:
+    """The forward, whole and in parts, and the two kernels of the backward."""
+    has_gradients = (*head_dims, 99) in _sm80.FLOAT32_DKDV_TILES
+    gradients = (_sm80.backward_dkdv, _sm80.backward_dq) if has_gradients else ()
+    for make in (_sm80.forward, _sm80.forward_parts, *gradients):
+        yield make(replace(problem(*head_dims), dtype="float32"), Options(), number, CHIPS[arch])[0]
+
+
 def plain_kernels(arch: int) -> Iterator[Kernel]:
     for number in numbers(arch):
         yield _wmma.delta(problem(1, 1), number)[0]
         for head_dims in HEAD_DIMS:
             yield from passes(Options(), number, head_dims, arch)
     if arch >= 80:
-        for number in HALF:
+        for number in NUMBERS:
             yield _parts.merge(problem(1, 1), number)[0]
         for number, head_dims in product(HALF, HEAD_DIMS):
             yield from sm80_passes(Options(), number, head_dims, arch)
+        for number, head_dims in product(("float32", "tfloat32"), HEAD_DIMS):
+            yield from sm80_float32_passes(number, head_dims, arch)
     if arch == 90:
         for number, head_dims, causal in product(HALF, _sm90.TILES, (False, True)):  # the tile may differ
             yield sm90_forward(Options(), number, head_dims, causal=causal)
@@ -146,7 +156,9 @@ def is_thorough(kernel: Kernel, arch: int) -> bool:
     if arch < 80:
         return False
     has_options = kernel.options is not None and bool(kernel.options.names)
-    by_name_alone = "wmma" in kernel.header and "f32" not in kernel.symbol
+    has_float32 = "f32" in kernel.symbol
+    by_name_alone = "wmma" in kernel.header and not has_float32
+    by_name_alone |= "sm80" in kernel.header and has_float32 and arch != 80
     like_another = ("_f16" in kernel.symbol or "_tf32" in kernel.symbol) and "d64x64" not in kernel.symbol
     rare = (has_options and "sm90" not in kernel.header) or any(dims in kernel.symbol for dims in RARE_HEAD_DIMS)
     return by_name_alone or like_another or arch == 89 or (rare and arch != 80)
@@ -177,7 +189,6 @@ MAY_PARK = {
     "bwd_sm80_dkdv_bf16_d128x128_mod": {80: 16, 100: 16},
     "bwd_sm80_dkdv_bf16_d128x128_softcap": {100: 32},
     "bwd_sm80_dq_bf16_d128x128_bias": {90: 16},
-    "bwd_sm80_dq_bf16_d128x128_dropout": {90: 16},
     "bwd_sm80_dq_bf16_d128x128_mod": {90: 16, 100: 16},
     "bwd_sm90_bf16_d64x64": {90: 8},
     "bwd_sm90_bf16_d64x64_alibi": {90: 8},

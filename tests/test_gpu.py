@@ -23,7 +23,7 @@ KERNELS = ("auto", "sm80", "wmma")  # on some chips "auto" means another family
 
 def kernels_of(*dtypes: str) -> list[tuple[str, str]]:
     """Return pairs of a dtype and a kernel that computes it."""
-    return [(dtype, kernel) for dtype in dtypes for kernel in KERNELS if (dtype, kernel) != ("float32", "sm80")]
+    return [(dtype, kernel) for dtype in dtypes for kernel in KERNELS]
 
 
 def needs_memory(cupy: Any, size: int) -> None:

@@ -134,6 +134,7 @@ NAN_IN_DOUT = Problem(100, 150, causal=True, poisoned=("dout", 10))
 MASKED_NAN_IN_V = Problem(70, 200, poisoned=("v", 181), masked=True)
 
 VARIANT = AttentionProblem(q=(2, 70, 64), k=(1, 200, 64), v=(1, 200, 64), dtype="float16")
+FLOAT32 = replace(VARIANT, dtype="float32")
 SOFTCAP = replace(VARIANT, softcap=0.5)
 ALIBI = replace(VARIANT, alibi="heads")
 BIAS = replace(VARIANT, bias=PairArray((70, 200)))
@@ -909,8 +910,8 @@ MUTANTS += [
         "the swizzle is left out where rows are read",
         "forward",
         "tile/ldmatrix_tile.cuh",
-        "place ^ 2 * (col % kGroup)",
-        "place + 2 * (col % kGroup)",
+        "place ^ kSize * (col % kGroup)",
+        "place + kSize * (col % kGroup)",
         PLAIN,
         "forward",
     ),
@@ -921,6 +922,15 @@ MUTANTS += [
         "ptx::ldmatrix_transposed(x, reader.at(row, 16 * m));",
         "ptx::ldmatrix(x, reader.at(row, 16 * m));",
         CAUSAL,
+        "forward",
+    ),
+    sm80(
+        "values of float32 meet the weights of other keys",
+        "forward",
+        "tile/mma_product.cuh",
+        "x[1] = ptx::load_shared(odd.at(row, col));",
+        "x[1] = ptx::load_shared(even.at(row, col));",
+        FLOAT32,
         "forward",
     ),
     # Wrong masks and ranges
@@ -1051,6 +1061,15 @@ MUTANTS += [
         "forward",
     ),
     # Wrong numbers
+    sm80(
+        "what TF32 leaves of a float is lost",
+        "forward",
+        "tile/mma_factor.cuh",
+        "low[i] = __float_as_uint(value - __uint_as_float(high[i]));",
+        "low[i] = 0u;",
+        FLOAT32,
+        "forward",
+    ),
     sm80(
         "merged parts are not rescaled when a maximum grows",
         "forward",

@@ -20,7 +20,7 @@ from cuflash._options import PLAIN
 from cuflash._problem import FULL, Problem, Window
 from cuflash.testing import assert_attention_accurate, assert_attention_varlen_accurate
 from cuflash.testing.strategies import PACKED_VARIANTS, VARIANTS, AttentionProblem, PackedProblem
-from tests.conftest import HALF, Ring, forget_plans, gpu_ring, host_ring, why_no_gpu
+from tests.conftest import HALF, Ring, forget_plans, gpu_ring, host_ring, let_auto_take_float32, why_no_gpu
 from tests.hostcuda import HostDevice
 from tests.hostcuda.device import HOST_CHIP
 from tests.test_sm90 import H200, Notebook, put
@@ -125,8 +125,10 @@ def parts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
     """A ring on whose chip the keys of small problems are shared out too; the test fails if none were."""
     if request.param == "gpu" and why_no_gpu() is not None:
         pytest.skip(str(why_no_gpu()))
-    for key in _sm80.FORWARD_TILES:  # short tiles, so that there are several
-        monkeypatch.setitem(_sm80.FORWARD_TILES, key, (_sm80.SMALLEST,))
+    for tiles in (_sm80.FORWARD_TILES, _sm80.FLOAT32_FORWARD_TILES):  # short ones, so that there are several
+        for key in tiles:
+            monkeypatch.setitem(tiles, key, (_sm80.SMALLEST,))
+    let_auto_take_float32(monkeypatch)
     for tiles in (_sm80.FRUGAL_TILES, _sm80.SHORT_TILES):
         for key in tuple(tiles):
             monkeypatch.delitem(tiles, key)
@@ -147,7 +149,7 @@ def parts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
 
 
 def test_random_problems_are_accurate(parts: Ring) -> None:
-    @parts.given(dtypes=HALF, variants=VARIANTS, max_seqlen=129, examples=16)
+    @parts.given(dtypes=(*HALF, "float32"), variants=VARIANTS, max_seqlen=129, examples=16)
     def check(problem: AttentionProblem) -> None:
         parts.check_forward(problem)
 
@@ -155,7 +157,7 @@ def test_random_problems_are_accurate(parts: Ring) -> None:
 
 
 def test_packed_sequences_are_accurate(parts: Ring) -> None:
-    @parts.given(packed=True, dtypes=HALF, variants=PACKED_VARIANTS, max_seqlen=129, examples=6)
+    @parts.given(packed=True, dtypes=(*HALF, "float32"), variants=PACKED_VARIANTS, max_seqlen=129, examples=6)
     def check(problem: PackedProblem) -> None:
         out, lse = parts.attention_varlen(*problem.arrays(parts.xp), return_lse=True, **parts.options(problem))
         assert_attention_varlen_accurate(*problem.arrays(), out, lse, **problem.options)
@@ -170,10 +172,11 @@ def test_few_queries_and_many_keys(parts: Ring, options: dict[str, Any]) -> None
         parts.check_forward(problem)
 
 
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
 @pytest.mark.parametrize("options", [{"causal": True}, {"window_size": (70, 5)}, {"mask": True}], ids=str)
-def test_nan_reaches_the_rows_that_see_it_and_no_others(parts: Ring, options: dict[str, Any]) -> None:
+def test_nan_reaches_the_rows_that_see_it_and_no_others(parts: Ring, options: dict[str, Any], dtype: str) -> None:
     """Rows are computed again from the keys of their part alone."""
-    q, k, v = AttentionProblem((2, 70, 32), (2, 300, 32), (2, 300, 32), "float16").arrays()
+    q, k, v = AttentionProblem((2, 70, 32), (2, 300, 32), (2, 300, 32), dtype).arrays()
     if "mask" in options:
         options = {"mask": np.random.default_rng(0).random((70, 300)) < 0.5}
     for key in (40, 270):

@@ -11,41 +11,83 @@ import numpy as np
 import pytest
 
 import cuflash
-from cuflash import _backends
+from cuflash import _backends, _sm80
 from cuflash._launch import LaunchBackend
-from cuflash.testing import reference_attention, reference_attention_backward
+from cuflash.testing import assert_attention_accurate, reference_attention, reference_attention_backward
+from cuflash.testing.strategies import AttentionProblem
 from tests.hostcuda import HostDevice
+from tests.test_sm90 import Notebook, put
 
+KERNELS = ("wmma", "sm80")
 ERRORS = """
+import sys
 import cupy as xp
 from tests.test_tf32 import errors
-print(max(errors(xp)))
+print(max(errors(xp, sys.argv[1])))
 """
 
 
-def errors(xp: Any) -> list[float]:
+def errors(xp: Any, kernel: str) -> list[float]:
     """The largest errors of the output and the gradients, relative to their largest values."""
     rng = np.random.default_rng(0)
     arrays = [rng.standard_normal((2, 64, 64), dtype=np.float32) for _ in range(4)]
     q, k, v, dout = map(xp.asarray, arrays)
-    out, vjp = cuflash.attention_vjp(q, k, v)
+    out, vjp = cuflash.attention_vjp(q, k, v, kernel=kernel)
     expected = reference_attention(*arrays[:3])[0], *reference_attention_backward(arrays[3], *arrays[:3])
     results = [result if xp is np else result.get() for result in (out, *vjp(dout))]
     pairs = zip(results, expected, strict=True)
     return [float(abs(result - exact).max() / abs(exact).max()) for result, exact in pairs]
 
 
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.host
-def test_tf32_on_request(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tf32_on_request(monkeypatch: pytest.MonkeyPatch, kernel: str) -> None:
     monkeypatch.setattr(_backends, "numpy_backend", LaunchBackend(HostDevice()))
-    assert max(errors(np)) < 2e-6
+    assert max(errors(np, kernel)) < 2e-6
     monkeypatch.setattr(_backends, "numpy_backend", LaunchBackend(HostDevice(), tf32=True))
-    assert all(2e-5 < error < 5e-3 for error in errors(np))
+    assert all(2e-5 < error < 5e-3 for error in errors(np, kernel))
 
 
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("value, low, high", [("0", 0.0, 2e-6), ("1", 2e-5, 5e-3)])
 @pytest.mark.gpu
-def test_cupy_tf32_asks_for_it(gpu: Any, value: str, low: float, high: float) -> None:
+def test_cupy_tf32_asks_for_it(gpu: Any, value: str, low: float, high: float, kernel: str) -> None:
     environment = {**os.environ, "CUPY_TF32": value}
-    result = subprocess.run([sys.executable, "-c", ERRORS], env=environment, capture_output=True, text=True, check=True)
+    command = [sys.executable, "-c", ERRORS, kernel]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     assert low <= float(result.stdout) < high
+
+
+def test_auto_gives_sm80_what_is_switched_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    notebook = put(monkeypatch, Notebook())
+
+    def family(head_dim: int) -> str:
+        x = np.zeros((132, 256, head_dim), "float32")
+        cuflash.attention(x, x, x)
+        return notebook.symbols[-1]
+
+    assert family(64) == "cuflash_fwd_wmma_f32_d64x64"
+    monkeypatch.setattr(_sm80, "FLOAT32_IN_AUTO", frozenset({64}))
+    notebook = put(monkeypatch, Notebook())  # which has no plans yet
+    assert family(64) == "cuflash_fwd_sm80_f32_d64x64"
+    assert family(128) == "cuflash_fwd_wmma_f32_d128x128"
+
+
+@pytest.mark.parametrize("head_dim", [129, 256])
+def test_sm80_has_no_gradients_of_long_rows(monkeypatch: pytest.MonkeyPatch, head_dim: int) -> None:
+    notebook = put(monkeypatch, Notebook())
+    x, lse = np.zeros((132, 256, head_dim), "float32"), np.zeros((132, 256), "float32")
+    with pytest.raises(NotImplementedError, match=f"gradients of float32 up to head_dim 128, not {head_dim}"):
+        cuflash.attention_backward(x, x, x, x, x, lse, kernel="sm80")
+    assert notebook.symbols == []
+    cuflash.attention_backward(x, x, x, x, x, lse)
+    assert {symbol[:19] for symbol in notebook.symbols[1:]} == {"cuflash_bwd_wmma_dk", "cuflash_bwd_wmma_dq"}
+
+
+@pytest.mark.host
+@pytest.mark.parametrize(("head_dim", "head_dim_v"), [(192, 128), (192, 192), (256, 256)])
+def test_long_rows_by_sm80(monkeypatch: pytest.MonkeyPatch, head_dim: int, head_dim_v: int) -> None:
+    monkeypatch.setattr(_backends, "numpy_backend", LaunchBackend(HostDevice()))
+    problem = AttentionProblem((2, 2, 66, head_dim), (2, 1, 70, head_dim), (2, 1, 70, head_dim_v), causal=True)
+    out, lse = cuflash.attention(*problem.arrays(), causal=True, return_lse=True, kernel="sm80")
+    assert_attention_accurate(*problem.arrays(), out, lse, causal=True)

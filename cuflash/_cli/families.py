@@ -26,9 +26,9 @@ def known_chips() -> list[Chip]:
     return [Chip(f"sm_{major}{minor}", (major, minor), size) for (major, minor), size in CAPABILITIES.items()]
 
 
-def obstacles(dtype: str, chip: Chip, *, head_dim: int = 128, backward: bool = False) -> dict[str, str | None]:
-    """For each family, the fastest first, why it cannot run on a chip, or compute gradients there; None if it can."""
-    problem = Problem(
+def problem_of(dtype: str, head_dim: int) -> Problem:
+    """A problem of usual size."""
+    return Problem(
         dtype=dtype,
         batch=1,
         num_heads=8,
@@ -40,6 +40,11 @@ def obstacles(dtype: str, chip: Chip, *, head_dim: int = 128, backward: bool = F
         softmax_scale=head_dim**-0.5,
         window=Window.of(causal=True, window_size=None),
     )
+
+
+def obstacles(dtype: str, chip: Chip, *, head_dim: int = 128, backward: bool = False) -> dict[str, str | None]:
+    """For each family why it cannot run on a chip, or compute gradients there; None if it can."""
+    problem = problem_of(dtype, head_dim)
     return {
         name: family.why_not(problem, dtype, chip) or (family.why_no_backward(problem, chip) if backward else None)
         for name, family in FAMILIES.items()

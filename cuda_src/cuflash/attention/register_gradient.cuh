@@ -8,14 +8,14 @@
 namespace cuflash {
 
 // The rows of the tile are queries, or keys if kTransposed; the positions are those of the first element of this lane.
-// With BiasPairs for Pairs gradients of scores become those of the bias.
-template <class Options, bool kTransposed, template <class, Size> class SomePairs = Pairs>
+// With BiasPairs for Pairs gradients of scores become those of the bias. kExact: weights of float32, as in RowPair.
+template <class Options, bool kTransposed, bool kExact = false, template <class, Size> class SomePairs = Pairs>
 struct GradientTile {
   const SomePairs<Options, Size::kAny>& pairs;
   int first_query, first_key;
 
   // Whether weights come of products by one multiply-add, with lse in base 2.
-  static constexpr bool kFused = !Options::kChangesScores;
+  static constexpr bool kFused = !Options::kChangesScores && !kExact;
   static constexpr float kLseUnit = kFused ? kLog2e : 1.0f;
 
   // Turns products into weights, and gradients of weights into those of scores. lse_of(i) and delta_of(i) are those of
@@ -23,11 +23,12 @@ struct GradientTile {
   template <class Tile, class LseOf, class DeltaOf, class Survives>
   __device__ __forceinline__ void differentiate(Tile& scores, Tile& dweights, LseOf lse_of, DeltaOf delta_of,
                                                 Survives survives) const {
-    if constexpr (kFused) {
-      const float scale = pairs.scale * kLog2e;
+    if constexpr (!Options::kChangesScores) {
+      const float scale = pairs.scale * kLseUnit;
 #pragma unroll
       for (int i = 0; i < Tile::kNumElements; ++i) {
-        const float weight = exp2f(fmaf(scores.x[i], scale, -lse_of(i)));
+        const float weight = kFused ? exp2f(fmaf(scores.x[i], scale, -lse_of(i)))
+                                    : softmax_weight(__fmul_rn(scores.x[i], scale), lse_of(i));
         float factor = 1.0f;
         if constexpr (Options::kHasDropout) factor = survives(i) ? pairs.options.survivor_factor() : 0.0f;
         scores.x[i] = weight * factor;

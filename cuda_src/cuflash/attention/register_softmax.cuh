@@ -120,8 +120,9 @@ struct RowPair {
   OnlineSoftmax softmax[2];
   float sum[2] = {0.0f, 0.0f};  // of this lane's part
 
-  // Turns scores into weights, once the rest is done; `factor` is what earlier sums must be multiplied by.
-  template <class Scores>
+  // Turns scores into weights, once the rest is done; `factor` is what earlier sums must be multiplied by. With kExact,
+  // for float32, a score that is the shift weighs 1; else a multiplication is saved, and scores are rounded by log2(e).
+  template <bool kExact = false, class Scores>
   __device__ __forceinline__ void weigh(Scores& scores, const Rest& rest, float (&factor)[2]) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
@@ -130,13 +131,14 @@ struct RowPair {
       for (int i = 0; i < Scores::kNumElements; ++i) {
         if (row_of_element(i) == r) maxima[i % 2] = fmaxf(maxima[i % 2], scores.x[i]);
       }
-      const float lane_max = fmaxf(maxima[0], maxima[1]) * rest.scale - rest.penalty;
+      const float lane_max = fmaf(fmaxf(maxima[0], maxima[1]), rest.scale, -rest.penalty);
       factor[r] = softmax[r].rescale(reduce(lane_max, [](float x, float y) { return fmaxf(x, y); }));
-      const float shift = (-softmax[r].shift() - rest.penalty) * kLog2e;
+      const float shift = softmax[r].shift(), shift_log2 = (-shift - rest.penalty) * kLog2e;
 #pragma unroll
       for (int i = 0; i < Scores::kNumElements; ++i) {
         if (row_of_element(i) != r) continue;
-        scores.x[i] = exp2f(fmaf(scores.x[i], rest.scale * kLog2e, shift));
+        scores.x[i] = kExact ? softmax_weight(fmaf(scores.x[i], rest.scale, -rest.penalty), shift)
+                             : exp2f(fmaf(scores.x[i], rest.scale * kLog2e, shift_log2));
         sums[i % 2] += scores.x[i];
       }
       sum[r] = sum[r] * factor[r] + (sums[0] + sums[1]);

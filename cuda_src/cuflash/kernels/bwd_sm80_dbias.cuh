@@ -28,7 +28,7 @@ struct BwdSm80Dbias {
   static constexpr int kUnroll = kPanels == 1 ? kPanel / 16 : 2;  // as far as the registers hold the factors
 
   using Scores = WarpgroupTile<kWarpN>;
-  using Gradients = GradientTile<Options, false, BiasPairs>;
+  using Gradients = GradientTile<Options, false, false, BiasPairs>;
 
   struct Arrays {
     const Element *q, *k, *v, *dout;
@@ -38,8 +38,8 @@ struct BwdSm80Dbias {
 
   // A panel; the last one of a tile has the statistics of its rows as well.
   struct Stage {
-    LdmatrixTile<Element, kBlockM, kPanel> q, dout;
-    LdmatrixTile<Element, kBlockN, kPanel> k, v;
+    LdmatrixTile<Number, kBlockM, kPanel> q, dout;
+    LdmatrixTile<Number, kBlockN, kPanel> k, v;
     float lse[kBlockM], delta[kBlockM];
   };
   // The tiles after the one at hand of which panels may be on their way.

@@ -28,20 +28,22 @@ struct BwdSm80DkDv {
   static constexpr int kWarpM = kBlockM / (kSplits * kParts);
   static constexpr int kCols = kHeadDim / kSplits, kColsV = kHeadDimV / kSplits;
 
-  static constexpr int kUnroll = kHeadDim == 64 ? 2 : 4;  // as far as the registers hold the factors
+  // As far as the registers hold the factors.
+  static constexpr int kUnroll = unroll_along<Number>(kTilesN, kWarpM, kHeadDim == 64 ? 2 : 4);
+  static constexpr int kUnrollGradients = unroll_across<Number>(kHeadDim + kHeadDimV, kWarpM / 16);
 
   using Scores = WarpgroupTile<kWarpM>;
   using Weights = WarpgroupFactor<Element, kWarpM>;
-  using TileK = LdmatrixTile<Element, kBlockN, kHeadDim>;
-  using TileV = LdmatrixTile<Element, kBlockN, kHeadDimV>;
-  using TileQ = LdmatrixTile<Element, kBlockM, kHeadDim>;
-  using TileDout = LdmatrixTile<Element, kBlockM, kHeadDimV>;
+  using TileK = LdmatrixTile<Number, kBlockN, kHeadDim>;
+  using TileV = LdmatrixTile<Number, kBlockN, kHeadDimV>;
+  using TileQ = LdmatrixTile<Number, kBlockM, kHeadDim>;
+  using TileDout = LdmatrixTile<Number, kBlockM, kHeadDimV>;
   // Weights and gradients of scores, transposed as well.
   static constexpr bool kSharesWeights = kSplits > 1, kSharesDs = kSplits > 1 || kAddsDq;
-  using TileWeights = LdmatrixTile<Element, kSharesWeights ? kBlockN : 16, kSharesWeights ? kBlockM : 32>;
-  using TileDs = LdmatrixTile<Element, kSharesDs ? kBlockN : 16, kSharesDs ? kBlockM : 32>;
+  using TileWeights = LdmatrixTile<Number, kSharesWeights ? kBlockN : 16, kSharesWeights ? kBlockM : 32>;
+  using TileDs = LdmatrixTile<Number, kSharesDs ? kBlockN : 16, kSharesDs ? kBlockM : 32>;
   using DqSums = SharedSums<rows_of_sums(kBlockM, kHeadDim, kNumWarps), kHeadDim, kNumWarps>;
-  using Gradients = GradientTile<Options, true>;
+  using Gradients = GradientTile<Options, true, sizeof(Element) == 4>;
   using Careful = CarefulGradients<Element, Options>;
 
   struct Arrays {
@@ -241,8 +243,9 @@ struct BwdSm80DkDv {
           share(weights[n], dscores[n], n);
         }
         if (kSplits == 1) {
-          add_product_across<kWarpM>(dv, registers_of(weights), shared.dout[stage], Corner{warp_col, 0});
-          add_product_across<kWarpM>(dk, registers_of(dscores), shared.q[stage], Corner{warp_col, 0});
+          add_product_across<kWarpM, kUnrollGradients>(dv, RegistersOf(weights), shared.dout[stage],
+                                                       Corner{warp_col, 0});
+          add_product_across<kWarpM, kUnrollGradients>(dk, RegistersOf(dscores), shared.q[stage], Corner{warp_col, 0});
         }
       }
       if constexpr (kSplits > 1) {

@@ -21,13 +21,18 @@ struct BwdSm80Dq {
   static constexpr int kWarpM = kBlockM / kNumWarps;
   static constexpr int kTilesM = kWarpM / 16;
 
+  // As far as the registers hold the factors.
+  static constexpr int kUnrollScores = unroll_along<Number>(kTilesM, kBlockN, kHeadDim / 16);
+  static constexpr int kUnrollV = unroll_along<Number>(kTilesM, kBlockN, kHeadDimV / 16);
+  static constexpr int kUnrollDq = unroll_across<Number>(kHeadDim, kBlockN / 16);
+
   using Scores = WarpgroupTile<kBlockN>;
   using Dscores = WarpgroupFactor<Element, kBlockN>;
-  using TileQ = LdmatrixTile<Element, kBlockM, kHeadDim>;
-  using TileDout = LdmatrixTile<Element, kBlockM, kHeadDimV>;
-  using TileK = LdmatrixTile<Element, kBlockN, kHeadDim>;
-  using TileV = LdmatrixTile<Element, kBlockN, kHeadDimV>;
-  using Gradients = GradientTile<Options, false>;
+  using TileQ = LdmatrixTile<Number, kBlockM, kHeadDim>;
+  using TileDout = LdmatrixTile<Number, kBlockM, kHeadDimV>;
+  using TileK = LdmatrixTile<Number, kBlockN, kHeadDim>;
+  using TileV = LdmatrixTile<Number, kBlockN, kHeadDimV>;
+  using Gradients = GradientTile<Options, false, sizeof(Element) == 4>;
   using Careful = CarefulGradients<Element, Options>;
 
   struct Arrays {
@@ -151,8 +156,8 @@ struct BwdSm80Dq {
         scores[m].clear();
         dweights[m].clear();
       }
-      add_product_along<kHeadDim>(scores, RowsOf(shared.q, warp_row), shared.k[stage]);
-      add_product_along<kHeadDimV>(dweights, RowsOf(shared.dout, warp_row), shared.v[stage]);
+      add_product_along<kHeadDim, kUnrollScores>(scores, RowsOf(shared.q, warp_row), shared.k[stage]);
+      add_product_along<kHeadDimV, kUnrollV>(dweights, RowsOf(shared.dout, warp_row), shared.v[stage]);
       Dscores dscores[kTilesM];
 #pragma unroll
       for (int m = 0; m < kTilesM; ++m) {
@@ -168,7 +173,7 @@ struct BwdSm80Dq {
         tile.hide_by_options(scores[m], dweights[m]);
         dscores[m].round(dweights[m]);
       }
-      add_product_across<kBlockN>(dq, registers_of(dscores), shared.k[stage]);
+      add_product_across<kBlockN, kUnrollDq>(dq, RegistersOf(dscores), shared.k[stage]);
       if (kStages == 1) {
         __syncthreads();  // the only stage is no longer read
         load_following(0);

@@ -15,24 +15,26 @@ namespace cuflash {
 // first. A warp owns kBlockM / kNumWarps rows, in tiles of 16: more than one read K and V less often. With kStages > 1
 // the copies of a tile have the time of kStages - 1 others to arrive, and the block meets once a tile; with one stage
 // V arrives during Q K^T, and the next K during P V. kKeepsQ holds the factors of Q in registers.
-// Where Result is float, jobs are few, and the blocks of a job share its keys: each writes the result of its part, as
+// With kHasParts jobs are few, and the blocks of a job share its keys: each writes the result of its part, a float, as
 // if there were that many times the heads, for merge_parts.cuh.
 template <class Number, class Options, int kHeadDim, int kHeadDimV, int kBlockM, int kBlockN, int kNumWarps,
-          int kStages, bool kKeepsQ, class Result = typename Number::Element>
+          int kStages, bool kKeepsQ, class Result = typename Number::Element, bool kHasParts = false>
 struct FwdSm80 {
   using Element = typename Number::Element;
 
-  static constexpr bool kHasParts = sizeof(Result) != sizeof(Element);  // float, beside 16 bits
   static constexpr int kNumThreads = 32 * kNumWarps;
   static constexpr int kWarpM = kBlockM / kNumWarps;
   static constexpr int kTilesM = kWarpM / 16;
+  static constexpr bool kExact = sizeof(Element) == 4;  // as float32 has to be
+  static constexpr int kUnrollScores = unroll_along<Number>(kTilesM, kBlockN, kHeadDim / 16);
+  static constexpr int kUnrollOutput = unroll_across<Number>(kHeadDimV, kBlockN / 16);
 
   using Scores = WarpgroupTile<kBlockN>;  // the 16 rows of a warp lie in registers as after wgmma
   using Weights = WarpgroupFactor<Element, kBlockN>;
   using Output = WarpgroupTile<kHeadDimV>;
-  using TileQ = LdmatrixTile<Element, kBlockM, kHeadDim>;
-  using TileK = LdmatrixTile<Element, kBlockN, kHeadDim>;
-  using TileV = LdmatrixTile<Element, kBlockN, kHeadDimV>;
+  using TileQ = LdmatrixTile<Number, kBlockM, kHeadDim>;
+  using TileK = LdmatrixTile<Number, kBlockN, kHeadDim>;
+  using TileV = LdmatrixTile<Number, kBlockN, kHeadDimV>;
   using Blocks = KeyBlocks<kBlockM, kBlockN>;
   using Careful = CarefulHead<Element, Options, Result>;
 
@@ -142,6 +144,7 @@ struct FwdSm80 {
 #pragma unroll
     for (int m = 0; m < kTilesM; ++m) output[m].clear();
 
+    constexpr int kDepth = kMmaDepth<Number>;
     WarpgroupFactor<Element, kHeadDim> kept_q[kTilesM];
     if constexpr (kKeepsQ) {
       ptx::cp_async_wait<0>();
@@ -150,7 +153,7 @@ struct FwdSm80 {
 #pragma unroll
       for (int m = 0; m < kTilesM; ++m) {
 #pragma unroll
-        for (int col = 0; col < kHeadDim; col += 16) rows_of_q(kept_q[m].x[col / 16], m, col);
+        for (int col = 0; col < kHeadDim; col += kDepth) rows_of_q(kept_q[m].x[col / kDepth], m, col);
       }
     }
 
@@ -195,9 +198,9 @@ struct FwdSm80 {
 #pragma unroll
         for (int m = 0; m < kTilesM; ++m) scores[m].clear();
         if constexpr (kKeepsQ) {
-          add_product_along<kHeadDim>(scores, registers_of(kept_q), shared.k[stage]);
+          add_product_along<kHeadDim, kUnrollScores>(scores, RegistersOf(kept_q), shared.k[stage]);
         } else {
-          add_product_along<kHeadDim>(scores, RowsOf(shared.q, warp_row), shared.k[stage]);
+          add_product_along<kHeadDim, kUnrollScores>(scores, RowsOf(shared.q, warp_row), shared.k[stage]);
         }
         options.template look_at<kBlockM, kBlockN>(shared.pairs[stage].memory, work.first_query, first_key);
 #pragma unroll
@@ -217,7 +220,7 @@ struct FwdSm80 {
         bool grown = false;
 #pragma unroll
         for (int m = 0; m < kTilesM; ++m) {
-          rows[m].weigh(scores[m], rest[m], factor[m]);
+          rows[m].template weigh<kExact>(scores[m], rest[m], factor[m]);
           tile_at(m).drop(scores[m], work.first_query + warp_row + 16 * m, first_key);
           weights[m].round(scores[m]);
           grown = grown || factor[m][0] != 1.0f || factor[m][1] != 1.0f;
@@ -229,7 +232,7 @@ struct FwdSm80 {
             for (int i = 0; i < Output::kNumElements; ++i) output[m].x[i] *= factor[m][row_of_element(i)];
           }
         }
-        add_product_across<kBlockN>(output, registers_of(weights), shared.v[stage]);
+        add_product_across<kBlockN, kUnrollOutput>(output, RegistersOf(weights), shared.v[stage]);
       }
     }
 
@@ -245,7 +248,7 @@ struct FwdSm80 {
         float sum = rows[m].total(r), survivors = options.survivor_factor();
         shift[r] = rows[m].softmax[r].shift();
         if constexpr (Options::kHasSinks) survivors *= rows[m].softmax[r].join(work.sink, sum);
-        inverse[r] = sum == 0.0f ? 0.0f : __fdividef(survivors, sum);
+        inverse[r] = sum == 0.0f ? 0.0f : kExact ? survivors / sum : __fdividef(survivors, sum);
         const int row = lane_row + 8 * r;
         if (arrays.lse != nullptr && lane % 4 == 0 && row < work.out.rows) {
           *work.lse.at(row, 0) = rows[m].softmax[r].lse(sum);

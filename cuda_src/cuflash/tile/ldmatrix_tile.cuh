@@ -10,14 +10,17 @@ namespace cuflash {
 // Rows follow each other; the 16-byte pieces of a row are swizzled, so that the same piece of 8 rows lies in all 32
 // banks of shared memory: piece p of row r is at place p XOR r % 8. Where rows are an odd number of 64 bytes, two of
 // them fill the banks, and the piece is at p XOR r / 2 % 4.
-template <class Element, int kRows, int kCols>
+template <class Number, int kRows, int kCols>
 struct alignas(128) LdmatrixTile {
-  static constexpr int kPiece = 8;                         // elements of 16 bytes
-  static constexpr int kPieces = kCols % 64 == 0 ? 8 : 4;  // that change places with each other
-  static constexpr int kGroup = kPieces * kPiece;          // their columns
-  static constexpr int kPitch = kCols * sizeof(Element);   // bytes
+  using Element = typename Number::Element;
 
-  static_assert(sizeof(Element) == 2 && kCols % 32 == 0 && kRows % 16 == 0);
+  static constexpr int kSize = sizeof(Element);
+  static constexpr int kPitch = kCols * kSize;               // bytes
+  static constexpr int kPiece = 16 / kSize;                  // elements of 16 bytes
+  static constexpr int kPieces = kPitch % 128 == 0 ? 8 : 4;  // that change places with each other
+  static constexpr int kGroup = kPieces * kPiece;            // their columns
+
+  static_assert(kPitch % 64 == 0 && kRows % 16 == 0);
 
   Element data[kRows * kCols];
 
@@ -41,9 +44,9 @@ struct alignas(128) LdmatrixTile {
   // Its parts: XOR within a group of columns, and the bytes to the group.
   template <class Place>
   static __device__ __forceinline__ Place turned(Place place, int col) {
-    return place ^ 2 * (col % kGroup);
+    return place ^ kSize * (col % kGroup);
   }
-  static __device__ __forceinline__ constexpr int group_of(int col) { return 2 * (col / kGroup * kGroup); }
+  static __device__ __forceinline__ constexpr int group_of(int col) { return kSize * (col / kGroup * kGroup); }
 
   // Starts to copy rows [first_row, first_row + kRows) of a matrix; whatever lies outside of it becomes 0.
   // Complete after cp_async_wait and a barrier. `thread` counts the kNumThreads threads that share the work.
@@ -94,20 +97,28 @@ struct alignas(128) LdmatrixTile {
   }
 };
 
-// The order in which ldmatrix loads the four 8 x 8 matrices of 16 x 16 elements: by columns, so that x[1] is the lower
-// left one, or by rows, so that it is the upper right one. mma takes registers in a row: a first factor along the rows
-// of memory and a second factor across them come by columns, the other two by rows.
-enum class Order { kByColumns, kByRows };
+// The order in which ldmatrix loads four matrices, 8 rows of 16 bytes each, of 16 rows: by columns, so that x[1] is the
+// lower left one, or by rows, so that it is the upper right one. mma takes registers in a row: a first factor along the
+// rows of memory and a second factor across them come by columns, the other two by rows. ldmatrix transposes 16-bit
+// elements alone; of longer ones lanes read a column themselves, in the even or the odd ones of 8 rows.
+enum class Order { kByColumns, kByRows, kEvenRows, kOddRows };
 
-// Where a lane begins to read such a tile by ldmatrix, in bytes: it gives the place of one row of one matrix. Found
+// Where a lane begins to read such a tile, in bytes: for ldmatrix it gives the place of one row of one matrix. Found
 // anew wherever it is needed: that takes less time than the registers of an old one would cost.
 template <class Tile, Order kOrder>
 __device__ __forceinline__ int start_of_lane(int first_row = 0) {
   unsigned thread = threadIdx.x;
   ptx::make_opaque(thread);
-  const int lane = thread % 32, first = lane / 8 % 2 * 8, second = lane / 16 * 8;
-  const bool by_rows = kOrder == Order::kByRows;
-  return 2 * Tile::offset(first_row + lane % 8 + (by_rows ? second : first), by_rows ? first : second);
+  const int lane = thread % 32;
+  if constexpr (kOrder == Order::kEvenRows || kOrder == Order::kOddRows) {
+    const int odd = kOrder == Order::kOddRows;
+    return Tile::kSize * Tile::offset(first_row + lane % 4 * 2 + odd, lane / 4);
+  } else {
+    const int first = lane / 8 % 2 * 8, second = lane / 16 * 8;
+    const bool by_rows = kOrder == Order::kByRows;
+    const int row = first_row + lane % 8 + (by_rows ? second : first), col = by_rows ? first : second;
+    return Tile::kSize * Tile::offset(row, col / (8 / Tile::kPiece));
+  }
 }
 
 // An element of a tile, at multiples of 16; its column must keep groups (LdmatrixTile).

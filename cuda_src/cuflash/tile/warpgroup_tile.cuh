@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cuflash/common/numbers.cuh>
+#include <cuflash/ptx/opaque.cuh>
 
 namespace cuflash {
 
@@ -50,6 +51,23 @@ struct WarpgroupFactor {
     alignas(4) Element pair[2];
     store_pair(pair, low, high);
     return *reinterpret_cast<const unsigned*>(pair);
+  }
+};
+
+// The same of float32, 8 columns at a time: a lane's neighbours 2 t and 2 t + 1 are what the product takes for columns
+// t and t + 4. That changes the order of its terms, if the rows of the other factor are taken in the same order.
+// Opaque, since ptxas would mix the exponentials with the product, as rounding keeps it from doing with 16 bits.
+template <int kCols>
+struct WarpgroupFactor<float, kCols> {
+  unsigned x[kCols / 8][4];
+
+  __device__ __forceinline__ void round(const WarpgroupTile<kCols>& tile) {
+#pragma unroll
+    for (int i = 0; i < kCols / 2; ++i) {
+      unsigned& word = x[i / 4][i % 2 * 2 + i / 2 % 2];
+      word = __float_as_uint(tile.x[i]);
+      ptx::make_opaque(word);
+    }
   }
 };
 

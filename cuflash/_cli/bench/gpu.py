@@ -17,11 +17,11 @@ from cuflash._cli.bench.cells import Cell, Op
 from cuflash._cli.bench.machine import dtype_named
 from cuflash._cli.bench.timing import Call
 from cuflash._cli.driver import find_driver, version_text
-from cuflash._cli.families import obstacles
+from cuflash._cli.families import obstacles, problem_of
 from cuflash._cublas import product
 from cuflash._cupy import backend_on
 from cuflash._device import Device
-from cuflash._launch import AUTO
+from cuflash._launch import fastest_first
 
 Array = Any
 
@@ -75,7 +75,8 @@ class Gpu:
 
     def kernels(self, op: Op, cell: Cell) -> list[str]:
         reasons = obstacles(cell.dtype, self._chip, head_dim=cell.head_dim, backward=op == "backward")
-        return [family for family in AUTO if reasons[family] is None] or ["auto"]  # which will say why not
+        ordered = fastest_first(problem_of(cell.dtype, cell.head_dim))
+        return [family for family in ordered if reasons[family] is None] or ["auto"]  # which will say why not
 
     def kernel_name(self, op: Op, cell: Cell, kernel: str) -> str:
         return self.kernels(op, cell)[0] if kernel == "auto" else kernel

@@ -1,0 +1,82 @@
+// 16 x 16 products by mma.sync, for each type of number.
+#pragma once
+
+#include <cuflash/common/math.cuh>
+#include <cuflash/ptx/mma.cuh>
+
+namespace cuflash {
+
+// The depth of one product: 32 bytes of a row.
+template <class Number>
+constexpr int kMmaDepth = 32 / static_cast<int>(sizeof(typename Number::Element));
+
+// A factor in the registers of a warp: 16 rows of A, or 16 columns of B, whose second 8 are in x[2] and x[3].
+template <class Number>
+struct MmaFactor {
+  unsigned x[4];
+
+  // From what memory holds.
+  __device__ __forceinline__ void convert() {}
+};
+
+// sum[0..7] += a b, as WarpgroupTile has 16 columns.
+template <class Number>
+__device__ __forceinline__ void multiply_add(float* sum, const MmaFactor<Number>& a, const MmaFactor<Number>& b) {
+  using Element = typename Number::Element;
+  ptx::mma<Element>(sum, a.x, b.x[0], b.x[1]);
+  ptx::mma<Element>(sum + 4, a.x, b.x[2], b.x[3]);
+}
+
+// A float to the nearest TF32 number, which has 10 bits of mantissa. Tensor cores leave out the other 13, so that half
+// a unit of the last one is added here. Of some NaN that would make numbers.
+__device__ __forceinline__ unsigned to_tf32(float x) { return __float_as_uint(x) + 0x1000u; }
+
+template <>
+struct MmaFactor<TFloat32> {
+  unsigned x[4];
+
+  __device__ __forceinline__ void convert() {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float value = __uint_as_float(x[i]);
+      if (fabsf(value) < infinity()) x[i] = to_tf32(value);
+    }
+  }
+};
+
+template <class Number>
+constexpr int kMmaParts = 1;
+template <>
+constexpr int kMmaParts<Float32> = 2;
+
+// As for wmma (tile/factor_sm80.cuh), the sum of two TF32 numbers, of which the low one takes NaN, infinity, and what
+// would be rounded to infinity. Otherwise it has 12 bits, of which tensor cores leave out one at most: it is not
+// rounded.
+template <>
+struct MmaFactor<Float32> {
+  unsigned x[4], high[4], low[4];
+
+  __device__ __forceinline__ void convert() {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float value = __uint_as_float(x[i]);
+      high[i] = fabsf(value) < 0x1.ffep127f ? to_tf32(value) & ~0x1fffu : 0u;
+      low[i] = __float_as_uint(value - __uint_as_float(high[i]));
+    }
+  }
+};
+
+// Small terms are added first, and sums are taken outside of the tensor core, which would cut them off.
+__device__ __forceinline__ void multiply_add(float* sum, const MmaFactor<Float32>& a, const MmaFactor<Float32>& b) {
+  float product[8] = {};
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    ptx::mma<float>(product + 4 * half, a.low, b.high[2 * half], b.high[2 * half + 1]);
+    ptx::mma<float>(product + 4 * half, a.high, b.low[2 * half], b.low[2 * half + 1]);
+    ptx::mma<float>(product + 4 * half, a.high, b.high[2 * half], b.high[2 * half + 1]);
+  }
+#pragma unroll
+  for (int i = 0; i < 8; ++i) sum[i] += product[i];
+}
+
+}  // namespace cuflash
