@@ -132,8 +132,8 @@ FLOAT32_FRUGAL_TILES = {(64, 64): {Tile(128, 32, 4, 1): MOST_HUNGRY | {"softcap"
 SHORT_TILES = {(64, 64): Tile(64, 128, 4, 2), (128, 128): Tile(64, 64, 4, 2)}
 
 # The head_dims, padded, of the float32 calls that kernel="auto" gives to this family: of those with gradients (below)
-# the ones that were measured to be faster than with wmma. None was measured.
-FLOAT32_IN_AUTO: frozenset[int] = frozenset()
+# the ones that were measured to be faster than with wmma: 1.6 to 2.1 times on an H200 (docs/notes/sm80.md).
+FLOAT32_IN_AUTO = frozenset({32, 64, 96, 128})
 
 # Of float32, by two kernels, up to 128 columns: a warp would not hold more of dK and dV.
 FLOAT32_DKDV_TILES: Tiles = {

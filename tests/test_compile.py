@@ -194,7 +194,7 @@ MAY_PARK = {
     "bwd_sm90_bf16_d64x64_alibi": {90: 8},
     "bwd_sm90_bf16_d64x64_deterministic": {90: 8},
     "bwd_sm90_bf16_d64x64_mask": {90: 32},
-    "bwd_sm90_bf16_d64x64_packed": {90: 112},
+    "bwd_sm90_bf16_d64x64_packed": {90: 96},
     "bwd_sm90_bf16_d64x64_sinks": {90: 8},
     "bwd_sm90_bf16_d64x64_staggered": {90: 16},
     "bwd_sm90_bf16_d128x128_staggered": {90: 16},

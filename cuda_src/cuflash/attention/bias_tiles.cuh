@@ -57,8 +57,10 @@ struct BiasTiles {
   __device__ __forceinline__ void write_after(int number, const Problem& problem, const Options& options) {
     const Tile& before = at(number);
     Tile& tile = place(number + 1);
-    tile.exists = before.exists;
-    if (!tile.exists) return;
+    if (!before.exists) {
+      tile.exists = tile.visible = false;
+      return;
+    }
     const Step step = walk.visited(walk.after(before.step), problem, band, options);
     if (walk.done(step)) return begin_job(number + 1, walk.sum(walk.first, stride), problem, options);
     const bool same_head = step.head == before.step.head;

@@ -97,7 +97,7 @@ struct ScoreGradients {
         }
         change[j] = dweight - rows.delta[col(i + j)];
       }
-      dscores.x[i / 8][i / 2 % 4] = product(slopes, i, change);
+      dscores.x[i / 8][i / 2 % 4] = Factor::packed(slopes.at(i) * change[0], slopes.at(i + 1) * change[1]);
     }
     return dscores;
   }
@@ -105,19 +105,6 @@ struct ScoreGradients {
   static constexpr int kSurvivorWords = ceil_div(kCount, 32);
 
  private:
-  // Of two slopes from element i on and what they are multiplied by, rounded.
-  static __device__ __forceinline__ unsigned product(const Scores& slopes, int i, const float (&x)[2]) {
-    return Factor::packed(slopes.x[i] * x[0], slopes.x[i + 1] * x[1]);
-  }
-  // Rounded factors whose product has the range of float32 are multiplied as a pair: four instructions, not seven.
-  static __device__ __forceinline__ unsigned product(const Factor& slopes, int i, const float (&x)[2]) {
-    if constexpr (PairOf<Element>::kHasRangeOfFloat) {
-      return multiply_pairs<Element>(slopes.x[i / 8][i / 2 % 4], Factor::packed(x[0], x[1]));
-    } else {
-      return Factor::packed(slopes.at(i) * x[0], slopes.at(i + 1) * x[1]);
-    }
-  }
-
   __device__ __forceinline__ int col(int i) const { return first_col + col_of_element(i); }
   __device__ __forceinline__ int query(int i) const { return first_query + col_of_element(i); }
   __device__ __forceinline__ int key(int i) const { return first_key + 8 * row_of_element(i); }

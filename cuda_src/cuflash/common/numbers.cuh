@@ -53,20 +53,11 @@ struct PairOf;
 template <>
 struct PairOf<__half> {
   using Type = __half2;
-  static constexpr bool kHasRangeOfFloat = false;
 };
 template <>
 struct PairOf<__nv_bfloat16> {
   using Type = __nv_bfloat162;
-  static constexpr bool kHasRangeOfFloat = true;
 };
-
-template <class Element>
-__device__ __forceinline__ unsigned multiply_pairs(unsigned x, unsigned y) {
-  using Pair = typename PairOf<Element>::Type;
-  const Pair product = __hmul2(reinterpret_cast<const Pair&>(x), reinterpret_cast<const Pair&>(y));
-  return reinterpret_cast<const unsigned&>(product);
-}
 
 // Adds 0 times a pair to a pair of zeros: they turn NaN when they meet NaN or infinity.
 template <class Element>

@@ -17,6 +17,8 @@ struct WarpgroupTile {
 
   float x[kNumElements];
 
+  __device__ __forceinline__ float at(int i) const { return x[i]; }
+
   // The largest magnitude that this lane holds. Two maxima at once: one would wait for itself at every element.
   __device__ __forceinline__ float largest() const {
     float maxima[2] = {};
