@@ -784,8 +784,8 @@ class TestCompilingAhead:
         [
             ((9, 0), "forward", "bfloat16", ["sm90", "sm80", "wmma"]),
             ((9, 0), "backward", "bfloat16", ["sm90", "sm80", "wmma"]),
-            ((9, 0), "forward", "float32", ["wmma", "sm80"]),
-            ((9, 0), "backward", "float32", ["wmma", "sm80"]),
+            ((9, 0), "forward", "float32", ["sm80", "wmma"]),
+            ((9, 0), "backward", "float32", ["sm80", "wmma"]),
             ((8, 0), "forward", "float16", ["sm80", "wmma"]),
             ((7, 5), "forward", "bfloat16", ["auto"]),
         ],

@@ -161,6 +161,7 @@ def is_thorough(kernel: Kernel, arch: int) -> bool:
     by_name_alone |= "sm80" in kernel.header and has_float32 and arch != 80
     like_another = ("_f16" in kernel.symbol or "_tf32" in kernel.symbol) and "d64x64" not in kernel.symbol
     rare = (has_options and "sm90" not in kernel.header) or any(dims in kernel.symbol for dims in RARE_HEAD_DIMS)
+    rare |= "dbias" in kernel.header
     return by_name_alone or like_another or arch == 89 or (rare and arch != 80)
 
 

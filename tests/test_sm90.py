@@ -169,7 +169,7 @@ def test_what_it_does_not_take_goes_to_another_family(notebook: Notebook, name: 
         cuflash.attention(*inputs, kernel="sm90", **options)
     assert notebook.launches == []
     cuflash.attention(*inputs, **options)
-    family = "wmma" if "scale" in options or name == "float32" else "sm80"
+    family = "wmma" if "scale" in options else "sm80"
     assert [symbol[:16] for symbol in notebook.symbols] == [f"cuflash_fwd_{family}"]
 
 

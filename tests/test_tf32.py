@@ -66,7 +66,9 @@ def test_auto_gives_sm80_what_is_switched_on(monkeypatch: pytest.MonkeyPatch) ->
         cuflash.attention(x, x, x)
         return notebook.symbols[-1]
 
-    assert family(64) == "cuflash_fwd_wmma_f32_d64x64"
+    assert family(64) == "cuflash_fwd_sm80_f32_d64x64"
+    assert family(128) == "cuflash_fwd_sm80_f32_d128x128"
+    assert family(256) == "cuflash_fwd_wmma_f32_d256x256"
     monkeypatch.setattr(_sm80, "FLOAT32_IN_AUTO", frozenset({64}))
     notebook = put(monkeypatch, Notebook())  # which has no plans yet
     assert family(64) == "cuflash_fwd_sm80_f32_d64x64"
