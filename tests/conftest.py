@@ -14,7 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 
 import cuflash
-from cuflash import _backends, _launch, _numpy, _plan, _sm80, _sm90_backward
+from cuflash import _backends, _launch, _numpy, _plan, _sm90_backward
 from cuflash.testing import (
     assert_attention_accurate,
     assert_attention_varlen_accurate,
@@ -247,12 +247,6 @@ def forget_plans() -> None:
     _plan._plan_backward.cache_clear()
 
 
-def let_auto_take_float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Float32 goes to sm80 where that has gradients; "wmma" has rings of its own."""
-    monkeypatch.setattr(_sm80, "FLOAT32_IN_AUTO", frozenset(dim for dim, *_ in _sm80.FLOAT32_DKDV_TILES))
-    forget_plans()
-
-
 @functools.cache
 def why_no_gpu() -> str | None:
     """Return why the gpu ring cannot run here, or None if it can."""
@@ -305,17 +299,13 @@ def ring(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
         if shutil.which("g++") is None:
             pytest.skip("the host ring needs g++")
         monkeypatch.setattr(_backends, "numpy_backend", host_backend())
-        if kernel == "auto":
-            let_auto_take_float32(monkeypatch)
         yield host_ring(kernel)
-        forget_plans()
     else:
         reason = why_no_gpu()
         if reason is not None:
             pytest.skip(reason)
         if kernel == "sm80":  # what "auto" means without Hopper's family
             monkeypatch.setattr(_launch, "AUTO", ("sm80", "wmma"))
-            let_auto_take_float32(monkeypatch)
         if kernel == "auto":  # small problems shall meet the tiles of large ones
             monkeypatch.setattr(_sm90_backward, "SHORT", 0)
         forget_plans()

@@ -157,9 +157,8 @@ def is_thorough(kernel: Kernel, arch: int) -> bool:
         return False
     has_options = kernel.options is not None and bool(kernel.options.names)
     has_float32 = "f32" in kernel.symbol
-    goes_to_sm80 = any(f"_d{dim}x{dim}" in kernel.symbol for dim in _sm80.FLOAT32_IN_AUTO)
-    by_name_alone = "wmma" in kernel.header and (not has_float32 or goes_to_sm80)
-    by_name_alone |= "sm80" in kernel.header and has_float32 and arch != 80
+    goes_to_sm80 = not has_float32 or any(f"_d{dim}x{dim}" in kernel.symbol for dim in _sm80.FLOAT32_IN_AUTO)
+    by_name_alone = "wmma" in kernel.header if goes_to_sm80 else "sm80" in kernel.header
     like_another = ("_f16" in kernel.symbol or "_tf32" in kernel.symbol) and "d64x64" not in kernel.symbol
     rare = (has_options and "sm90" not in kernel.header) or any(dims in kernel.symbol for dims in RARE_HEAD_DIMS)
     rare |= "dbias" in kernel.header

@@ -20,7 +20,7 @@ from cuflash._options import PLAIN
 from cuflash._problem import FULL, Problem, Window
 from cuflash.testing import assert_attention_accurate, assert_attention_varlen_accurate
 from cuflash.testing.strategies import PACKED_VARIANTS, VARIANTS, AttentionProblem, PackedProblem
-from tests.conftest import HALF, Ring, forget_plans, gpu_ring, host_ring, let_auto_take_float32, why_no_gpu
+from tests.conftest import HALF, Ring, forget_plans, gpu_ring, host_ring, why_no_gpu
 from tests.hostcuda import HostDevice
 from tests.hostcuda.device import HOST_CHIP
 from tests.test_sm90 import H200, Notebook, put
@@ -128,7 +128,6 @@ def parts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
     for tiles in (_sm80.FORWARD_TILES, _sm80.FLOAT32_FORWARD_TILES):  # short ones, so that there are several
         for key in tiles:
             monkeypatch.setitem(tiles, key, (_sm80.SMALLEST,))
-    let_auto_take_float32(monkeypatch)
     for tiles in (_sm80.FRUGAL_TILES, _sm80.SHORT_TILES):
         for key in tuple(tiles):
             monkeypatch.delitem(tiles, key)
