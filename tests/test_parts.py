@@ -128,7 +128,7 @@ def parts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
     for tiles in (_sm80.FORWARD_TILES, _sm80.FLOAT32_FORWARD_TILES):  # short ones, so that there are several
         for key in tiles:
             monkeypatch.setitem(tiles, key, (_sm80.SMALLEST,))
-    for tiles in (_sm80.FRUGAL_TILES, _sm80.SHORT_TILES):
+    for tiles in (_sm80.FRUGAL_TILES, _sm80.FLOAT32_FRUGAL_TILES, _sm80.SHORT_TILES):
         for key in tuple(tiles):
             monkeypatch.delitem(tiles, key)
     monkeypatch.setattr(_parts, "MIN_TILES", 1)
