@@ -12,7 +12,7 @@ from typing import Any
 from . import _wmma
 from ._call import Call, Run
 from ._device import Array, Chip
-from ._kernel import NUMBERS, Kernel, padded_head_dims
+from ._kernel import NUMBERS, Kernel, padded_head_dims, pitch
 from ._options import PLAIN, Options
 from ._problem import Operand, Problem, ceil_div
 
@@ -81,6 +81,6 @@ def plan_backward(call: Call) -> Run:
 
 
 def _shared_bytes(size: int, dim: int, dim_v: int, block_n: int, warps: int) -> int:
-    pitch_k, pitch_v, pitch_p = (_wmma._pitch(cols, size) for cols in (dim, dim_v, block_n))
+    pitch_k, pitch_v, pitch_p = (pitch(cols, size) for cols in (dim, dim_v, block_n))
     warp_bytes = 16 * pitch_k + max(16 * pitch_p, _wmma.MAP_SCRATCH_BYTES)  # its rows of Q, and its P
     return warps * warp_bytes + block_n * (pitch_k + pitch_v)

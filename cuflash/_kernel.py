@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ._device import KernelSource
+from ._device import Chip, KernelSource
 from ._jit.sources import cuda_digest
 from ._options import Options
 from ._params import PARAMS
@@ -21,10 +21,20 @@ NUMBERS = {
 # Pairs of head_dim and head_dim_v that kernels are built for; others are padded with zeros in shared memory.
 HEAD_DIMS = ((32, 32), (64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256))
 
+BACKWARD_INPUTS = (
+    *("const Element* q", "const Element* k", "const Element* v", "const Element* dout"),
+    *("const float* lse", "const float* delta"),
+)
+
 
 def padded_head_dims(problem: Problem) -> tuple[int, int]:
     """The first pair of HEAD_DIMS that has room for the problem's."""
     return next((dim, dim_v) for dim, dim_v in HEAD_DIMS if problem.head_dim <= dim and problem.head_dim_v <= dim_v)
+
+
+def pitch(cols: int, size: int) -> int:
+    """Bytes from one row of a tile to the next in shared memory: padded by 16 against bank conflicts."""
+    return cols * size + 16
 
 
 @dataclass(frozen=True)
@@ -69,6 +79,17 @@ extern "C" __global__ void __launch_bounds__({self.num_threads}, 1)
 }}
 """
         return KernelSource(self.symbol, code, self.num_threads, self.shared_bytes, self.arch)
+
+
+def num_places(kernel: Kernel, chip: Chip) -> int:
+    """The blocks of threads that a chip runs at the same time: as many as have their registers, and shared memory.
+
+    Kernels take about all of the registers that a thread can have, 255 of 64 K, and the driver 1 KiB of a block's
+    shared memory.
+    """
+    reserved = 1024
+    by_memory = (chip.shared_memory + reserved) // (kernel.shared_bytes + reserved)
+    return chip.multiprocessors * min(256 // kernel.num_threads, by_memory)
 
 
 FIND_BLOCKS_WARPS = 8

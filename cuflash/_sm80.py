@@ -8,18 +8,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from . import _parts, _wmma
+from . import _parts
 from ._call import Call, Run
 from ._device import Array, Chip
-from ._features import ELEMENTS
-from ._kernel import HEAD_DIMS, NUMBERS, Kernel, padded_head_dims
+from ._kernel import BACKWARD_INPUTS, NUMBERS, Kernel, num_places, padded_head_dims
 from ._options import PLAIN, Options
-from ._problem import FULL, Operand, Problem
-from ._wmma import BACKWARD_INPUTS, Inputs, num_bias_tiles, num_jobs, operand_of_delta, plan_gradients
+from ._problem import Operand, Problem
+from ._wmma import Inputs, num_jobs, operand_of_delta, plan_gradients
 
 CAPABILITY = (8, 0)
 WORK_BYTES, DKDV_WORK_BYTES, DQ_WORK_BYTES = 240, 80, 224  # what a block knows of its job
-DBIAS_TILE_BYTES, DBIAS_WALK_BYTES = 24, 100  # of a tile of pairs, and of the way through them
 MIN_SCALE = float(np.finfo(np.float32).tiny)  # less is 0 for kernels, and maxima of products are not those of scores
 
 
@@ -54,17 +52,6 @@ class DqTile(NamedTuple):
     block_m: int
     block_n: int
     warps: int
-    stages: int
-
-
-class DbiasTile(NamedTuple):
-    """Rows and columns of a block's gradient, warps, those that share their rows, columns of a panel, stages."""
-
-    block_m: int
-    block_n: int
-    warps: int
-    splits: int
-    panel: int
     stages: int
 
 
@@ -187,22 +174,6 @@ DQ_TILES: Tiles = {
     (256, 256, 163): (DqTile(64, 32, 4, 1),),
 }
 DQ_FRUGAL_TILES = {(128, 128): {DqTile(64, 64, 4, 1): {"dropout"}}}
-# Gradient of a bias, for all head dimensions that are whole panels. What counts is how often Q, dO, K and V come from
-# L2: 128 x 128 makes 64 operations of a byte, 128 x 64 makes 43. 8 warps, since two of them hide what one waits for.
-DBIAS_TILES_OF_CHIPS = {
-    # Tensor cores that are slow enough for 43. With two stages there is room for a float32 bias and a mask as well.
-    99: (DbiasTile(128, 64, 8, 2, 32, 3), DbiasTile(128, 64, 8, 2, 32, 2)),
-    # Two stages of 64 columns would want 1 KiB more than there is.
-    163: (DbiasTile(128, 128, 8, 2, 32, 3), DbiasTile(128, 128, 8, 2, 32, 2)),
-    # With 64 columns there are half the barriers. The other one is for D 32 and 96.
-    227: (DbiasTile(128, 128, 8, 2, 64, 2), DbiasTile(128, 128, 8, 2, 32, 3)),
-}
-DBIAS_MIN_TILES = 32  # that blocks stay for, if the tiles differ in length: then those of each make up for it
-DBIAS_TILES: Tiles = {
-    (*dims, kib): tuple(tile for tile in tiles if all(dim % tile.panel == 0 for dim in dims))
-    for dims in HEAD_DIMS
-    for kib, tiles in DBIAS_TILES_OF_CHIPS.items()
-}
 
 
 def why_not(
@@ -250,14 +221,6 @@ def _dkdv_bytes(size: int, dims: tuple[int, int], tile: DkDvTile, options: Optio
 def _dq_bytes(size: int, dims: tuple[int, int], tile: DqTile, options: Options) -> int:
     stage = size * tile.block_n * sum(dims) + max(options.tile_bytes(*tile[:2]), 16)
     return size * tile.block_m * sum(dims) + tile.stages * stage + _careful_bytes(tile.warps, options) + DQ_WORK_BYTES
-
-
-def _dbias_bytes(size: int, dims: tuple[int, int], tile: DbiasTile, options: Options) -> int:
-    stage = 2 * size * tile.panel * (tile.block_m + tile.block_n) + 8 * tile.block_m
-    ahead = 1 + (tile.stages - 2) // (max(dims) // tile.panel)
-    work = DBIAS_TILE_BYTES * (ahead + 2) + DBIAS_WALK_BYTES
-    sums = 4 * tile.block_m * (tile.block_n + 1)
-    return max(tile.stages * stage + max(options.tile_bytes(*tile[:2]), 16) + work, sums)
 
 
 def _careful_bytes(warps: int, options: Options) -> int:
@@ -372,41 +335,6 @@ backward_dq = _TiledKernel(
 )
 
 
-def num_places(kernel: Kernel, chip: Chip) -> int:
-    """The blocks of threads that a chip runs at the same time: as many as have their registers, and shared memory.
-
-    Kernels take about all of the registers that a thread can have, 255 of 64 K, and the driver 1 KiB of a block's
-    shared memory.
-    """
-    reserved = 1024
-    by_memory = (chip.shared_memory + reserved) // (kernel.shared_bytes + reserved)
-    return chip.multiprocessors * min(256 // kernel.num_threads, by_memory)
-
-
-def backward_dbias(problem: Problem, options: Options, number: str, chip: Chip, dbias: Operand) -> tuple[Kernel, int]:
-    """The kernel that computes the gradient of a bias of this shape, and the number of its blocks.
-
-    They stay for one tile of the gradient after the other, but for tiles of which pairs share a row or a column, and
-    for few tiles that differ in length: then new blocks come as others end.
-    """
-    make = _TiledKernel(
-        template="BwdSm80Dbias",
-        header="bwd_sm80_dbias",
-        tiles={2: DBIAS_TILES},
-        shared_bytes=_dbias_bytes,
-        num_blocks=lambda problem, tile: num_bias_tiles(dbias, *tile[:2]),
-        pointers=(*BACKWARD_INPUTS, f"{ELEMENTS[dbias.dtype]}* dbias"),
-        params="DbiasParams",
-    )
-    kernel, num_tiles = make(problem, options, number, chip)
-    places = num_places(kernel, chip)
-    uneven = problem.window != FULL or "block_mask" in options.names
-    if 1 in dbias.shape[2:] or num_tiles < places * (DBIAS_MIN_TILES if uneven else 1):
-        return kernel, num_tiles
-    # Of an odd number, lest each always have the same few columns.
-    return kernel, places - (places + 1) % 2 if uneven else places
-
-
 def plan_forward(call: Call) -> Run:
     """A function of (q, k, v, out, lse or None) and the arrays of the options that computes out and lse."""
     of_call = call.problem, call.options, call.number, call.chip
@@ -475,7 +403,7 @@ def plan_backward(call: Call) -> Run:
             dkdv_step(*inputs, dk, dv, device.null, options=options)
             dq_step(*inputs, dq, options=options)
 
-        return plan_gradients(call, apart, _wmma.backward_dbias if problem.dtype == "float32" else backward_dbias)
+        return plan_gradients(call, apart)
 
     step, finish_step = (call.step(make(*of_call), delta=delta) for make in (backward, finish))
     tile = backward.tile(problem, call.options, call.chip)
@@ -486,4 +414,4 @@ def plan_backward(call: Call) -> Run:
         step(*inputs, dk, dv, sums, options=options)
         finish_step(*inputs, dq, sums, options=options)
 
-    return plan_gradients(call, in_one_pass, backward_dbias)
+    return plan_gradients(call, in_one_pass)

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from . import _sm80, _wmma
+from . import _wmma
 from ._call import Call, Run
 from ._device import Array, Chip
 from ._kernel import NUMBERS, Kernel
@@ -162,4 +162,4 @@ def plan(call: Call) -> Run:
         launch(num_blocks, (*arrays, device.counter(), mapped(q, k, v, dout), *options))
         finish_step(q, k, v, dout, lse, delta, workspace, spoiled, dq, dk, dv, options=options)
 
-    return _wmma.plan_gradients(call, products, _sm80.backward_dbias)
+    return _wmma.plan_gradients(call, products)

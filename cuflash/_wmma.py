@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from ._call import Call, Run
+from ._dbias import backward_dbias
 from ._device import Array, Chip
 from ._features import ELEMENTS
-from ._kernel import NUMBERS, Kernel, padded_head_dims
+from ._kernel import BACKWARD_INPUTS, NUMBERS, Kernel, padded_head_dims, pitch
 from ._options import PLAIN, Options
 from ._problem import Operand, Problem, ceil_div
 
@@ -72,23 +73,6 @@ DQ_TILES: Tiles = {
     (4, 192): [(32, 16, 2, 1, 1)],
     (4, 256): [(32, 32, 2, 2, 1), (16, 16, 1, 2, 1)],
 }
-# Gradient of a bias: (block_m, block_n, warps, stages).
-DBIAS_TILES: Tiles = {
-    (2, 32): [(128, 64, 4, 1), (64, 64, 4, 1)],
-    (2, 64): [(128, 64, 4, 1), (64, 64, 4, 1)],
-    (2, 64, 10): [(64, 64, 4, 1)],
-    (2, 64, 12): [(64, 64, 4, 1)],
-    (2, 96): [(64, 64, 4, 1), (32, 32, 2, 1)],
-    (2, 128): [(128, 128, 8, 1), (64, 64, 4, 1), (32, 32, 2, 1)],
-    (2, 192): [(64, 64, 4, 1), (32, 32, 2, 1)],
-    (2, 256): [(64, 64, 4, 1), (32, 32, 2, 1), (16, 32, 1, 1)],
-    (4, 32): [(64, 32, 4, 1)],
-    (4, 64): [(64, 32, 4, 1)],
-    (4, 96): [(64, 32, 4, 1), (32, 32, 2, 1)],
-    (4, 128): [(32, 32, 2, 1)],
-    (4, 192): [(32, 32, 2, 1), (16, 16, 1, 1)],
-    (4, 256): [(32, 32, 2, 1), (16, 16, 1, 1)],
-}
 DELTA_ROWS, DELTA_WARPS = 64, 4
 SINKS_WARPS = 16
 
@@ -109,14 +93,9 @@ def why_not(
     return None
 
 
-def _pitch(cols: int, size: int) -> int:
-    """Bytes from one row of a tile to the next in shared memory: padded by 16 against bank conflicts."""
-    return cols * size + 16
-
-
 def _forward_bytes(size: int, options: Options, dim: int, dim_v: int, block_m: int, block_n: int, warps: int) -> int:
-    warp_bytes = max(block_m // warps * _pitch(block_n, size), MAP_SCRATCH_BYTES)
-    tiles = (block_m + block_n) * _pitch(dim, size) + block_n * _pitch(dim_v, size)
+    warp_bytes = max(block_m // warps * pitch(block_n, size), MAP_SCRATCH_BYTES)
+    tiles = (block_m + block_n) * pitch(dim, size) + block_n * pitch(dim_v, size)
     return tiles + warps * warp_bytes + options.tile_bytes(block_m, block_n)
 
 
@@ -131,9 +110,9 @@ def _dkdv_bytes(
     warps_d: int,
     stages: int,
 ) -> int:
-    row = _pitch(dim, size) + _pitch(dim_v, size)
+    row = pitch(dim, size) + pitch(dim_v, size)
     stage = block_m * (row + 8) + options.tile_bytes(block_m, block_n)
-    return block_n * (row + 2 * _pitch(block_m, size)) + stages * stage
+    return block_n * (row + 2 * pitch(block_m, size)) + stages * stage
 
 
 def _dq_bytes(
@@ -147,17 +126,9 @@ def _dq_bytes(
     warps_d: int,
     stages: int,
 ) -> int:
-    row = _pitch(dim, size) + _pitch(dim_v, size)
+    row = pitch(dim, size) + pitch(dim_v, size)
     stage = block_n * row + options.tile_bytes(block_m, block_n)
-    return block_m * (row + _pitch(block_n, size) + 8) + stages * stage
-
-
-def _dbias_bytes(
-    size: int, options: Options, dim: int, dim_v: int, block_m: int, block_n: int, warps: int, stages: int
-) -> int:
-    row = _pitch(dim, size) + _pitch(dim_v, size)
-    stage = (block_m + block_n) * row + 8 * block_m + options.tile_bytes(block_m, block_n)
-    return max(stages * stage, block_m * (block_n + 1) * 4)
+    return block_m * (row + pitch(block_n, size) + 8) + stages * stage
 
 
 def _shared_memory(chip: Chip) -> int:
@@ -223,11 +194,6 @@ def _key_blocks(problem: Problem, tile: Tile) -> int:
     return num_jobs(problem, problem.seqlen_k, tile[1]) * problem.num_heads_kv
 
 
-BACKWARD_INPUTS = (
-    *("const Element* q", "const Element* k", "const Element* v", "const Element* dout"),
-    *("const float* lse", "const float* delta"),
-)
-
 forward = _TiledKernel(
     template="FwdWmma",
     header="fwd_wmma",
@@ -258,27 +224,6 @@ backward_dq = _TiledKernel(
     pointers=(*BACKWARD_INPUTS, "Element* dq"),
     params="BwdParams",
 )
-
-
-def num_bias_tiles(dbias: Operand, block_m: int, block_n: int) -> int:
-    """The tiles of the gradient of a bias (attention/bias_walk.cuh)."""
-    batch, heads, rows, cols = dbias.shape
-    return batch * heads * ceil_div(rows, block_m) * ceil_div(cols, block_n)
-
-
-def backward_dbias(problem: Problem, options: Options, number: str, chip: Chip, dbias: Operand) -> tuple[Kernel, int]:
-    """The kernel that computes the gradient of a bias of this shape, and the number of its blocks."""
-    make = _TiledKernel(
-        template="BwdWmmaDbias",
-        header="bwd_wmma_dbias",
-        tiles=DBIAS_TILES,
-        shared_bytes=_dbias_bytes,
-        num_warps=lambda tile: tile[2],
-        num_blocks=lambda problem, tile: num_bias_tiles(dbias, *tile[:2]),
-        pointers=(*BACKWARD_INPUTS, f"{ELEMENTS[dbias.dtype]}* dbias"),
-        params="DbiasParams",
-    )
-    return make(problem, options, number, chip)
 
 
 def delta(problem: Problem, number: str) -> tuple[Kernel, int]:
@@ -341,7 +286,7 @@ def plan_backward(call: Call) -> Run:
         dkdv_step(*arrays, dk, dv, options=options)
         dq_step(*arrays, dq, options=options)
 
-    return plan_gradients(call, products, backward_dbias)
+    return plan_gradients(call, products)
 
 
 Inputs = tuple[Array, Array, Array, Array, Array, Array]
@@ -354,11 +299,10 @@ def operand_of_delta(problem: Problem) -> Operand:
     return Operand((batch, problem.num_heads, problem.seqlen_q, 1), (batch_stride, problem.seqlen_q, 1, 0))
 
 
-def plan_gradients(call: Call, products: Callable[..., None], dbias_of: Callable[..., tuple[Kernel, int]]) -> Run:
+def plan_gradients(call: Call, products: Callable[..., None]) -> Run:
     """What every family does before and after the gradients of Q, K and V, which `products` computes.
 
-    It is called with the inputs, dq, dk, dv and the options of the kernels. `dbias_of` makes the kernel of the gradient
-    of a bias, and the number of its blocks.
+    It is called with the inputs, dq, dk, dv and the options of the kernels.
     """
     device, problem, operands = call.device, call.problem, call.operands
     delta_operand = operand_of_delta(problem)
@@ -366,7 +310,7 @@ def plan_gradients(call: Call, products: Callable[..., None], dbias_of: Callable
     dbias_step = dsinks_step = None
     rows = problem.batch * problem.seqlen_q  # without any there is nothing to sum, and no sequence to look at
     if "dbias" in operands and rows * problem.seqlen_k:
-        made = dbias_of(problem, call.options, call.number, call.chip, operands["dbias"])
+        made = backward_dbias(problem, call.options, call.number, call.chip, operands["dbias"])
         dbias_step = call.step(made, delta=delta_operand)
     if "dsinks" in operands and rows:
         dsinks_step = call.step(dsinks(problem, call.options, operands["dsinks"].dtype), delta=delta_operand)

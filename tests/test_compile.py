@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from cuflash import _parts, _sm80, _sm90, _sm90_backward, _wmma
+from cuflash import _dbias, _parts, _sm80, _sm90, _sm90_backward, _wmma
 from cuflash._device import KernelSource
 from cuflash._kernel import HEAD_DIMS, NUMBERS, Kernel, find_blocks
 from cuflash._options import Options
@@ -132,11 +132,9 @@ def kernels_with_options(arch: int) -> Iterator[Kernel]:
             yield from sm90_backward(options(feature), "bfloat16", head_dims)
     if arch in (80, 90, 100, 120):
         yield _wmma.dsinks(problem(1, 1), options("sinks"), "float32")[0]
-        for number, head_dims in product(("float16", "bfloat16", "float32"), HEAD_DIMS):
-            yield _wmma.backward_dbias(problem(*head_dims), options("bias"), number, CHIPS[arch], PAIRS)[0]
-    if arch >= 80:
-        for number, head_dims in product(HALF, HEAD_DIMS):
-            yield _sm80.backward_dbias(problem(*head_dims), options("bias"), number, CHIPS[arch], PAIRS)[0]
+    for number, head_dims in product(numbers(arch), HEAD_DIMS):
+        if number != "tfloat32":
+            yield _dbias.backward_dbias(problem(*head_dims), options("bias"), number, CHIPS[arch], PAIRS)[0]
 
 
 def reachable(arch: int) -> Iterator[Kernel]:
@@ -161,7 +159,8 @@ def is_thorough(kernel: Kernel, arch: int) -> bool:
     by_name_alone = "wmma" in kernel.header if goes_to_sm80 else "sm80" in kernel.header
     like_another = ("_f16" in kernel.symbol or "_tf32" in kernel.symbol) and "d64x64" not in kernel.symbol
     rare = (has_options and "sm90" not in kernel.header) or any(dims in kernel.symbol for dims in RARE_HEAD_DIMS)
-    rare |= "dbias" in kernel.header
+    if "dbias" in kernel.header:  # whatever the family
+        rare, by_name_alone = True, False
     return by_name_alone or like_another or arch == 89 or (rare and arch != 80)
 
 
@@ -266,12 +265,12 @@ def test_every_tile_fits_the_shared_memory(arch: int) -> None:
         assert kernel.shared_bytes <= CHIPS[arch].shared_memory, kernel.symbol
 
 
-@pytest.mark.parametrize("arch", [arch for arch in CHIPS if arch >= 80])
+@pytest.mark.parametrize("arch", CHIPS)
 def test_the_gradient_of_a_bias_has_a_tile_beside_other_arrays(arch: int) -> None:
     bias = PAIRS._replace(dtype="float32")
     crowded = Options.of(problem(1, 1), {"bias": bias, "mask": MASK, "block_mask": ROWS})
-    for head_dims in HEAD_DIMS:
-        kernel, _ = _sm80.backward_dbias(problem(*head_dims), crowded, "bfloat16", CHIPS[arch], bias)
+    for number, head_dims in product(numbers(arch), HEAD_DIMS):
+        kernel, _ = _dbias.backward_dbias(problem(*head_dims), crowded, number, CHIPS[arch], bias)
         assert kernel.shared_bytes <= CHIPS[arch].shared_memory
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import cuflash
-from cuflash import _sm80
+from cuflash import _dbias
 from cuflash.testing import assert_attention_accurate, assert_gradients_accurate
 from cuflash.testing.strategies import AttentionProblem, PairArray
 
@@ -346,13 +346,13 @@ def test_variants_give_the_same_bits_again(gpu: Any, kernel: str) -> None:
     assert int(differing) == 0
 
 
-@pytest.mark.parametrize("kernel", ["auto", "sm80"])
+@pytest.mark.parametrize("kernel", ["auto", "sm80", "wmma"])
 @pytest.mark.parametrize("causal", [False, True])
 def test_the_gradient_of_a_bias_of_more_tiles_than_fit_the_gpu(
     gpu: Any, kernel: str, causal: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Blocks stay, for whatever tiles come next."""
-    monkeypatch.setattr(_sm80, "DBIAS_MIN_TILES", 1)
+    monkeypatch.setattr(_dbias, "MIN_TILES", 1)
     shapes = ((2, 24, 401, 64), (2, 12, 385, 64), (2, 12, 385, 64))  # of 24 x 4 x 4 tiles of the gradient
     problem = AttentionProblem(*shapes, "float16", causal=causal, bias=PairArray((24, 401, 385)))
     arrays, bias = problem.arrays(gpu), gpu.asarray(problem.options["bias"])

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 import cuflash
-from cuflash import _backends, _parts, _sm80, _wmma
+from cuflash import _backends, _dbias, _parts, _sm80, _wmma
 from cuflash._launch import LaunchBackend
 from cuflash.testing import assert_attention_accurate, assert_gradients_accurate
 from cuflash.testing.strategies import AttentionProblem, PackedProblem, PairArray
@@ -50,14 +50,12 @@ TILES = {
     "FORWARD_TILES": (64, 64, 4),
     "DKDV_TILES": (64, 64, 4, 1, 2),
     "DQ_TILES": (64, 64, 4, 1, 2),
-    "DBIAS_TILES": (64, 64, 4, 1),
 }
 # Of the sm80 family, which has tables of its own.
 SM80_TILES = {
     "FORWARD_TILES": _sm80.Tile(64, 64, 4, 2),
     "DKDV_TILES": _sm80.DkDvTile(64, 64, 4, 1, 1, 2),
     "DQ_TILES": _sm80.DqTile(64, 64, 4, 2),
-    "DBIAS_TILES": _sm80.DbiasTile(64, 64, 4, 2, 32, 3),
 }
 SM80_TILES_OF_ONE_STAGE = {
     "FORWARD_TILES": _sm80.Tile(64, 64, 4, 1),
@@ -666,7 +664,7 @@ MUTANTS = [
         DBIAS,
         "__syncthreads();  // the only stage is no longer read",
         "//",
-        SHARED_BIAS,
+        replace(SHARED_BIAS, dtype="float32"),
         ("greedy",),
     ),
     Mutant(
@@ -1188,7 +1186,9 @@ def numpy_arrays_on(device: HostDevice, family: str, *, one_stage: bool = False)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_backends, "numpy_backend", LaunchBackend(device))
         patch.setattr(_parts, "MIN_TILES", 1)
-        patch.setattr(_sm80, "DBIAS_MIN_TILES", 1)
+        patch.setattr(_dbias, "MIN_TILES", 1)
+        for kib in _dbias.SM80_TILES:
+            patch.setitem(_dbias.SM80_TILES, kib, (_dbias.Sm80Tile(64, 64, 4, 2, 32, 3),))
         for table, tile in (TILES_OF_ONE_STAGE if one_stage else TILES).items():
             patch.setitem(getattr(_wmma, table), (2, 64), [tile])
         patch.delitem(_sm80.SHORT_TILES, (64, 64))

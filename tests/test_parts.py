@@ -14,7 +14,7 @@ import cuflash
 from cuflash import _backends, _launch, _parts, _sm80
 from cuflash._call import Call
 from cuflash._device import Chip
-from cuflash._kernel import Kernel
+from cuflash._kernel import Kernel, num_places
 from cuflash._launch import LaunchBackend
 from cuflash._options import PLAIN
 from cuflash._problem import FULL, Problem, Window
@@ -38,9 +38,7 @@ def decode(heads: int = 8, seqlen_q: int = 1, seqlen_k: int = 65536, **changes: 
 def parts_of(problem: Problem, chip: Chip = H200) -> int:
     kernel, num_jobs = _sm80.forward(problem, PLAIN, problem.dtype, chip)
     tile = _sm80.forward.tile(problem, PLAIN, chip)
-    return _parts.num_parts(
-        problem, num_jobs, _sm80.num_places(kernel, chip), tile.block_m, _parts.MIN_TILES * tile.block_n
-    )
+    return _parts.num_parts(problem, num_jobs, num_places(kernel, chip), tile.block_m, _parts.MIN_TILES * tile.block_n)
 
 
 def test_parts_fill_the_chip_and_no_more() -> None:

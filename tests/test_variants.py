@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from typing import Any
 
 import numpy as np
 import pytest
 
-from cuflash import _sm80
+from cuflash import _backends, _dbias
+from cuflash._device import Chip
+from cuflash._launch import LaunchBackend
 from cuflash.testing import assert_attention_accurate, assert_gradients_accurate
 from cuflash.testing.mods import MASK_MODS, SCORE_MODS
 from cuflash.testing.strategies import PAIR_STRIDES, VARIANTS, AttentionProblem, PairArray
-from tests.conftest import Ring
+from tests.conftest import Ring, host_ring
+from tests.hostcuda import HostDevice
 
 # Grouped heads, lengths that are no multiples of a tile, values of another head dimension.
 GROUPED = AttentionProblem((2, 4, 40, 32), (2, 2, 70, 32), (2, 2, 70, 17), "float16", seed=3)
@@ -85,12 +89,25 @@ def test_bias_of_every_shape(ring: Ring, shape: tuple[int, ...], dtype: str) -> 
 def test_bias_of_several_tiles(
     ring: Ring, shape: tuple[int, ...], causal: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_sm80, "DBIAS_MIN_TILES", 1)
+    monkeypatch.setattr(_dbias, "MIN_TILES", 1)
     problem = AttentionProblem((2, 2, 150, 32), (2, 1, 300, 32), (2, 1, 300, 17), "float16", seed=1)
     ring.check_backward(dataclasses.replace(problem, bias=PairArray(shape), causal="top-left" if causal else False))
 
 
 def test_bias_beside_every_head_dim(ring: Ring) -> None:
+    for head_dim, head_dim_v in ring.head_dim_pairs:
+        q, k, v = (2, 2, 66, head_dim), (2, 1, 130, head_dim), (2, 1, 130, head_dim_v)
+        ring.check_backward(AttentionProblem(q, k, v, "float16", causal=True, bias=PairArray((2, 66, 130))))
+
+
+@pytest.mark.host
+def test_the_gradient_of_a_bias_on_a_chip_without_mma_sync(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 16 bits too it is then computed by the kernel on nvcuda::wmma."""
+    if shutil.which("g++") is None:
+        pytest.skip("the host ring needs g++")
+    device = HostDevice(chip=Chip("Turing", (7, 5), 64 << 10))
+    monkeypatch.setattr(_backends, "numpy_backend", LaunchBackend(device))
+    ring = host_ring("wmma")
     for head_dim, head_dim_v in ring.head_dim_pairs:
         q, k, v = (2, 2, 66, head_dim), (2, 1, 130, head_dim), (2, 1, 130, head_dim_v)
         ring.check_backward(AttentionProblem(q, k, v, "float16", causal=True, bias=PairArray((2, 66, 130))))
