@@ -95,6 +95,8 @@ def _softcap(problem: Problem, operands: Mapping[str, Operand]) -> Feature | Non
     with np.errstate(all="ignore"):
         scale, inverse = np.float64(problem.softmax_scale), 1 / np.float64(problem.softcap)
         small_limit, square = _completed_square(*TANH_OVER_X, scale * inverse, scale)
+        if scale < 0:  # the largest score would not be that of the largest number that the factor is left out of
+            small_limit = 0.0
         moderate_limit, reciprocal = _by_products(*X_OVER_TANH, scale * inverse, 1 / scale)
     return Feature(
         name="softcap",

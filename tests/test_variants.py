@@ -40,8 +40,9 @@ def test_every_combination_is_accurate(ring: Ring) -> None:
 
 # Scores reach 22: they are far above the cap, around it, below it and hardly a part of it.
 @pytest.mark.parametrize("softcap", [1e-30, 0.5, 8.0, 30.0, 100.0, 200.0, 1e30])
-def test_softcap(ring: Ring, softcap: float) -> None:
-    check(ring, softcap=softcap, scale=1.0)
+@pytest.mark.parametrize("scale", [1.0, -1.0])
+def test_softcap(ring: Ring, softcap: float, scale: float) -> None:
+    check(ring, softcap=softcap, scale=scale)
 
 
 # Kernels have shorter ways for tiles whose scores are all small: sorted, tiles take each way, and shuffled the longest.

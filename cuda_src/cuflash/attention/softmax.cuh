@@ -5,8 +5,10 @@
 
 namespace cuflash {
 
-// e^(score - shift). The difference comes first: it is small, and exact where the score is the shift.
-__device__ __forceinline__ float softmax_weight(float score, float shift) { return exp2f((score - shift) * kLog2e); }
+// e^(score * unit - shift). The difference comes first: it is small, and exact where the score is the shift.
+__device__ __forceinline__ float softmax_weight(float score, float shift, float unit = 1.0f) {
+  return exp2f((score * unit - shift) * kLog2e);
+}
 
 // After some tiles, the exponentials of the row's scores add up to sum * e^base.
 struct OnlineSoftmax {

@@ -122,11 +122,13 @@ struct FwdWmma {
         acc_s.clear();
         acc_s.template add_product<kHeadDim, Stored::kTransposed>(warp_q, kPitchK, smem_k, kPitchK);
 
+        float unit = 1.0f;  // of the scores of this tile, left to the softmax
         use_pairs(pairs, acc_s, [&](const auto& pairs) {
           acc_s.for_each([&](float& score, int m, int n, int i) {
             const int query = warp_row + 16 * m + map.row(i), key = first_key + 16 * n + map.col(i);
-            score = pairs.score(score, query, key).value;
+            score = pairs.score_over_factor(score, query, key);
           });
+          unit = pairs.factor();
         });
         pairs.each_mask(warp_queries, keys_of(n_block), [&](const auto& visible) {
           acc_s.for_each([&](float& score, int m, int n, int i) {
@@ -143,7 +145,7 @@ struct FwdWmma {
             for (int i = 0; i < Map::kNumElements; ++i) maxima.x[i] = fmaxf(maxima.x[i], acc_s.tile[m][n].x[i]);
           }
           const float tile_max = map.reduce_rows(maxima, scratch, [](float x, float y) { return fmaxf(x, y); });
-          const float factor = softmax[m].rescale(tile_max), shift = softmax[m].shift();
+          const float factor = softmax[m].rescale(tile_max * unit), shift = softmax[m].shift();
           if (__any_sync(kFullMask, factor != 1.0f)) {
 #pragma unroll
             for (int i = 0; i < Map::kNumElements; ++i) {
@@ -159,7 +161,7 @@ struct FwdWmma {
 #pragma unroll
             for (int n = 0; n < kTilesN; ++n) {
               float& weight = acc_s.tile[m][n].x[i];
-              weight = softmax_weight(weight, row_shift);
+              weight = softmax_weight(weight, row_shift, unit);
               row_sum.tile[m][0].x[i] += weight;
             }
           }
