@@ -12,6 +12,7 @@ import sys
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,7 @@ from cuflash._cli.bench.machine import dtype_named
 from cuflash._cli.bench.timing import Contender, Spread, describe, measure_in_turn
 from cuflash._cli.main import main
 from cuflash._device import Chip
-from cuflash._launch import LaunchBackend
+from cuflash._launch import AUTO, LaunchBackend
 from cuflash._problem import Problem
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -809,6 +810,32 @@ class TestCompilingAhead:
         _, *steps = sweeps.plan(machine, "variants", choice)
         asked = {(step.run.args[2], step.run.args[-1]) for step in steps}
         assert asked == {(op, family) for op in cells.OPS for family in FAMILIES_OF[op]}
+
+    def test_the_first_call_of_every_family_is_measured(self, device, monkeypatch):
+        pytest.importorskip("ml_dtypes")
+        machine, asked = ahead._gpu(), set()
+
+        def cold_and_warm(op, cell, kernel, options):
+            arrays = [np.zeros(cell.shape, np.float32).astype(dtype_named(cell.dtype)) for _ in range(5)]
+            if op == "forward":
+                cuflash.attention(*arrays[:3], kernel=kernel, **options or {})
+            else:
+                lse = np.zeros(cell.shape[:-1], np.float32)
+                cuflash.attention_backward(*arrays, lse, kernel=kernel, **options or {})
+            asked.add((op, kernel, cell.head_dim, bool(options)))
+            return {"cold_s": 1.0}
+
+        monkeypatch.setattr(first_call, "cold_and_warm", cold_and_warm)
+        monkeypatch.setattr(machine, "kernels", lambda op, cell: list(AUTO))
+        monkeypatch.setattr(machine, "kernel_name", lambda op, cell, kernel: kernel)
+        choice = sweeps.Choice(ops=cells.OPS, kernels=[], peers=[], dtype="bfloat16")
+        for step in sweeps.plan(machine, "compile", choice):
+            assert step.run().failures == {}
+        plain, combined = (
+            product(cells.OPS, AUTO, (64, 128, 256), (False,)),
+            product(cells.OPS, AUTO, (64, 128), (True,)),
+        )
+        assert asked == {*plain, *combined}
 
 
 class TestFirstCall:
