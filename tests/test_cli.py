@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 import cuflash
-from cuflash import _backends, _sm80, _sm90
+from cuflash import _backends, _sm80_tiles, _sm90
 from cuflash._cli import console, families, info, tune
 from cuflash._cli.bench import ahead, cells, command, first_call, naive, plots, records, sweeps, tables, variants
 from cuflash._cli.bench.cells import Cell
@@ -1094,11 +1094,11 @@ class TestTune:
         assert all(float(row[2]) <= chip.shared_memory / 1024 for row in table.rows)
 
     def test_the_tiles_of_sm80_are_among_its_candidates(self):
-        for (dim, dim_v, kib), tiles in _sm80.FORWARD_TILES.items():
+        for (dim, dim_v, kib), tiles in _sm80_tiles.FORWARD_TILES.items():
             problem = Problem("bfloat16", 1, 1, 1, 4096, 4096, dim, dim_v, 1.0)
             chip = Chip("chip", (8, 0), kib * 1024)
             assert set(tiles) <= set(tune._sm80_candidates(problem, chip))
-        for (dim, dim_v, kib), tiles in _sm80.DKDV_TILES.items():
+        for (dim, dim_v, kib), tiles in _sm80_tiles.DKDV_TILES.items():
             problem = Problem("bfloat16", 1, 1, 1, 4096, 4096, dim, dim_v, 1.0)
             chip = Chip("chip", (8, 0), kib * 1024)
             assert {(*tile[:-1], 1) for tile in tiles} <= set(tune._sm80_backward_candidates(problem, chip))

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from cuflash import _dbias, _parts, _sm80, _sm90, _sm90_backward, _wmma
+from cuflash import _dbias, _parts, _sm80, _sm80_tiles, _sm90, _sm90_backward, _wmma
 from cuflash._device import KernelSource
 from cuflash._kernel import HEAD_DIMS, NUMBERS, Kernel, find_blocks
 from cuflash._options import Options
@@ -85,13 +85,13 @@ def sm80_passes(options: Options, number: str, head_dims: tuple[int, int], arch:
     """The forward, whole and in parts, the backward in one pass with its end, and the two kernels of the other one."""
     for make in SM80_PASSES:
         yield make(problem(*head_dims), options, number, CHIPS[arch])[0]
-    if head_dims in _sm80.SHORT_TILES:  # that above is for few queries
+    if head_dims in _sm80_tiles.SHORT_TILES:  # that above is for few queries
         yield _sm80.forward(replace(problem(*head_dims), seqlen_q=4096), options, number, CHIPS[arch])[0]
 
 
 def sm80_float32_passes(number: str, head_dims: tuple[int, int], arch: int) -> Iterator[Kernel]:
     """The forward, whole and in parts, and the two kernels of the backward."""
-    has_gradients = (*head_dims, 99) in _sm80.FLOAT32_DKDV_TILES
+    has_gradients = (*head_dims, 99) in _sm80_tiles.FLOAT32_DKDV_TILES
     gradients = (_sm80.backward_dkdv, _sm80.backward_dq) if has_gradients else ()
     for make in (_sm80.forward, _sm80.forward_parts, *gradients):
         yield make(replace(problem(*head_dims), dtype="float32"), Options(), number, CHIPS[arch])[0]

@@ -26,7 +26,7 @@ PYTHON_LAYERS = [
     {"_options"},
     {"_kernel"},
     {"_call", "_tensor_maps", "_wgmma"},
-    {"_dbias", "_parts"},
+    {"_dbias", "_parts", "_sm80_tiles"},
     {"_wmma"},
     {"_fa1", "_naive", "_sm80"},
     {"_sm90_backward"},

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 import cuflash
-from cuflash import _backends, _dbias, _parts, _sm80, _wmma
+from cuflash import _backends, _dbias, _parts, _sm80_tiles, _wmma
 from cuflash._launch import LaunchBackend
 from cuflash.testing import assert_attention_accurate, assert_gradients_accurate
 from cuflash.testing.strategies import AttentionProblem, PackedProblem, PairArray
@@ -53,14 +53,14 @@ TILES = {
 }
 # Of the sm80 family, which has tables of its own.
 SM80_TILES = {
-    "FORWARD_TILES": _sm80.Tile(64, 64, 4, 2),
-    "DKDV_TILES": _sm80.DkDvTile(64, 64, 4, 1, 1, 2),
-    "DQ_TILES": _sm80.DqTile(64, 64, 4, 2),
+    "FORWARD_TILES": _sm80_tiles.Tile(64, 64, 4, 2),
+    "DKDV_TILES": _sm80_tiles.DkDvTile(64, 64, 4, 1, 1, 2),
+    "DQ_TILES": _sm80_tiles.DqTile(64, 64, 4, 2),
 }
 SM80_TILES_OF_ONE_STAGE = {
-    "FORWARD_TILES": _sm80.Tile(64, 64, 4, 1),
-    "DKDV_TILES": _sm80.DkDvTile(64, 64, 8, 2, 1, 1),
-    "DQ_TILES": _sm80.DqTile(64, 64, 4, 1),
+    "FORWARD_TILES": _sm80_tiles.Tile(64, 64, 4, 1),
+    "DKDV_TILES": _sm80_tiles.DkDvTile(64, 64, 8, 2, 1, 1),
+    "DQ_TILES": _sm80_tiles.DqTile(64, 64, 4, 1),
 }
 TILES_OF_ONE_STAGE = TILES | {"DKDV_TILES": (64, 64, 2, 2, 1), "DQ_TILES": (64, 64, 2, 2, 1)}
 
@@ -1191,9 +1191,9 @@ def numpy_arrays_on(device: HostDevice, family: str, *, one_stage: bool = False)
             patch.setitem(_dbias.SM80_TILES, kib, (_dbias.Sm80Tile(64, 64, 4, 2, 32, 3),))
         for table, tile in (TILES_OF_ONE_STAGE if one_stage else TILES).items():
             patch.setitem(getattr(_wmma, table), (2, 64), [tile])
-        patch.delitem(_sm80.SHORT_TILES, (64, 64))
+        patch.delitem(_sm80_tiles.SHORT_TILES, (64, 64))
         for table, sm80_tile in (SM80_TILES_OF_ONE_STAGE if one_stage else SM80_TILES).items():
-            tiles = getattr(_sm80, table)
+            tiles = getattr(_sm80_tiles, table)
             for key in [key for key in tiles if key[:2] == (64, 64)]:
                 patch.setitem(tiles, key, (sm80_tile,))
         yield

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import cuflash
-from cuflash import _backends, _launch, _parts, _sm80
+from cuflash import _backends, _launch, _parts, _sm80, _sm80_tiles
 from cuflash._call import Call
 from cuflash._device import Chip
 from cuflash._kernel import Kernel, num_places
@@ -123,10 +123,10 @@ def parts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
     """A ring on whose chip the keys of small problems are shared out too; the test fails if none were."""
     if request.param == "gpu" and why_no_gpu() is not None:
         pytest.skip(str(why_no_gpu()))
-    for tiles in (_sm80.FORWARD_TILES, _sm80.FLOAT32_FORWARD_TILES):  # short ones, so that there are several
-        for key in tiles:
-            monkeypatch.setitem(tiles, key, (_sm80.SMALLEST,))
-    for tiles in (_sm80.FRUGAL_TILES, _sm80.FLOAT32_FRUGAL_TILES, _sm80.SHORT_TILES):
+    for tiles in (_sm80_tiles.FORWARD_TILES, _sm80_tiles.FLOAT32_FORWARD_TILES):
+        for key in tiles:  # short ones, so that there are several
+            monkeypatch.setitem(tiles, key, (_sm80_tiles.SMALLEST,))
+    for tiles in (_sm80_tiles.FRUGAL_TILES, _sm80_tiles.FLOAT32_FRUGAL_TILES, _sm80_tiles.SHORT_TILES):
         for key in tuple(tiles):
             monkeypatch.delitem(tiles, key)
     monkeypatch.setattr(_parts, "MIN_TILES", 1)

@@ -10,7 +10,7 @@ from functools import partial
 from itertools import islice, product
 from typing import Any
 
-from cuflash import _sm80, _sm90, _sm90_backward, _wmma
+from cuflash import _sm80, _sm80_tiles, _sm90, _sm90_backward, _wmma
 from cuflash._call import Call
 from cuflash._cli import console
 from cuflash._cli.bench.cells import TOKENS, WIDTH, Cell, Op, flops
@@ -158,7 +158,7 @@ def _sm80_backward_candidates(problem: Problem, chip: Chip) -> Iterator[Tile]:
 
 
 def _sm80_key(problem: Problem, number: str, chip: Chip) -> tuple[int, ...]:
-    return _sm80.tile_class(_sm80.FORWARD_TILES, problem, chip)
+    return _sm80.tile_class(_sm80_tiles.FORWARD_TILES, problem, chip)
 
 
 def _wmma_candidates(problem: Problem, chip: Chip) -> Iterator[Tile]:
@@ -171,7 +171,7 @@ def _wmma_key(problem: Problem, number: str, chip: Chip) -> tuple[int, ...]:
 
 
 def _sm80_backward_key(problem: Problem, number: str, chip: Chip) -> tuple[int, ...]:
-    return _sm80.tile_class(_sm80.DKDV_TILES, problem, chip)
+    return _sm80.tile_class(_sm80_tiles.DKDV_TILES, problem, chip)
 
 
 def _sm90_key(problem: Problem, number: str, chip: Chip) -> tuple[int, ...]:
@@ -184,15 +184,18 @@ def _sm90_backward_key(problem: Problem, number: str, chip: Chip) -> tuple[int, 
 
 TUNED = (
     Family("sm90", "forward", _sm90.TILES, _sm90_key, _sm90.forward, _sm90_candidates, _sm90.Tile._make),
-    Family("sm80", "forward", _sm80.FORWARD_TILES, _sm80_key, _sm80.forward, _sm80_candidates, _sm80.Tile._make),
+    Family(
+        "sm80", "forward", _sm80_tiles.FORWARD_TILES, _sm80_key, _sm80.forward,
+        _sm80_candidates, _sm80_tiles.Tile._make,
+    ),
     Family("wmma", "forward", _wmma.FORWARD_TILES, _wmma_key, _wmma.forward, _wmma_candidates, tuple),
     Family(
         "sm90", "backward", _sm90_backward.TILES, _sm90_backward_key, _sm90_backward.kernels,
         _sm90_backward_candidates, _sm90_backward.Tile._make,
     ),
     Family(
-        "sm80", "backward", _sm80.DKDV_TILES, _sm80_backward_key, _sm80.backward,
-        _sm80_backward_candidates, _sm80.DkDvTile._make,
+        "sm80", "backward", _sm80_tiles.DKDV_TILES, _sm80_backward_key, _sm80.backward,
+        _sm80_backward_candidates, _sm80_tiles.DkDvTile._make,
     ),
 )  # fmt: skip
 
