@@ -264,7 +264,7 @@ def plan_backward(call: Call) -> Run:
     if call.deterministic or problem.dtype == "float32":
         dkdv_step, dq_step = (call.step(make(*of_call), delta=delta) for make in (backward_dkdv, backward_dq))
 
-        def apart(inputs: Inputs, dq: Array, dk: Array, dv: Array, options: tuple[Any, ...]) -> None:
+        def apart(inputs: Inputs, _: Array, dq: Array, dk: Array, dv: Array, options: tuple[Any, ...]) -> None:
             dkdv_step(*inputs, dk, dv, device.null, options=options)
             dq_step(*inputs, dq, options=options)
 
@@ -274,9 +274,8 @@ def plan_backward(call: Call) -> Run:
     tile = backward.tile(problem, call.options, call.chip)
     num_sums = _blocks_of_sums(problem, tile) * _rows_of_sums(problem, tile) * padded_head_dims(problem)[0]
 
-    def in_one_pass(inputs: Inputs, dq: Array, dk: Array, dv: Array, options: tuple[Any, ...]) -> None:
-        sums = device.zeros((max(num_sums, 1),), "float32")
+    def in_one_pass(inputs: Inputs, sums: Array, dq: Array, dk: Array, dv: Array, options: tuple[Any, ...]) -> None:
         step(*inputs, dk, dv, sums, options=options)
         finish_step(*inputs, dq, sums, options=options)
 
-    return plan_gradients(call, in_one_pass)
+    return plan_gradients(call, in_one_pass, num_sums)

@@ -151,15 +151,17 @@ def plan(call: Call) -> Run:
     params["bwd"] = fill("BwdParams", problem, {**operands, "delta": delta})
     rows = {"q": tile.block_m, "k": tile.block_n, "v": tile.block_n, "dout": tile.block_m}
     mapped = MappedParams(device, call.number, params, operands, rows)
-    finish_step = call.step((finish, query_tiles + key_tiles), delta=delta)
+    finish_step = call.step((finish, query_tiles + ceil_div(key_tiles, 32)), delta=delta)
     sizes = query_tiles * tile.block_m * _dims(problem)[0], key_tiles, 2 * query_tiles if call.deterministic else 0
+    num_sums = ceil_div(sum(sizes), 4) * 4
 
-    def products(inputs: _wmma.Inputs, dq: Array, dk: Array, dv: Array, options: tuple[Any, ...]) -> None:
+    def products(
+        inputs: _wmma.Inputs, workspace: Array, dq: Array, dk: Array, dv: Array, options: tuple[Any, ...]
+    ) -> None:
         q, k, v, dout, lse, delta = inputs
-        workspace = device.zeros((sum(sizes),), "float32")
         spoiled, turns = workspace[sizes[0] :], workspace[sizes[0] + sizes[1] :]
         arrays = lse, delta, workspace, turns if sizes[2] else device.null, spoiled, dk, dv
         launch(num_blocks, (*arrays, device.counter(), mapped(q, k, v, dout), *options))
         finish_step(q, k, v, dout, lse, delta, workspace, spoiled, dq, dk, dv, options=options)
 
-    return _wmma.plan_gradients(call, products)
+    return _wmma.plan_gradients(call, products, num_sums)

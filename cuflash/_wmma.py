@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -227,20 +228,20 @@ backward_dq = _TiledKernel(
 
 
 def delta(problem: Problem, number: str) -> tuple[Kernel, int]:
-    """The kernel that computes delta = rowsum(dout * out) - dlse, and the number of its blocks."""
+    """The kernel that computes delta = rowsum(dout * out) - dlse and clears memory, and the number of its blocks."""
     name, short, _ = NUMBERS[number]
     kernel = Kernel(
         template="BwdDelta",
         header="bwd_delta",
         symbol=f"cuflash_bwd_delta_{short}",
         arguments=(f"cuflash::{name}", DELTA_ROWS, DELTA_WARPS),
-        pointers=("const Element* out", "const Element* dout", "const float* dlse", "float* delta"),
+        pointers=("const Element* out", "const Element* dout", "const float* dlse", "float4* cleared", "float* delta"),
         params="BwdParams",
         num_threads=32 * DELTA_WARPS,
         shared_bytes=0,
     )
     rows = ceil_div(problem.seqlen_q, DELTA_ROWS) * problem.num_heads
-    return kernel, rows if problem.packed else rows * problem.batch
+    return kernel, max(rows if problem.packed else rows * problem.batch, 1)
 
 
 def dsinks(problem: Problem, options: Options, target: str) -> tuple[Kernel, int]:
@@ -282,7 +283,7 @@ def plan_backward(call: Call) -> Run:
     dkdv_step = call.step(backward_dkdv(*of_call), delta=delta_operand)
     dq_step = call.step(backward_dq(*of_call), delta=delta_operand)
 
-    def products(arrays: Inputs, dq: Array, dk: Array, dv: Array, options: tuple[Any, ...]) -> None:
+    def products(arrays: Inputs, _: Array, dq: Array, dk: Array, dv: Array, options: tuple[Any, ...]) -> None:
         dkdv_step(*arrays, dk, dv, options=options)
         dq_step(*arrays, dq, options=options)
 
@@ -299,13 +300,14 @@ def operand_of_delta(problem: Problem) -> Operand:
     return Operand((batch, problem.num_heads, problem.seqlen_q, 1), (batch_stride, problem.seqlen_q, 1, 0))
 
 
-def plan_gradients(call: Call, products: Callable[..., None]) -> Run:
+def plan_gradients(call: Call, products: Callable[..., None], num_sums: int = 0) -> Run:
     """What every family does before and after the gradients of Q, K and V, which `products` computes.
 
-    It is called with the inputs, dq, dk, dv and the options of the kernels.
+    It is called with the inputs, so many floats that are 0, a multiple of 4, dq, dk, dv and the options of the kernels.
     """
     device, problem, operands = call.device, call.problem, call.operands
     delta_operand = operand_of_delta(problem)
+    num_rows = math.prod(delta_operand.shape)
     delta_step = call.step(delta(problem, call.number), delta=delta_operand)
     dbias_step = dsinks_step = None
     rows = problem.batch * problem.seqlen_q  # without any there is nothing to sum, and no sequence to look at
@@ -330,11 +332,12 @@ def plan_gradients(call: Call, products: Callable[..., None]) -> Run:
         dsinks: Array | None = None,
         **extras: Any,
     ) -> None:
-        delta = device.empty(delta_operand.shape[:3], "float32")
+        workspace = device.empty((num_sums + num_rows,), "float32")
+        delta = workspace[num_sums:]
         options = call.options_argument(extras)
         inputs = q, k, v, dout, lse, delta
-        delta_step(out, dout, device.null if dlse is None else dlse, delta)
-        products(inputs, dq, dk, dv, options)
+        delta_step(out, dout, device.null if dlse is None else dlse, workspace, delta)
+        products(inputs, workspace, dq, dk, dv, options)
         if dbias_step is not None:
             dbias_step(*inputs, dbias, options=options)
         elif dbias is not None:

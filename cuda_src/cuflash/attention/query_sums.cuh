@@ -37,10 +37,12 @@ struct QuerySums {
     meet();
   }
 
+  // Adds pieces of a part, from one to another.
+  template <int kBegin = 0, int kEnd = Layout::kPieces>
   __device__ __forceinline__ void add(int part, const typename Layout::Part& dq) const {
     float4* const pieces = Layout::pieces(sums, tile, part, threadIdx.x % 128);
 #pragma unroll
-    for (int i = 0; i < Layout::kPieces; ++i) {
+    for (int i = kBegin; i < kEnd; ++i) {
       ptx::add_16(pieces + i * 128, dq.x[4 * i], dq.x[4 * i + 1], dq.x[4 * i + 2], dq.x[4 * i + 3]);
     }
   }

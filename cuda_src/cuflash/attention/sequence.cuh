@@ -49,7 +49,7 @@ struct HeadTile {
   // belong to several query heads jobs are few and long: the longest of more heads come first.
   static __device__ __forceinline__ int group_of_keys(int num_tiles, bool alike, bool of_several) {
     if (num_tiles >= (alike ? 128 : 256)) return 2;
-    if (num_tiles >= (alike ? 32 : 128)) return 4;
+    if (num_tiles >= (alike && !of_several ? 32 : 128)) return 4;
     return of_several && !alike ? 2 * group(num_tiles) : group(num_tiles);
   }
 };

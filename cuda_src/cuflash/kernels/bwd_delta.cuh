@@ -1,4 +1,5 @@
-// Preprocessing of the backward: delta = rowsum(dout * out) - dlse (FlashAttention-2, algorithm 2, line 4).
+// Preprocessing of the backward: delta = rowsum(dout * out) - dlse (FlashAttention-2, algorithm 2, line 4), and zeros
+// where other kernels add up.
 #pragma once
 
 #include <cuflash/attention/params.cuh>
@@ -21,6 +22,7 @@ struct BwdDelta {
   struct Arrays {
     const Element *out, *dout;
     const float* dlse;  // may be null
+    float4* cleared;    // all from here to delta becomes 0
     float* delta;
   };
 
@@ -28,7 +30,9 @@ struct BwdDelta {
   // neighbours in memory.
   static __device__ __forceinline__ void run(const Arrays& arrays, const BwdParams& params) {
     const Problem& problem = params.problem;
+    clear(arrays.cleared, reinterpret_cast<float4*>(arrays.delta));
     const int num_m_blocks = ceil_div(problem.seqlen_q, kNumRows);
+    if (num_m_blocks == 0) return;
     const int head = blockIdx.x % problem.num_heads;
     const int first_row = blockIdx.x / problem.num_heads % num_m_blocks * kNumRows;
     const int batch = blockIdx.x / problem.num_heads / num_m_blocks;
@@ -71,6 +75,15 @@ struct BwdDelta {
   }
 
  private:
+  // Each thread a piece of 16 bytes, then one as many pieces further as there are threads.
+  static __device__ __forceinline__ void clear(float4* begin, const float4* end) {
+    const long long step = static_cast<long long>(gridDim.x) * kNumThreads;
+#pragma unroll 4
+    for (float4* piece = begin + blockIdx.x * kNumThreads + threadIdx.x; piece < end; piece += step) {
+      *piece = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    }
+  }
+
   // Adds what 16 bytes of each row contribute.
   static __device__ __forceinline__ void add_products(float (&sums)[kRowsAtOnce], const Rows& out, const Rows& dout,
                                                       const int (&rows)[kRowsAtOnce], int col) {

@@ -29,6 +29,11 @@ struct BwdSm90 {
   // With all of dK, dV and float32 weights in registers there is no room for products that start ahead.
   static constexpr bool kStartsAhead = Gradients::kPlainWeights || kHeadDim <= 64;
 
+  // The pieces of dQ that are added to the sums before the next scores start. Additions wait for each other: the rest
+  // does so beside the product, but the product starts only when those before it are under way.
+  static constexpr int kPieces = Sums::Layout::kPieces;
+  static constexpr int kPiecesFirst = !kStartsAhead ? kPieces : kHeadDim <= 64 ? kPieces / 4 : kPieces / 4 * 3;
+
   using Shared = typename Block::Shared;
   static constexpr int kNumThreads = Block::kNumThreads, kSharedBytes = Block::kSharedBytes;
 
@@ -129,7 +134,7 @@ struct BwdSm90 {
         ptx::wgmma_wait<1>();
         release(rings.dout, at);
         const Sums sums = sums_here();
-        sums.add(consumer, dq);
+        sums.template add<0, kPiecesFirst>(consumer, dq);
         auto next = at;
         next.advance();
         walk.advance();
@@ -137,6 +142,7 @@ struct BwdSm90 {
           if (!walk.done()) rings.q.wait_full(next);
           start_scores(next);  // after the last tile nobody asks for them
         }
+        sums.template add<kPiecesFirst>(consumer, dq);
         if constexpr (kDeterministic) sums.pass_turn();
         ptx::wgmma_wait<kStartsAhead ? 1 : 0>();
         release(rings.q, at);

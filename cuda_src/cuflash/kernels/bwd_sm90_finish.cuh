@@ -9,7 +9,7 @@
 namespace cuflash {
 
 // A block writes the rows of a tile of queries of one head: its warpgroups take turns with the parts of the sums.
-// Blocks behind those look after the tiles of keys.
+// Blocks behind those look after the tiles of keys, 32 each.
 template <class Number, class Options, int kHeadDim, int kHeadDimV, int kBlockM, int kBlockN>
 struct BwdSm90Finish {
   using Element = typename Number::Element;
@@ -38,14 +38,21 @@ struct BwdSm90Finish {
         Careful::template write_queries<kHeadDim>(arrays, params, options, job, rows_of_warp(job.tile, kBlockM),
                                                   kNumWarps, memory());
       }
-    } else {
-      const Job job = options.template key_job<kBlockN>(problem, blockIdx.x - num_query_jobs);
-      if (job.tile < 0 || job.tile * kBlockN >= job.sequence.num_keys) return;
+      return;
+    }
+    // Each lane asks for a tile of its own.
+    const int first = 32 * (blockIdx.x - num_query_jobs), index = first + threadIdx.x % 32;
+    const auto key_job = [&](int index) { return options.template key_job<kBlockN>(problem, index); };
+    bool is_spoiled = false;
+    if (index < Options::template num_key_jobs<kBlockN>(problem)) {
+      const Job job = key_job(index);
       const long long tile = Options::template key_tile<kBlockN>(problem, job.sequence, job.head, job.tile);
-      if (arrays.spoiled[tile]) {
-        Careful::template write_keys<kHeadDim, kHeadDimV>(arrays, params, options, job, rows_of_warp(job.tile, kBlockN),
-                                                          kNumWarps, memory());
-      }
+      is_spoiled = job.tile >= 0 && job.tile * kBlockN < job.sequence.num_keys && arrays.spoiled[tile] != 0;
+    }
+    for (unsigned left = __ballot_sync(kFullMask, is_spoiled); left != 0; left &= left - 1) {
+      const Job job = key_job(first + __ffs(left) - 1);
+      Careful::template write_keys<kHeadDim, kHeadDimV>(arrays, params, options, job, rows_of_warp(job.tile, kBlockN),
+                                                        kNumWarps, memory());
     }
   }
 
