@@ -69,10 +69,10 @@ struct Dropout {
   template <int kTiles>
   __device__ __forceinline__ Draw<kTiles> draw(unsigned query, unsigned key) const {
     const int lane = threadIdx.x % 32;
-    const unsigned column = key / 32 * 4 + lane % 4, row = query / 2 + lane / 4;
-    // The keys of all rounds are then in registers that lanes share.
-    const unsigned low = uniform(static_cast<unsigned>(seed)), high = uniform(static_cast<unsigned>(seed >> 32));
-    const uint4 random = philox(make_uint2(low, high), make_uint4(column, row, head, batch));
+    const unsigned first_key = kTiles == 2 ? key : key / 32 * 32;  // of those that share draws
+    const unsigned column = first_key / 8 + lane % 4, row = query / 2 + lane / 4;
+    const uint2 seed_words = make_uint2(static_cast<unsigned>(seed), static_cast<unsigned>(seed >> 32));
+    const uint4 random = philox(seed_words, make_uint4(column, row, head, batch));
     if constexpr (kTiles == 2) {
       return {{random.x, random.y, random.z, random.w}, threshold, inverse};
     } else {

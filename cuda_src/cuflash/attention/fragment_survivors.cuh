@@ -18,13 +18,15 @@ struct FragmentSurvivors {
                                                int first_key) {
     if constexpr (Options::kHasDropout) {
       constexpr int kDrawn = kTilesOfKeys % 2 == 0 ? 2 : 1;  // then the first key is a multiple of 32
+      unsigned query = first_query;
+      ptx::make_opaque(query);  // as in drop
 #pragma unroll
       for (int first = 0; first < kNumTiles; first += 4) {
         unsigned drawn = 0, mine = 0;
 #pragma unroll
         for (int tile = first; tile < smaller(first + 4, kNumTiles); tile += kDrawn) {
-          const Draw<kDrawn> draw = options.template draw<kDrawn>(first_query + tile / kTilesOfKeys * 16,
-                                                                  first_key + tile % kTilesOfKeys * 16);
+          const Draw<kDrawn> draw =
+              options.template draw<kDrawn>(query + tile / kTilesOfKeys * 16, first_key + tile % kTilesOfKeys * 16);
           drawn |= draw.template bits<false>() << 8 * (tile - first);
         }
 #pragma unroll
