@@ -61,14 +61,14 @@ def kept_pairs(dropout_p: float, seed: int, batch: int, heads: slice, queries: s
     words = np.stack(philox((seed & WORD, seed >> 32), (column, row[:, None], head[:, None, None], batch)))
     rotated = (words << 8 | words >> 24) & WORD
     numbers = np.stack((words, rotated)).astype("<u4").view("<f2")  # the low half of a word comes first
+    limit, drops_below = threshold(dropout_p)
+    kept = (numbers < limit) != drops_below
     # Of its 16 x 32, a pair is query 8 a + r and key 16 d + 8 c + 2 t + e: half e of word 2 d + a, drawn at row r and
     # column t, and rotated if c is 1.
-    numbers = numbers.reshape(2, 2, 2, len(head), len(row) // 8, 8, len(column) // 4, 4, 2)  # c, d, a, ..., r, _, t, e
-    numbers = numbers.transpose(3, 4, 2, 5, 6, 1, 0, 7, 8).reshape(len(head), 2 * len(row), 8 * len(column))
+    kept = kept.reshape(2, 2, 2, len(head), len(row) // 8, 8, len(column) // 4, 4, 2)  # c, d, a, head, _, r, _, t, e
+    kept = kept.transpose(3, 4, 2, 5, 6, 1, 0, 7, 8).reshape(len(head), 2 * len(row), 8 * len(column))
     i, j = queries.start % 16, keys.start % 32
-    limit, drops_below = threshold(dropout_p)
-    below = numbers[:, i : i + queries.stop - queries.start, j : j + keys.stop - keys.start] < limit
-    return ~below if drops_below else below
+    return kept[:, i : i + queries.stop - queries.start, j : j + keys.stop - keys.start]
 
 
 def dropout_mask(shape: tuple[int, int, int, int], dropout_p: float, seed: Any) -> Array:
@@ -113,7 +113,7 @@ def dropout_mask(shape: tuple[int, int, int, int], dropout_p: float, seed: Any) 
     >>> import cuflash
     >>> kept = cuflash.dropout_mask((1, 1, 100, 100), 0.25, seed=7)
     >>> kept.shape, round(float(kept.mean()), 2)
-    ((1, 1, 100, 100), 0.74)
+    ((1, 1, 100, 100), 0.76)
     """
     batch, heads, seqlen_q, seqlen_k = shape = _checks.shape(shape, 4)
     dropout_p = _check_options.dropout_p(dropout_p, has_seed=seed is not None)
