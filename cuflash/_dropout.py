@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,6 @@ from . import _check_options, _checks
 
 Array = NDArray[Any]
 
-TILE = 16  # one draw decides about 8 pairs of a tile of 16 x 16, those that a GPU thread holds
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 WORD = 0xFFFFFFFF
@@ -38,28 +38,52 @@ def philox(
     return counter_0, counter_1, counter_2, counter_3
 
 
+@cache
+def _ordered() -> Array:
+    """All patterns of 16 bits, as float16 in ascending order, NaN last."""
+    return np.sort(np.arange(65536, dtype=np.uint16).view(np.float16))
+
+
+def threshold(dropout_p: float) -> tuple[np.float16, bool]:
+    """What random numbers are compared with, and whether the weights of those below are dropped, or alone survive.
+
+    The rarer of the two, so that NaN is not below.
+    """
+    drops_below = dropout_p <= 0.5
+    return _ordered()[round(65536 * (dropout_p if drops_below else 1 - dropout_p))], drops_below
+
+
 def kept_pairs(dropout_p: float, seed: int, batch: int, heads: slice, queries: slice, keys: slice) -> Array:
     """True where a pair survives, of shape (heads, queries, keys)."""
-    row = np.arange(queries.start // TILE * 8, -(-queries.stop // TILE) * 8)
-    column = np.arange(keys.start // TILE * 4, -(-keys.stop // TILE) * 4)
+    row = np.arange(queries.start // 16 * 8, -(-queries.stop // 16) * 8)
+    column = np.arange(keys.start // 32 * 4, -(-keys.stop // 32) * 4)
     head = np.arange(heads.start, heads.stop)
-    words = philox((seed & WORD, seed >> 32), (column, row[:, None], head[:, None, None], batch))
-    numbers = np.stack(words).astype("<u4").view("<u2")  # the low half of a word comes first
-    # A pair of a tile is query 8 a + r and key 8 c + 2 t + e: half e of word 2 a + c, drawn at row r and column t.
-    numbers = numbers.reshape(2, 2, len(head), len(row) // 8, 8, len(column) // 4, 4, 2)  # a, c, head, _, r, _, t, e
-    numbers = numbers.transpose(2, 3, 0, 4, 5, 1, 6, 7).reshape(len(head), 2 * len(row), 4 * len(column))
-    i, j = queries.start % TILE, keys.start % TILE
-    inside = numbers[:, i : i + queries.stop - queries.start, j : j + keys.stop - keys.start]
-    return inside >= round(dropout_p * 65536)
+    words = np.stack(philox((seed & WORD, seed >> 32), (column, row[:, None], head[:, None, None], batch)))
+    rotated = (words << 8 | words >> 24) & WORD
+    numbers = np.stack((words, rotated)).astype("<u4").view("<f2")  # the low half of a word comes first
+    limit, drops_below = threshold(dropout_p)
+    kept = (numbers < limit) != drops_below
+    # Of its 16 x 32, a pair is query 8 a + r and key 16 d + 8 c + 2 t + e: half e of word 2 d + a, drawn at row r and
+    # column t, and rotated if c is 1.
+    kept = kept.reshape(2, 2, 2, len(head), len(row) // 8, 8, len(column) // 4, 4, 2)  # c, d, a, head, _, r, _, t, e
+    kept = kept.transpose(3, 4, 2, 5, 6, 1, 0, 7, 8).reshape(len(head), 2 * len(row), 8 * len(column))
+    i, j = queries.start % 16, keys.start % 32
+    return kept[:, i : i + queries.stop - queries.start, j : j + keys.stop - keys.start]
 
 
 def dropout_mask(shape: tuple[int, int, int, int], dropout_p: float, seed: Any) -> Array:
     """Which weights a call of :func:`attention` keeps.
 
-    The pairs of query ``i`` and key ``j`` of a head are cut into tiles of 16 x 16. Philox4x32-7 [1]_ with the key
-    ``(seed mod 2**32, seed // 2**32)`` and the counter ``(j // 16 * 4 + j % 8 // 2, i // 16 * 8 + i % 8, h, b)`` gives
-    four words; in the low half of word ``i // 8 % 2 * 2 + j // 8 % 2`` for an even ``j``, in the high half for an odd
-    one, is a number of 16 bits. The weight is kept iff that is at least ``round(65536 * dropout_p)``.
+    The pairs of query ``i`` and key ``j`` of a head are cut into tiles of 16 x 32. Philox4x32-7 [1]_ with the key
+    ``(seed mod 2**32, seed // 2**32)`` and the counter ``(j // 32 * 4 + j % 8 // 2, i // 16 * 8 + i % 8, h, b)`` gives
+    four words. Word ``j // 16 % 2 * 2 + i // 8 % 2``, rotated left by 8 bits if ``j // 8`` is odd, has the number of
+    the pair, read as float16: in its low half for an even ``j``, in its high half for an odd one. If ``dropout_p`` is
+    at most 1/2, the weight is dropped iff its number is below ``t``, the float16 that has ``round(65536 * dropout_p)``
+    of all 65536 patterns below it (the first of them if two are equal, +0 and -0). Otherwise it is kept iff its number
+    is below the ``t`` of ``1 - dropout_p``. NaN is never below.
+
+    Weights that share a word have a correlation of 1/256 or less: the first byte of each number is no other's first
+    byte, and decides but for one of its 256 values, for which the first byte of another number decides.
 
     Parameters
     ----------
@@ -89,7 +113,7 @@ def dropout_mask(shape: tuple[int, int, int, int], dropout_p: float, seed: Any) 
     >>> import cuflash
     >>> kept = cuflash.dropout_mask((1, 1, 100, 100), 0.25, seed=7)
     >>> kept.shape, round(float(kept.mean()), 2)
-    ((1, 1, 100, 100), 0.74)
+    ((1, 1, 100, 100), 0.76)
     """
     batch, heads, seqlen_q, seqlen_k = shape = _checks.shape(shape, 4)
     dropout_p = _check_options.dropout_p(dropout_p, has_seed=seed is not None)

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from ._dropout import threshold
 from ._params import STRIDES
 from ._problem import Mod, Operand, Problem
 
@@ -318,14 +319,25 @@ def _dropout(problem: Problem, operands: Mapping[str, Operand]) -> Feature | Non
         seed = extras["seed"]
         return {"seed": seed} if isinstance(seed, int) else {"seed_array": pointer(seed)}
 
-    threshold = round(problem.dropout_p * 65536)  # at 65536 nothing survives: what kernels let through, the factor ends
-    survivor_factor = 1 / (1 - problem.dropout_p) if threshold < 65536 else 0.0
+    limit, drops_below = threshold(problem.dropout_p)
     return Feature(
         name="dropout",
         type="cuflash::Dropout",
         header="dropout",
-        dtype=_struct(seed="u8", seed_array="u8", threshold="u4", survivor_factor="f4", batch="i4", head="i4"),
-        values={"threshold": min(threshold, 65535) << 16, "survivor_factor": survivor_factor},
+        dtype=_struct(
+            seed="u8",
+            seed_array="u8",
+            threshold="u4",
+            inverse="u4",
+            survivor_factor="f4",
+            batch="i4",
+            head="i4",
+        ),
+        values={
+            "threshold": int(limit.view(np.uint16)) * 0x10001,
+            "inverse": 0xFFFFFFFF if drops_below else 0,
+            "survivor_factor": 1 / (1 - problem.dropout_p),
+        },
         arrays=arrays,
         flags=("kHasDropout",),
         methods={"enter": "dropout.enter(sequence, head);"},

@@ -126,8 +126,10 @@ class Options:
         if "sinks" in names:
             lines += _method("float sink() const", ["return sinks.logit;"])
         if "dropout" in names:
+            lines += ["  template <int kTiles>"]
             lines += _method(
-                "cuflash::Draw draw(unsigned query, unsigned key) const", ["return dropout.draw(query, key);"]
+                "cuflash::Draw<kTiles> draw(unsigned query, unsigned key) const",
+                ["return dropout.draw<kTiles>(query, key);"],
             )
             lines += _method("float survivor_factor() const", ["return dropout.survivor_factor;"])
         if "packed" in names:

@@ -10,9 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import cuflash
-from cuflash._dropout import kept_pairs, philox
+from cuflash._dropout import kept_pairs, philox, threshold
 
 ONES = 0xFFFFFFFF
+PATTERNS = np.arange(2**16, dtype=np.uint16).view(np.float16)
+ORDERED = np.array(sorted(PATTERNS[~np.isnan(PATTERNS)]))
 
 
 @pytest.mark.parametrize(
@@ -35,9 +37,14 @@ def test_philox_is_the_published_one(rounds: int, key: Any, counter: Any, expect
 
 def is_kept(b: int, h: int, i: int, j: int, dropout_p: float, seed: int) -> bool:
     """The documentation of dropout_mask, pair by pair."""
-    counter = (j // 16 * 4 + j % 8 // 2, i // 16 * 8 + i % 8, h, b)
-    word = int(philox((seed % 2**32, seed // 2**32), counter)[i // 8 % 2 * 2 + j // 8 % 2])
-    return (word >> 16 if j % 2 else word & 0xFFFF) >= round(65536 * dropout_p)
+    counter = (j // 32 * 4 + j % 8 // 2, i // 16 * 8 + i % 8, h, b)
+    word = int(philox((seed % 2**32, seed // 2**32), counter)[j // 16 % 2 * 2 + i // 8 % 2])
+    if j // 8 % 2:
+        word = word % 2**24 * 2**8 + word // 2**24
+    number = np.array(word // 2**16 if j % 2 else word % 2**16, np.uint16).view(np.float16)
+    if dropout_p <= 0.5:
+        return not number < ORDERED[round(65536 * dropout_p)]
+    return bool(number < ORDERED[round(65536 * (1 - dropout_p))])
 
 
 @settings(max_examples=20, derandomize=True, deadline=None)
@@ -61,6 +68,14 @@ def test_a_block_is_cut_out_of_the_whole(data: st.DataObject) -> None:
     np.testing.assert_array_equal(kept_pairs(0.3, 2**40 + 7, b, *pieces), whole[(b, *pieces)])
 
 
+@pytest.mark.parametrize("dropout_p", [1e-6, 0.001, 0.17, 0.48437, 0.4844, 0.5, 0.5001, 0.9, 0.999999])
+def test_the_share_of_numbers_that_drop_a_weight(dropout_p: float) -> None:
+    limit, drops_below = threshold(dropout_p)
+    below = int(np.less(PATTERNS, limit).sum())
+    dropped = below if drops_below else 2**16 - below
+    assert abs(dropped - 2**16 * dropout_p) <= (1.5 if limit == 0 else 0.5)
+
+
 @pytest.mark.parametrize("dropout_p", [0.1, 0.5, 0.83])
 def test_the_share_of_kept_weights(dropout_p: float) -> None:
     shape = (2, 3, 256, 512)
@@ -74,12 +89,21 @@ def test_the_share_of_kept_weights(dropout_p: float) -> None:
             assert abs(z.var() - 1) < 6 * np.sqrt(2 / z.size)
 
 
-@pytest.mark.parametrize("shift", [1, 2, 7, 8, 9, 16, 128])
+@pytest.mark.parametrize("shift", [1, 2, 7, 8, 9, 16, 32, 128])
 @pytest.mark.parametrize("axis", [2, 3])
 def test_neighbours_are_independent(shift: int, axis: int) -> None:
     centred = cuflash.dropout_mask((1, 2, 512, 512), 0.5, seed=5) - 0.5
     products = np.roll(centred, shift, axis) * centred * 4
     assert abs(products.mean()) < 6 / np.sqrt(products.size)
+
+
+@pytest.mark.parametrize("dropout_p", [0.1, 0.5, 0.83])
+def test_weights_that_share_a_word_are_all_but_independent(dropout_p: float) -> None:
+    kept = cuflash.dropout_mask((1, 4, 1024, 1024), dropout_p, seed=5)[0]
+    centred = (kept - (1 - dropout_p)) / np.sqrt(dropout_p * (1 - dropout_p))
+    of_word = centred.reshape(4, 1024, 64, 2, 4, 2).transpose(3, 5, 0, 1, 2, 4).reshape(4, -1)  # keys j, +1, +8, +9
+    correlation = of_word @ of_word.T / of_word.shape[1] - np.eye(4)
+    assert np.abs(correlation).max() < 1 / 256 + 6 / np.sqrt(of_word.shape[1])
 
 
 @pytest.mark.parametrize("other", [4, 5 + 2**32, 5 + 2**63])

@@ -219,7 +219,7 @@ def test_a_row_that_sees_only_its_sink(ring: Ring) -> None:
     ring.check_backward(problem)
 
 
-@pytest.mark.parametrize("dropout_p", [1e-6, 0.17, 0.9, 0.999999])
+@pytest.mark.parametrize("dropout_p", [1e-6, 0.17, 0.5, 0.9, 0.999999])
 def test_dropout(ring: Ring, dropout_p: float) -> None:
     check(ring, dropout_p=dropout_p)
 

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cuflash/attention/recompute.cuh>
+#include <cuflash/attention/survivors.cuh>
 
 namespace cuflash {
 
@@ -162,17 +163,6 @@ struct CarefulGradients {
     for (int i = 0; i < kCount; ++i) {
       const int col = 32 * i + threadIdx.x % 32;
       if (col < out.cols) *out.at(row, col) = from_float<Element>(sum[i] * scale);
-    }
-  }
-
-  // Lanes draw the bits of the tile (attention/dropout.cuh): each asks the one that drew its own.
-  static __device__ __forceinline__ bool survives(const Options& options, int query, int key) {
-    if constexpr (Options::kHasDropout) {
-      const unsigned drawn = options.draw(query / 16 * 16, key / 16 * 16).survivors();
-      const unsigned of_owner = __shfl_sync(kFullMask, drawn, query % 8 * 4 + key % 8 / 2);
-      return of_owner >> (query / 8 % 2 * 4 + key / 8 % 2 * 2 + key % 2) & 1;
-    } else {
-      return true;
     }
   }
 };

@@ -5,6 +5,7 @@
 
 #include <cuflash/attention/options.cuh>
 #include <cuflash/attention/softmax.cuh>
+#include <cuflash/attention/survivors.cuh>
 
 namespace cuflash {
 
@@ -83,22 +84,6 @@ struct CarefulHead {
       const float row_shift = __shfl_sync(kFullMask, second ? shift[1] : shift[0], lane);
       const float row_inverse = __shfl_sync(kFullMask, second ? inverse[1] : inverse[0], lane);
       if (row < out.rows) write_row<kHeadDimV>(row, row_shift, row_inverse);
-    }
-  }
-
- private:
-  // Lanes draw the bits of a 16 x 16 tile (attention/dropout.cuh): each asks the one that drew its own.
-  static __device__ __forceinline__ bool survives(const Options& options, int row, int key) {
-    if constexpr (Options::kHasDropout) {
-      const int owner = row % 8 * 4 + key % 8 / 2, bit = row / 8 % 2 * 4 + key / 8 % 2 * 2 + key % 2;
-      unsigned drawn[2];
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        drawn[half] = __shfl_sync(kFullMask, options.draw(row / 16 * 16, key / 32 * 32 + 16 * half).survivors(), owner);
-      }
-      return (key / 16 % 2 ? drawn[1] : drawn[0]) >> bit & 1;
-    } else {
-      return true;
     }
   }
 };

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cuflash/attention/sequence.cuh>
+#include <cuflash/ptx/compare.cuh>
 
 namespace cuflash {
 
@@ -19,31 +20,42 @@ __device__ __forceinline__ uint4 philox(uint2 key, uint4 counter) {
   return counter;
 }
 
-// One draw decides about 8 pairs, the ones that a lane holds of a 16 x 16 tile in the layout of mma instructions:
-// number 4 i + 2 j + c is for query 8 i + lane / 4 and key 8 j + 2 (lane % 4) + c of the tile.
+// Random numbers for the pairs that a lane holds of 16 queries and 16 or 32 keys in the layout of mma instructions:
+// element i is for query 8 (i / 2 % 2) + lane / 4 and key 8 (i / 4) + 2 (lane % 4) + i % 2. A word of 32 bits serves
+// four of them: as the two halves of the word, and of the word rotated by 8 bits. So each number has a first byte of
+// its own, which decides but for one of its 256 values, and then the first byte of another number does.
+template <int kTiles>
 struct Draw {
-  uint4 random;        // two numbers of 16 bits in each word, the low half first
-  unsigned threshold;  // 65536 times the least number that survives
+  unsigned random[2 * kTiles];
+  unsigned threshold;  // twice, in float16: what instructions compare in pairs
+  unsigned inverse;    // all ones if numbers below the threshold are those that do not survive, 0 if they alone do
 
-  // The low half is compared as a high one, and what is below a high half decides nothing.
-  __device__ __forceinline__ bool survives(int i) const {
-    const unsigned word = i / 2 == 0 ? random.x : i / 2 == 1 ? random.y : i / 2 == 2 ? random.z : random.w;
-    return (i % 2 ? word : word << 16) >= threshold;
-  }
+  // Of elements i and i + 1, i even: all ones in the half of one that survives.
+  __device__ __forceinline__ unsigned pair(int i) const { return below(i) ^ inverse; }
 
-  // The same of all numbers, a bit for each.
-  __device__ __forceinline__ unsigned survivors() const {
+  // Of all elements, a bit for each. In the transposed order bits 1 and 2 of i change places.
+  template <bool kTransposed>
+  __device__ __forceinline__ unsigned bits() const {
     unsigned bits = 0;
 #pragma unroll
-    for (int i = 0; i < 8; ++i) bits |= survives(i) << i;
-    return bits;
+    for (int i = 0; i < 8 * kTiles; i += 2) {
+      const int position = kTransposed ? i / 8 * 8 + i / 4 % 2 * 2 + i / 2 % 2 * 4 : i;
+      bits |= below(i) & 0x20001u << position;
+    }
+    return ((bits | bits >> 16) ^ inverse) & (1u << 8 * kTiles) - 1;
+  }
+
+ private:
+  __device__ __forceinline__ unsigned below(int i) const {
+    const unsigned word = random[i / 8 * 2 + i / 2 % 2];
+    return ptx::less_2(i / 4 % 2 ? __funnelshift_l(word, word, 8) : word, threshold);
   }
 };
 
 struct Dropout {
   unsigned long long seed;
   const unsigned long long* seed_array;  // if not null, the seed is there
-  unsigned threshold;                    // as in Draw
+  unsigned threshold, inverse;           // as in Draw
   float survivor_factor;                 // 1 / (1 - p)
   int batch, head;                       // at hand
 
@@ -53,13 +65,20 @@ struct Dropout {
     head = query_head;
   }
 
-  // Of the tile that begins at these multiples of 16.
-  __device__ __forceinline__ Draw draw(unsigned query, unsigned key) const {
+  // For the tiles of 16 x 16 that begin at these multiples of 16; two of them where the key is a multiple of 32.
+  template <int kTiles>
+  __device__ __forceinline__ Draw<kTiles> draw(unsigned query, unsigned key) const {
     const int lane = threadIdx.x % 32;
-    const unsigned column = key / 4 + lane % 4, row = query / 2 + lane / 4;
-    // The keys of all rounds are then in registers that lanes share.
-    const unsigned low = uniform(static_cast<unsigned>(seed)), high = uniform(static_cast<unsigned>(seed >> 32));
-    return {philox(make_uint2(low, high), make_uint4(column, row, head, batch)), threshold};
+    const unsigned first_key = kTiles == 2 ? key : key / 32 * 32;  // of those that share draws
+    const unsigned column = first_key / 8 + lane % 4, row = query / 2 + lane / 4;
+    const uint2 seed_words = make_uint2(static_cast<unsigned>(seed), static_cast<unsigned>(seed >> 32));
+    const uint4 random = philox(seed_words, make_uint4(column, row, head, batch));
+    if constexpr (kTiles == 2) {
+      return {{random.x, random.y, random.z, random.w}, threshold, inverse};
+    } else {
+      const bool second = key / 16 % 2;
+      return {{second ? random.z : random.x, second ? random.w : random.y}, threshold, inverse};
+    }
   }
 };
 

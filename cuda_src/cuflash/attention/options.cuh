@@ -82,8 +82,11 @@ struct PlainOptions : BatchedSequences {
   // One more logit of each row.
   __device__ __forceinline__ float sink() const { return -infinity(); }
 
-  // Which weights of a 16 x 16 tile survive, as far as this lane draws them, and their factor.
-  __device__ __forceinline__ Draw draw(unsigned, unsigned) const { return {}; }
+  // Which weights of one or two tiles of 16 x 16 survive, as far as this lane draws them, and their factor.
+  template <int kTiles>
+  __device__ __forceinline__ Draw<kTiles> draw(unsigned, unsigned) const {
+    return {};
+  }
   __device__ __forceinline__ float survivor_factor() const { return 1.0f; }
 };
 

@@ -2,7 +2,7 @@
 #pragma once
 
 #include <cuflash/attention/recompute.cuh>
-#include <cuflash/ptx/opaque.cuh>
+#include <cuflash/attention/survivors.cuh>
 #include <cuflash/tile/warpgroup_tile.cuh>
 
 namespace cuflash {
@@ -87,55 +87,6 @@ struct GradientTile {
   }
   __device__ __forceinline__ int key(int i) const {
     return first_key + (kTransposed ? 8 * row_of_element(i) : col_of_element(i));
-  }
-};
-
-// Which weights survive of a warp's 16 rows: a bit for each element of a lane, 8 for each 16 columns. Lanes draw the
-// bits of the pairs that they hold where rows are queries; else they ask those who drew theirs (attention/dropout.cuh).
-template <class Options, int kCols, bool kTransposed>
-struct Survivors {
-  unsigned words[ceil_div(kCols, 64)];
-
-  __device__ __forceinline__ Survivors(const Options& options, int first_query, int first_key) {
-    if constexpr (Options::kHasDropout) {
-#pragma unroll
-      for (int word = 0; word < ceil_div(kCols, 64); ++word) words[word] = 0;
-#pragma unroll
-      for (int col = 0; col < kCols; col += 16) {
-        unsigned at = (kTransposed ? first_query : first_key) + col;
-        ptx::make_opaque(at);  // one draw after another: all at once would not fit the registers
-        unsigned drawn = (kTransposed ? options.draw(at, first_key) : options.draw(first_query, at)).survivors();
-        if constexpr (kTransposed) drawn = transposed(drawn);
-        words[col / 64] |= drawn << col / 16 % 4 * 8;
-      }
-    }
-  }
-
-  __device__ __forceinline__ bool operator()(int i) const {
-    if constexpr (Options::kHasDropout) {
-      const int bit = i / 8 % 4 * 8 + i / 2 % 2 * 4 + i / 4 % 2 * 2 + i % 2;
-      return words[i / 32] >> bit & 1;
-    } else {
-      return true;
-    }
-  }
-
- private:
-  // In the same order for the lane's elements of the transposed tile: bit 4 r + 2 j + c is for key 8 r + lane / 4 and
-  // query 8 j + 2 (lane % 4) + c.
-  static __device__ __forceinline__ unsigned transposed(unsigned drawn) {
-    const int key = threadIdx.x % 32 / 4, query = threadIdx.x % 4 * 2;
-    unsigned mine = 0;
-#pragma unroll
-    for (int c = 0; c < 2; ++c) {
-      const unsigned of_owner = __shfl_sync(kFullMask, drawn, (query + c) * 4 + key / 2) >> key % 2;
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-#pragma unroll
-        for (int j = 0; j < 2; ++j) mine |= (of_owner >> (4 * j + 2 * r) & 1) << (4 * r + 2 * j + c);
-      }
-    }
-    return mine;
   }
 };
 

@@ -3,7 +3,7 @@
 
 #include <cuflash/attention/options.cuh>
 #include <cuflash/attention/softmax.cuh>
-#include <cuflash/ptx/opaque.cuh>
+#include <cuflash/attention/survivors.cuh>
 #include <cuflash/tile/warpgroup_tile.cuh>
 
 namespace cuflash {
@@ -66,23 +66,6 @@ struct TileOfPairs {
 #pragma unroll
       for (int i = 0; i < Scores::kNumElements; ++i) {
         if (!pairs.visible_by_options(query(i), key(i))) scores.x[i] = -infinity();
-      }
-    }
-  }
-
-  // A lane draws bits for the very pairs that it holds.
-  template <class Scores>
-  __device__ __forceinline__ void drop(Scores& weights, int warp_query, int tile_key) const {
-    if constexpr (Options::kHasDropout) {
-#pragma unroll
-      for (int first = 0; first < Scores::kNumElements; first += 8) {
-        unsigned key = tile_key + 2 * first;
-        ptx::make_opaque(key);  // one draw after another: all at once would not fit the registers
-        const Draw draw = pairs.options.draw(warp_query, key);
-#pragma unroll
-        for (int i = 0; i < 8; ++i) {
-          if (!draw.survives(i / 2 % 2 * 4 + i / 4 * 2 + i % 2)) weights.x[first + i] = 0.0f;
-        }
       }
     }
   }

@@ -1,8 +1,7 @@
 // The weights of a tile and the gradients of its scores, in the registers of a warpgroup whose rows are keys.
 #pragma once
 
-#include <cuflash/attention/options.cuh>
-#include <cuflash/ptx/opaque.cuh>
+#include <cuflash/attention/survivors.cuh>
 #include <cuflash/tile/warpgroup_tile.cuh>
 
 namespace cuflash {
@@ -29,39 +28,22 @@ struct ScoreGradients {
   const RowsOfTile<kBlockM>& rows;
   int first_col;  // of this lane
 
-  // Bits of dropout: lanes draw those of a 16 x 16 tile whose rows are queries (attention/dropout.cuh), so that each
-  // asks two others for its own.
-  __device__ __forceinline__ void draw(unsigned* survivors) const {
-    if constexpr (Options::kHasDropout) {
-      const int lane = threadIdx.x % 32, warp_key = first_key - lane / 4, tile_query = first_query - first_col;
-#pragma unroll
-      for (int first = 0; first < kCount; first += 8) {
-        unsigned query = tile_query + 2 * first;
-        ptx::make_opaque(query);  // one draw after another: all at once would not fit the registers
-        const unsigned drawn = pairs.options.draw(query, warp_key).survivors();
-        unsigned mine = 0;
-#pragma unroll
-        for (int j = 0; j < 2; ++j) {
-          const unsigned of_owner = __shfl_sync(kFullMask, drawn, (2 * (lane % 4) + j) * 4 + lane / 8) >> lane / 4 % 2;
-#pragma unroll
-          for (int i = j; i < 8; i += 2) mine |= (of_owner >> (i / 4 * 4 + i / 2 % 2 * 2) & 1) << i;
-        }
-        if (first % 32 == 0) survivors[first / 32] = 0;
-        survivors[first / 32] |= mine << first % 32;
-      }
-    }
+  // Which weights survive dropout.
+  using Survivors = cuflash::Survivors<Options, kBlockM, true>;
+  __device__ __forceinline__ Survivors draw() const {
+    return Survivors(pairs.options, first_query - first_col, first_key - threadIdx.x % 32 / 4);
   }
 
   // Scores become weights times the slopes of options (with kPlainWeights they are left), and `weights` the weights as
   // the factor of dV. With all pairs visible nothing is hidden.
   __device__ __forceinline__ void weigh(Scores& scores, Factor& weights, bool all_visible,
-                                        const unsigned* survivors) const {
+                                        const Survivors& survives) const {
     use_pairs(pairs, scores, [&](const auto& pairs) {
       if (all_visible) {
-        weigh(pairs, scores, weights, survivors, [](int) { return true; });
+        weigh(pairs, scores, weights, survives, [](int) { return true; });
       } else {
         const Range seen[2] = {seen_by(first_key), seen_by(first_key + 8)};
-        weigh(pairs, scores, weights, survivors, [&](int i) {
+        weigh(pairs, scores, weights, survives, [&](int i) {
           const Range& columns = seen[row_of_element(i)];
           bool visible = columns.begin <= col_of_element(i) & col_of_element(i) < columns.end;
           if constexpr (Options::kHidesPairs) visible = visible & pairs.visible_by_options(query(i), key(i));
@@ -84,7 +66,7 @@ struct ScoreGradients {
   // NaN where what they meet is not finite: a key's row then, or a query's column, or both.
   template <class Slopes>
   __device__ __forceinline__ Factor differentiate(const Scores& dweights, const Slopes& slopes,
-                                                  const unsigned* survivors) const {
+                                                  const Survivors& survives) const {
     Factor dscores;
 #pragma unroll
     for (int i = 0; i < kCount; i += 2) {
@@ -93,7 +75,7 @@ struct ScoreGradients {
       for (int j = 0; j < 2; ++j) {
         float dweight = dweights.x[i + j];
         if constexpr (Options::kHasDropout) {
-          dweight = survives(survivors, i + j) ? dweight * pairs.options.survivor_factor() : 0.0f;
+          dweight = survives(i + j) ? dweight * pairs.options.survivor_factor() : 0.0f;
         }
         change[j] = dweight - rows.delta[col(i + j)];
       }
@@ -101,8 +83,6 @@ struct ScoreGradients {
     }
     return dscores;
   }
-
-  static constexpr int kSurvivorWords = ceil_div(kCount, 32);
 
  private:
   __device__ __forceinline__ int col(int i) const { return first_col + col_of_element(i); }
@@ -118,7 +98,7 @@ struct ScoreGradients {
   // Scores become weights times the slopes of options.
   template <class SomePairs, class Visible>
   __device__ __forceinline__ void weigh(const SomePairs& pairs, Scores& scores, Factor& weights,
-                                        const unsigned* survivors, const Visible& visible) const {
+                                        const Survivors& survives, const Visible& visible) const {
 #pragma unroll
     for (int i = 0; i < kCount; i += 2) {
       float weight[2];
@@ -137,15 +117,11 @@ struct ScoreGradients {
         if (!visible(i + j)) weight[j] = 0.0f;
         if constexpr (!kPlainWeights) x = Options::kBendsScores && weight[j] != 0.0f ? weight[j] * slope : weight[j];
         if constexpr (Options::kHasDropout) {
-          weight[j] = survives(survivors, i + j) ? weight[j] * pairs.options.survivor_factor() : 0.0f;
+          weight[j] = survives(i + j) ? weight[j] * pairs.options.survivor_factor() : 0.0f;
         }
       }
       weights.x[i / 8][i / 2 % 4] = Factor::packed(weight[0], weight[1]);
     }
-  }
-
-  static __device__ __forceinline__ bool survives(const unsigned* survivors, int i) {
-    return survivors[i / 32] >> i % 32 & 1;
   }
 };
 

@@ -96,7 +96,6 @@ struct BwdSm90 {
         Scores dweights;
         Factor weights;
         GradQ dq;
-        unsigned survivors[Gradients::kSurvivorWords];
 
         if constexpr (!kStartsAhead) {
           rings.q.wait_full(at);
@@ -112,8 +111,8 @@ struct BwdSm90 {
             first_query + kBlockM <= sequence.seqlen_q && (!Options::kHidesPairs || here.shows_all());
         hides_pairs |= !all_visible;
         const Gradients gradients = {pairs, first_query + first_col, first_key, shared.rows[stage], first_col};
-        gradients.draw(survivors);
-        gradients.weigh(scores, weights, all_visible, survivors);
+        const typename Gradients::Survivors survives = gradients.draw();
+        gradients.weigh(scores, weights, all_visible, survives);
         if constexpr (Block::kLoadsPairs) {
           __syncwarp();
           release(rings.pairs, pairs_at);
@@ -121,7 +120,7 @@ struct BwdSm90 {
         }
         start_adding_across(dv, weights, shared.dout[stage]);
         ptx::wgmma_wait<1>();
-        const Factor dscores = gradients.differentiate(dweights, Gradients::slopes(scores, weights), survivors);
+        const Factor dscores = gradients.differentiate(dweights, Gradients::slopes(scores, weights), survives);
         typename Block::TileDs& ds = shared.ds[at.count() % 2];
         ds.store(dscores, 64 * consumer + 16 * warp);
         ptx::async_proxy_fence();

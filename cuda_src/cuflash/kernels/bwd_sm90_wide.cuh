@@ -133,13 +133,12 @@ struct BwdSm90Wide {
                                  first_query + kBlockM <= sequence.seqlen_q &&
                                  (!Options::kHidesPairs || here.shows_all());
         hides_pairs |= !all_visible;
-        unsigned survivors[Gradients::kSurvivorWords];
-        gradients.draw(survivors);
+        const typename Gradients::Survivors survives = gradients.draw();
         GradQ dq[kNumParts];
         ptx::wgmma_wait<0>();
         if constexpr (kFirst) {
           Factor weights;
-          gradients.weigh(scores, weights, all_visible, survivors);
+          gradients.weigh(scores, weights, all_visible, survives);
           if constexpr (Block::kLoadsPairs) {
             __syncwarp();
             release(rings.pairs, pairs_at);
@@ -162,7 +161,7 @@ struct BwdSm90Wide {
           rings.q.wait_full(at);
           ptx::named_barrier_sync(kSlopesAreThere, 256);
           const Factor slopes = shared.slopes.load();
-          const Factor dscores = gradients.differentiate(scores, slopes, survivors);
+          const Factor dscores = gradients.differentiate(scores, slopes, survives);
           tiles.ds[0].store(dscores, warp_row);
           ptx::async_proxy_fence();
           ptx::named_barrier_sync(kDsIsThere, 256);

@@ -2,9 +2,9 @@
 #pragma once
 
 #include <cuflash/attention/bias_walk.cuh>
+#include <cuflash/attention/fragment_survivors.cuh>
 #include <cuflash/attention/recompute.cuh>
 #include <cuflash/common/shared_memory.cuh>
-#include <cuflash/tile/bit_tile.cuh>
 
 namespace cuflash {
 
@@ -120,8 +120,7 @@ struct BwdWmmaDbias {
       acc_dp.clear();
       acc_dp.template add_product<kHeadDimV, Stored::kTransposed>(stage.dout + warp_row * kPitchV, kPitchV, stage.v,
                                                                   kPitchV);
-      const BitTile<Number, kTilesM, kTilesN, Options::kHasDropout> survives(
-          map, [&](int m, int n) { return here.draw(first_query + 16 * m, first_key + 16 * n).survivors(); });
+      const FragmentSurvivors<Number, kTilesM, kTilesN, Options> survives(map, here, first_query, first_key);
       acc_dbias.for_each([&](float& sum, int m, int n, int i) {
         const int row = 16 * m + map.row(i), query = first_query + row, key = first_key + 16 * n + map.col(i);
         const PairGradient pair =

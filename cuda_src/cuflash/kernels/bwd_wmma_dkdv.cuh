@@ -1,9 +1,9 @@
 // FlashAttention-2 backward on nvcuda::wmma fragments: the gradients of K and V.
 #pragma once
 
+#include <cuflash/attention/fragment_survivors.cuh>
 #include <cuflash/attention/recompute.cuh>
 #include <cuflash/common/shared_memory.cuh>
-#include <cuflash/tile/bit_tile.cuh>
 #include <cuflash/tile/non_finite.cuh>
 
 namespace cuflash {
@@ -169,8 +169,8 @@ struct BwdWmmaDkDv {
           acc_dp.clear();
           acc_dp.template add_product<kHeadDimV, Stored::kTransposed>(smem_v + row * kPitchV, kPitchV,
                                                                       stage.dout + col * kPitchV, kPitchV);
-          const BitTile<Number, kTilesN, kTilesM, Options::kHasDropout, true> survives(
-              map, [&](int n, int m) { return here.draw(first_query + col + 16 * m, warp_key + 16 * n).survivors(); });
+          const FragmentSurvivors<Number, kTilesN, kTilesM, Options, true> survives(map, here, first_query + col,
+                                                                                    warp_key);
           use_pairs(pairs, acc_s, [&](const auto& pairs) {
             acc_s.for_each([&](float& x, int n, int m, int i) {
               float& dp = acc_dp.tile[n][m].x[i];

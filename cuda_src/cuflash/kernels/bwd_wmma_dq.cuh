@@ -1,9 +1,9 @@
 // FlashAttention-2 backward on nvcuda::wmma fragments: the gradient of Q.
 #pragma once
 
+#include <cuflash/attention/fragment_survivors.cuh>
 #include <cuflash/attention/recompute.cuh>
 #include <cuflash/common/shared_memory.cuh>
-#include <cuflash/tile/bit_tile.cuh>
 #include <cuflash/tile/non_finite.cuh>
 
 namespace cuflash {
@@ -146,8 +146,7 @@ struct BwdWmmaDq {
           acc_dp.clear();
           acc_dp.template add_product<kHeadDimV, Stored::kTransposed>(warp_dout, kPitchV, stage_v(turn) + col * kPitchV,
                                                                       kPitchV);
-          const BitTile<Number, kTilesM, kTilesN, Options::kHasDropout> survives(
-              map, [&](int m, int n) { return options.draw(warp_row + 16 * m, warp_key + 16 * n).survivors(); });
+          const FragmentSurvivors<Number, kTilesM, kTilesN, Options> survives(map, options, warp_row, warp_key);
           use_pairs(pairs, acc_s, [&](const auto& pairs) {
             acc_dp.for_each([&](float& x, int m, int n, int i) {
               const int row = 16 * m + map.row(i), key = warp_key + 16 * n + map.col(i);

@@ -221,8 +221,8 @@ struct FwdSm80 {
 #pragma unroll
         for (int m = 0; m < kTilesM; ++m) {
           rows[m].template weigh<kExact>(scores[m], rest[m], factor[m]);
-          tile_at(m).drop(scores[m], work.first_query + warp_row + 16 * m, first_key);
           weights[m].round(scores[m]);
+          drop(options, weights[m], work.first_query + warp_row + 16 * m, first_key);
           grown = grown || factor[m][0] != 1.0f || factor[m][1] != 1.0f;
         }
         if (__any_sync(kFullMask, grown)) {

@@ -118,7 +118,10 @@ struct FwdSm90 {
         tile.hide_by_options(scores);
         release_pairs();
         rows.weigh(scores, rest, factor);
-        tile.drop(scores, warp_query, block * kBlockN);
+      };
+      const auto round_weights = [&] {
+        weights.round(scores);
+        drop(here, weights, warp_query, block * kBlockN);
       };
       const auto hide_anywhere = [&](const auto& tile) {
         if (block < full_begin) {
@@ -144,7 +147,7 @@ struct FwdSm90 {
         weigh_block(hide_by_band);
         ptx::wgmma_wait<0>();
         release(shared.rings.v, v_at);
-        weights.round(scores);
+        round_weights();
         if (__any_sync(kFullMask, factor[0] != 1.0f || factor[1] != 1.0f)) {
 #pragma unroll
           for (int i = 0; i < Output::kNumElements; ++i) output.x[i] *= factor[row_of_element(i)];
@@ -164,7 +167,7 @@ struct FwdSm90 {
 
       ptx::wgmma_wait<0>();
       weigh_block(hide_anywhere);
-      weights.round(scores);
+      round_weights();
       output.clear();
       const auto next = [&](int block) { return Block::Blocks::visited(here, job_query, block - 1, begin); };
       if (idle) {

@@ -1,10 +1,10 @@
 // FlashAttention-2 forward on nvcuda::wmma fragments.
 #pragma once
 
+#include <cuflash/attention/fragment_survivors.cuh>
 #include <cuflash/attention/options.cuh>
 #include <cuflash/attention/softmax.cuh>
 #include <cuflash/common/shared_memory.cuh>
-#include <cuflash/tile/bit_tile.cuh>
 #include <cuflash/tile/non_finite.cuh>
 
 namespace cuflash {
@@ -166,8 +166,7 @@ struct FwdWmma {
             }
           }
         }
-        const BitTile<Number, kTilesM, kTilesN, Options::kHasDropout> survives(
-            map, [&](int m, int n) { return options.draw(warp_row + 16 * m, first_key + 16 * n).survivors(); });
+        const FragmentSurvivors<Number, kTilesM, kTilesN, Options> survives(map, options, warp_row, first_key);
         acc_s.for_each([&](float& weight, int m, int n, int i) {
           if (!survives(m, n, i)) weight = 0.0f;
         });

@@ -36,6 +36,8 @@ struct WarpgroupTile {
 // The same rounded to 16 bits, as the first factor of another product: the registers are in the right order already.
 template <class Element, int kCols>
 struct WarpgroupFactor {
+  static constexpr int kNumElements = kCols / 2;
+
   unsigned x[kCols / 16][4];
 
   __device__ __forceinline__ void round(const WarpgroupTile<kCols>& tile) {
@@ -49,6 +51,9 @@ struct WarpgroupFactor {
     return i % 2 ? __high2float(pair) : __low2float(pair);
   }
 
+  // Elements i and i + 1, i even, become 0 where the halves of the mask are 0.
+  __device__ __forceinline__ void keep(int i, unsigned mask) { x[i / 8][i / 2 % 4] &= mask; }
+
   static __device__ __forceinline__ unsigned packed(float low, float high) {
     alignas(4) Element pair[2];
     store_pair(pair, low, high);
@@ -61,6 +66,8 @@ struct WarpgroupFactor {
 // Opaque, since ptxas would mix the exponentials with the product, as rounding keeps it from doing with 16 bits.
 template <int kCols>
 struct WarpgroupFactor<float, kCols> {
+  static constexpr int kNumElements = kCols / 2;
+
   unsigned x[kCols / 8][4];
 
   __device__ __forceinline__ void round(const WarpgroupTile<kCols>& tile) {
@@ -70,6 +77,11 @@ struct WarpgroupFactor<float, kCols> {
       word = __float_as_uint(tile.x[i]);
       ptx::make_opaque(word);
     }
+  }
+
+  __device__ __forceinline__ void keep(int i, unsigned mask) {
+    x[i / 4][i / 2 % 2] &= static_cast<int>(mask << 16) >> 16;
+    x[i / 4][i / 2 % 2 + 2] &= static_cast<int>(mask) >> 16;
   }
 };
 
