@@ -77,9 +77,6 @@ class CupyDevice:
     def empty(self, shape: tuple[int, ...], dtype: Any) -> Array:
         return cupy.empty(shape, dtype)
 
-    def zeros(self, shape: tuple[int, ...], dtype: Any) -> Array:
-        return cupy.zeros(shape, dtype)
-
     def pointer(self, array: Array) -> int:
         return int(array.data.ptr)
 

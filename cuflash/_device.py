@@ -56,9 +56,6 @@ class Device(Protocol):
     def empty(self, shape: tuple[int, ...], dtype: Any) -> Array:
         """Allocate an uninitialised C-ordered array."""
 
-    def zeros(self, shape: tuple[int, ...], dtype: Any) -> Array:
-        """The same, filled with zeros."""
-
     def pointer(self, array: Array) -> int:
         """The address of an array's first element."""
 

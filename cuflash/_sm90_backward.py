@@ -19,6 +19,7 @@ from ._wgmma import wgmma
 ARCH = "sm_90a"
 JOB_BYTES = 36  # attention/sequence.cuh
 NUM_THREADS = 384
+WARPS_OF_FINISH = 8
 
 
 class Tile(NamedTuple):
@@ -125,8 +126,8 @@ def kernels(
             *("Element* dq", "Element* dk", "Element* dv"),
         ),
         params="BwdParams",
-        num_threads=256,
-        shared_bytes=8 * max(options.tile_bytes(16, 16), 16),
+        num_threads=32 * WARPS_OF_FINISH,
+        shared_bytes=WARPS_OF_FINISH * max(options.tile_bytes(16, 16), 16),
         options=options,
     )
     return main, finish, tile
@@ -151,7 +152,7 @@ def plan(call: Call) -> Run:
     params["bwd"] = fill("BwdParams", problem, {**operands, "delta": delta})
     rows = {"q": tile.block_m, "k": tile.block_n, "v": tile.block_n, "dout": tile.block_m}
     mapped = MappedParams(device, call.number, params, operands, rows)
-    finish_step = call.step((finish, query_tiles + ceil_div(key_tiles, 32)), delta=delta)
+    finish_step = call.step((finish, query_tiles + ceil_div(key_tiles, WARPS_OF_FINISH)), delta=delta)
     sizes = query_tiles * tile.block_m * _dims(problem)[0], key_tiles, 2 * query_tiles if call.deterministic else 0
     num_sums = ceil_div(sum(sizes), 4) * 4
 

@@ -307,7 +307,7 @@ def plan_gradients(call: Call, products: Callable[..., None], num_sums: int = 0)
     """
     device, problem, operands = call.device, call.problem, call.operands
     delta_operand = operand_of_delta(problem)
-    num_rows = math.prod(delta_operand.shape)
+    num_rows = max(math.prod(delta_operand.shape), 1)
     delta_step = call.step(delta(problem, call.number), delta=delta_operand)
     dbias_step = dsinks_step = None
     rows = problem.batch * problem.seqlen_q  # without any there is nothing to sum, and no sequence to look at

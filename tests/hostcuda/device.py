@@ -71,12 +71,6 @@ class HostDevice:
         array.reshape(-1).view(np.uint8)[...] = fences.NAN_BYTE
         return array
 
-    def zeros(self, shape: tuple[int, ...], dtype: Any) -> np.ndarray[Any, Any]:
-        """Allocate a C-ordered array of zeros."""
-        array = self.empty(shape, dtype)
-        array[...] = 0
-        return array
-
     def pointer(self, array: np.ndarray[Any, Any]) -> int:
         """The address of an array's first element."""
         return array.ctypes.data

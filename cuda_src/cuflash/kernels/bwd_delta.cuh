@@ -32,7 +32,7 @@ struct BwdDelta {
     const Problem& problem = params.problem;
     clear(arrays.cleared, reinterpret_cast<float4*>(arrays.delta));
     const int num_m_blocks = ceil_div(problem.seqlen_q, kNumRows);
-    if (num_m_blocks == 0) return;
+    if (num_m_blocks * problem.batch == 0) return;
     const int head = blockIdx.x % problem.num_heads;
     const int first_row = blockIdx.x / problem.num_heads % num_m_blocks * kNumRows;
     const int batch = blockIdx.x / problem.num_heads / num_m_blocks;

@@ -9,7 +9,7 @@
 namespace cuflash {
 
 // A block writes the rows of a tile of queries of one head: its warpgroups take turns with the parts of the sums.
-// Blocks behind those look after the tiles of keys, 32 each.
+// Each warp of the blocks behind those looks after a tile of keys.
 template <class Number, class Options, int kHeadDim, int kHeadDimV, int kBlockM, int kBlockN>
 struct BwdSm90Finish {
   using Element = typename Number::Element;
@@ -35,24 +35,18 @@ struct BwdSm90Finish {
       if (job.tile < 0 || job.tile * kBlockM >= job.sequence.seqlen_q) return;
       // 0 * NaN is NaN: where pairs are hidden, keys that others see may have spoiled all queries.
       if (__syncthreads_or(!write_queries(arrays, params, job))) {
-        Careful::template write_queries<kHeadDim>(arrays, params, options, job, rows_of_warp(job.tile, kBlockM),
-                                                  kNumWarps, memory());
+        const Range queries = {job.tile * kBlockM + static_cast<int>(threadIdx.x / 32), (job.tile + 1) * kBlockM};
+        Careful::template write_queries<kHeadDim>(arrays, params, options, job, queries, kNumWarps, memory());
       }
       return;
     }
-    // Each lane asks for a tile of its own.
-    const int first = 32 * (blockIdx.x - num_query_jobs), index = first + threadIdx.x % 32;
-    const auto key_job = [&](int index) { return options.template key_job<kBlockN>(problem, index); };
-    bool is_spoiled = false;
-    if (index < Options::template num_key_jobs<kBlockN>(problem)) {
-      const Job job = key_job(index);
-      const long long tile = Options::template key_tile<kBlockN>(problem, job.sequence, job.head, job.tile);
-      is_spoiled = job.tile >= 0 && job.tile * kBlockN < job.sequence.num_keys && arrays.spoiled[tile] != 0;
-    }
-    for (unsigned left = __ballot_sync(kFullMask, is_spoiled); left != 0; left &= left - 1) {
-      const Job job = key_job(first + __ffs(left) - 1);
-      Careful::template write_keys<kHeadDim, kHeadDimV>(arrays, params, options, job, rows_of_warp(job.tile, kBlockN),
-                                                        kNumWarps, memory());
+    const int index = (blockIdx.x - num_query_jobs) * kNumWarps + uniform(threadIdx.x / 32);
+    if (index >= Options::template num_key_jobs<kBlockN>(problem)) return;
+    const Job job = options.template key_job<kBlockN>(problem, index);
+    if (job.tile < 0 || job.tile * kBlockN >= job.sequence.num_keys) return;
+    if (arrays.spoiled[Options::template key_tile<kBlockN>(problem, job.sequence, job.head, job.tile)]) {
+      const Range keys = {job.tile * kBlockN, (job.tile + 1) * kBlockN};
+      Careful::template write_keys<kHeadDim, kHeadDimV>(arrays, params, options, job, keys, 1, memory());
     }
   }
 
@@ -87,11 +81,6 @@ struct BwdSm90Finish {
   // Of this warp.
   static __device__ __forceinline__ typename Careful::Memory& memory() {
     return reinterpret_cast<typename Careful::Memory*>(dynamic_shared_memory())[threadIdx.x / 32];
-  }
-
-  // The rows of a tile that this warp computes once more.
-  static __device__ __forceinline__ Range rows_of_warp(int tile, int size) {
-    return {tile * size + static_cast<int>(threadIdx.x / 32), (tile + 1) * size};
   }
 };
 
