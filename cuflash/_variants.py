@@ -30,7 +30,7 @@ class Meta(NamedTuple):
 
 def meta_of(array: Any) -> MetaTuple:
     """The fields of Meta as a plain tuple, which is made and hashed faster."""
-    return array.shape, array.strides, array.dtype, type(array) is np.ndarray or array.data.ptr % 16 == 0
+    return array.shape, array.strides, array.dtype, isinstance(array, np.ndarray) or array.data.ptr % 16 == 0
 
 
 class BlockMaskMeta(NamedTuple):

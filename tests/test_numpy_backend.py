@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tracemalloc
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -292,6 +293,26 @@ def test_no_option_takes_memory_for_all_pairs(monkeypatch: pytest.MonkeyPatch, n
         vjp(dout)
 
     assert peak_memory(call) < seqlen * seqlen / 2  # bytes
+
+
+def test_arrays_in_files_are_arrays(tmp_path: Path) -> None:
+    def in_file(x: Any, name: str) -> Any:
+        array = np.memmap(tmp_path / name, x.dtype, "w+", shape=x.shape)
+        array[...] = x
+        return array
+
+    q, k, v, dout = np.random.default_rng(0).standard_normal((4, 2, 9, 8), dtype=np.float32)
+    options = {"mask": np.tri(9, dtype=bool), "sinks": np.ones(2, np.float32)}
+    expected, vjp = cuflash.attention_vjp(q, k, v, **options)
+    arrays = [in_file(x, name) for x, name in zip((q, k, v), "qkv", strict=True)]
+    stored = {name: in_file(x, name) for name, x in options.items()}
+    out = in_file(np.zeros_like(q), "out")
+    assert cuflash.attention(*arrays, **stored, out=out) is out
+    np.testing.assert_array_equal(out, expected)
+    result, vjp_of_stored = cuflash.attention_vjp(*arrays, **stored)
+    np.testing.assert_array_equal(result, expected)
+    for actual, gradient in zip(vjp_of_stored(in_file(dout, "dout")), vjp(dout), strict=True):
+        np.testing.assert_array_equal(actual, gradient)
 
 
 def test_inputs_are_not_copied_whole() -> None:
