@@ -229,10 +229,11 @@ def _blocks(mask: Array | None, mask_mod: Callable[..., Any] | None, shape: Shap
 
 def _as_pairs(shown: Any, shape: Shape) -> Array:
     """What a mask_mod returned, as bool of axes (batch or 1, heads or 1, queries, keys)."""
-    shown = np.asarray(shown, bool)
+    shown = np.asarray(shown)
     if not _check_options.fits(shown.shape, shape):
         raise ValueError(f"mask_mod: returned shape {shown.shape}, which does not broadcast to {shape}")
-    return _stretched(shown, shape)
+    _check_mods.returned("mask_mod", shown)
+    return _stretched(shown.astype(bool), shape)
 
 
 def _stretched(pairs: Array, shape: Shape) -> Array:

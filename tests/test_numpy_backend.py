@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes  # noqa: F401  (gives NumPy the name "bfloat16")
 import numpy as np
 import pytest
 
@@ -237,6 +238,37 @@ def test_a_callable_that_returns_a_wrong_shape_is_named(name: str) -> None:
     options: dict[str, Any] = {name: lambda *_: np.ones(3)}
     with pytest.raises(ValueError, match=rf"{name}: returned shape \(3,\).*\(1, 2, 5, 5\)"):
         cuflash.attention(q, q, q, **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "pattern"),
+    [
+        ("score_mod", None, r"object.*real numbers.*return"),
+        ("score_mod", 1j, r"complex128.*real numbers"),
+        ("score_mod", "1", r"<U1.*real numbers"),
+        ("mask_mod", None, r"object.*bool and int.*return"),
+        ("mask_mod", np.zeros((5, 5)), r"float64.*bool and int"),  # 0 and -inf, as a bias has it
+        ("mask_mod", "1", r"<U1.*bool and int"),
+    ],
+)
+def test_a_callable_that_returns_a_wrong_kind_is_named(name: str, value: Any, pattern: str) -> None:
+    q = np.ones((2, 5, 8), np.float32)
+    options: dict[str, Any] = {name: lambda *_: value}
+    for call in (cuflash.attention, cuflash.attention_vjp):
+        with pytest.raises(TypeError, match=rf"{name}: returned .*{pattern}"):
+            call(q, q, q, **options)
+    if name == "mask_mod":
+        with pytest.raises(TypeError, match=rf"{name}: returned .*{pattern}"):
+            cuflash.make_block_mask(**options, shape=(1, 2, 5, 5))
+
+
+def test_scores_of_bfloat16_and_masks_of_int_are_taken() -> None:
+    q = np.ones((2, 5, 8), np.float32)
+    shown = np.tri(5, dtype=np.uint8)
+    masked = cuflash.attention(q, q, q, mask_mod=lambda s, b, h, i, j: shown[i, j])
+    np.testing.assert_array_equal(masked, cuflash.attention(q, q, q, causal=True))
+    bias = np.ones((5, 5), "bfloat16")
+    cuflash.attention(q, q, q, score_mod=lambda s, b, h, i, j: bias[i, j])
 
 
 def test_gradients_of_broadcast_arrays_are_summed_before_they_are_rounded(monkeypatch: pytest.MonkeyPatch) -> None:
