@@ -56,6 +56,9 @@ def unpad_input(
     array([[1, 2, 0],
            [4, 0, 0]])
     """
+    _padding.check_tokens("hidden_states", hidden_states, "attention_mask", attention_mask)
+    if unused_mask is not None:
+        _padding.check_tokens("hidden_states", hidden_states, "unused_mask", unused_mask)
     used = attention_mask != 0
     kept = used if unused_mask is None else used | (unused_mask != 0)
     return (*_padding.unpad_input(hidden_states, kept), used.sum(axis=-1, dtype=np.int32))
