@@ -397,7 +397,7 @@ class TestTables:
 
     def test_there_is_nothing_to_check_without_documents(self, monkeypatch):
         monkeypatch.setattr(command, "measure", lambda *_: pytest.fail("it measured"))
-        with pytest.raises(SystemExit, match="--check needs .* --tables"):
+        with pytest.raises(SystemExit, match=r"--check needs .* --tables"):
             main(["bench", "--cpu", "--check"])
 
     def test_the_documents_of_the_project_say_what_was_measured(self):
@@ -983,7 +983,7 @@ class TestInfo:
         assert "{info,bench,tune}" in child.stdout
 
     def test_the_version(self, capsys):
-        with pytest.raises(SystemExit, match="^0$"):
+        with pytest.raises(SystemExit, match=r"^0$"):
             main(["--version"])
         assert capsys.readouterr().out == f"cuflash {cuflash.__version__}\n"
 
