@@ -67,13 +67,18 @@ PLAIN = Variant({}, {}, (), None)
 def gather(
     inputs: dict[str, Any],
     *,
+    offsets: dict[str, Any] | None = None,
+    out: Any = None,
     score_mod: Any = None,
     mask_mod: Any = None,
     mod_args: Any = None,
     **options: Any,
 ) -> tuple[Backend, Variant]:
-    """The backend of a call with these inputs and options, of which those count that are not None, and its variant."""
-    extras = {name: value for name, value in options.items() if value is not None}
+    """The backend of a call with these inputs and options, of which those count that are not None, and its variant.
+
+    `offsets` are those of packed sequences, and `out` is the array that a caller gave for the result.
+    """
+    extras = (offsets or {}) | {name: value for name, value in options.items() if value is not None}
     arguments = _check_mods.arguments(mod_args)
     if arguments:
         extras["mod_args"] = arguments
@@ -86,7 +91,7 @@ def gather(
             "as cuflash.make_block_mask returns"
         )
     arrays = {name: array for option, value in extras.items() for name, array in _arrays_of(option, value)}
-    given = {name: array for name, array in inputs.items() if array is not None} | arrays
+    given = inputs | ({} if out is None else {"out": out}) | arrays
     backend = backend_of(*given.values(), names=tuple(given))
     if "seed" in arrays:
         _check_options.seed_array(arrays["seed"])

@@ -66,6 +66,18 @@ def test_what_is_no_array(ring: Ring, index: int, value: Any, kind: str) -> None
     fails(ring, TypeError, rf"{'qkv'[index]}\b.*{kind}.*(cupy|numpy)\.ndarray", *inputs)
 
 
+def test_none_is_no_array_with_options_either(ring: Ring) -> None:
+    mask = ring.asarray(np.ones((5, 5), bool))
+    for index, name in enumerate("qkv"):
+        inputs = arrays(ring)
+        inputs[index] = None
+        fails(ring, TypeError, rf"{name}\b.*NoneType.*ndarray", *inputs, mask=mask)
+    for name in NAMES:
+        arguments = backward_arguments(ring) | {name: None}
+        with pytest.raises(TypeError, match=rf"{name}\b.*NoneType.*ndarray"):
+            cuflash.attention_backward(*arguments.values(), kernel=ring.kernel, mask=mask)
+
+
 @pytest.mark.parametrize("index", range(3))
 def test_a_torch_tensor_is_told_how_to_come_in(ring: Ring, index: int) -> None:
     inputs = arrays(ring)
@@ -597,6 +609,18 @@ def test_packed_arrays_have_three_axes(ring: Ring) -> None:
         inputs = packed(ring)
         inputs[index] = inputs[index][None]
         fails_packed(ring, ValueError, rf"{name}\b.*4 axes.*3: \(total, heads, head_dim\)", *inputs)
+
+
+def test_packed_sequences_have_offsets(ring: Ring) -> None:
+    for index, name in enumerate(("q", "k", "v", "cu_seqlens_q", "cu_seqlens_k")):
+        inputs = packed(ring)
+        inputs[index] = None
+        fails_packed(ring, TypeError, rf"{name}\b.*NoneType.*ndarray", *inputs)
+    fails_packed(ring, TypeError, r"cu_seqlens_q\b.*NoneType.*ndarray", *packed(ring)[:3], None, None)
+    q, k, v, *_ = packed(ring)
+    lse = ring.asarray(np.ones((4, 7), np.float32))
+    with pytest.raises(TypeError, match=r"cu_seqlens_q\b.*NoneType.*ndarray"):
+        cuflash.attention_varlen_backward(q, q, k, v, q, lse, None, None, kernel=ring.kernel)
 
 
 @pytest.mark.parametrize("name", ["cu_seqlens_q", "cu_seqlens_k", "seqused_k"])
