@@ -40,7 +40,7 @@ def attention(
     out: Array | None = None,
     return_lse: bool = False,
     kernel: str = "auto",
-) -> Array | tuple[Array, Array]:
+) -> Any:
     r"""Exact attention in memory linear in the sequence lengths.
 
     Computes, for every batch entry ``b`` and head ``h``,

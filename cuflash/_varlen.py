@@ -37,7 +37,7 @@ def attention_varlen(
     out: Array | None = None,
     return_lse: bool = False,
     kernel: str = "auto",
-) -> Array | tuple[Array, Array]:
+) -> Any:
     """Exact attention within each of several sequences, packed one after the other without padding.
 
     Computes ``attention(q[q0:q1], k[k0:k1], v[k0:k1], layout="bshd", ...)`` for every sequence ``s``, where
