@@ -211,9 +211,7 @@ def _blocks(mask: Array | None, mask_mod: Callable[..., Any] | None, shape: Shap
     if mask is not None:
         mask = _stretched(mask, shape)
     visible, full = [], []
-    for start in range(
-        0, max(seqlen_q, 1), BLOCK_SIZE
-    ):  # a mask without queries has one empty row, which is cut off below
+    for start in range(0, max(seqlen_q, 1), BLOCK_SIZE):  # without queries one empty row, which is cut off below
         parts = []
         if mask is not None:
             parts.append(mask[:, :, start : start + BLOCK_SIZE])
