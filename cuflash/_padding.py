@@ -129,6 +129,7 @@ def pad_input(x_unpad: Array, indices: Array, batch: int, seqlen: int) -> Array:
     for name, size in (("batch", batch), ("seqlen", seqlen)):
         if not _checks.is_size(size):
             raise ValueError(f"{name}: got {size!r}; it must be an int >= 0")
+    batch, seqlen = int(batch), int(seqlen)  # Python's, whose product has any size
     if isinstance(indices, np.ndarray) and ((indices < 0) | (indices >= batch * seqlen)).any():
         raise ValueError(f"indices: got {indices}; each must be >= 0 and below batch * seqlen = {batch * seqlen}")
     padded = np.zeros_like(x_unpad, shape=(batch * seqlen, *x_unpad.shape[1:]))

@@ -103,7 +103,7 @@ def _arrays_of(name: str, value: Any) -> Iterator[tuple[str, Any]]:
     """The arrays in the value of an option, with the names that errors call them."""
     if name == "mod_args":
         yield from ((f"{name}[{key!r}]", item) for key, item in value.items() if not _check_mods.is_number(item))
-    elif isinstance(value, BlockMask):
+    elif name == "block_mask":
         yield from ((f"{name}.visible", value.visible), (f"{name}.full", value.full))
     elif name != "seed" or not isinstance(value, int):
         yield name, value

@@ -329,6 +329,9 @@ def test_the_backward_pass_checks_its_options(ring: Ring) -> None:
             cuflash.attention_backward(*arguments, **options)
     with pytest.raises(TypeError, match=r"deterministic\b.*True and False"):
         cuflash.attention_backward(*arguments, kernel=ring.kernel, deterministic="yes")
+    for name in ("deterministic", "return_dbias", "return_dsinks"):
+        with pytest.raises(TypeError, match=rf"^{name}\b.*\[\].*True and False"):
+            cuflash.attention_backward(*arguments, kernel=ring.kernel, **{name: []})
 
 
 def test_a_wrong_gradient_is_refused_by_the_vjp(ring: Ring) -> None:
@@ -399,6 +402,12 @@ def test_out_that_overlaps_itself_or_has_no_elements(ring: Ring) -> None:
 @pytest.mark.parametrize("value", [0, 1, True, {}, 1.5])
 def test_what_should_be_an_array_is_named(ring: Ring, name: str, value: Any) -> None:
     fails(ring, TypeError, rf"{name}\b.*allowed are cupy.ndarray and numpy.ndarray", *arrays(ring), **{name: value})
+
+
+def test_a_block_mask_is_no_array(ring: Ring) -> None:
+    block_mask = cuflash.BlockMask.from_blocks(ring.asarray(np.ones((1, 1), bool)), shape=(5, 5))
+    for name in ("mask", "bias", "alibi_slopes", "sinks"):
+        fails(ring, TypeError, rf"{name}\b.*BlockMask; allowed are cupy.ndarray", *arrays(ring), **{name: block_mask})
 
 
 @pytest.mark.parametrize("softcap", [0, 0.0, -1, np.nan, np.inf, 1e-40, 1e35, 10**400])

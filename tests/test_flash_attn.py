@@ -365,6 +365,11 @@ def test_unpad_and_pad_are_inverse() -> None:
     same_bits(seqused, np.array([3, 0, 5], np.int32))
 
 
+def test_pad_input_names_its_arguments() -> None:
+    with pytest.raises(TypeError, match=r"^hidden_states: got a builtins.list"):
+        pad_input([[1.0]], np.array([0]), 1, 1)
+
+
 @pytest.mark.parametrize("name", ["attention_mask", "unused_mask"])
 @pytest.mark.parametrize(
     ("mask", "error", "pattern"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from .. import _padding
+from .._backends import backend_of
 from ._options import Array
 
 
@@ -89,4 +90,5 @@ def pad_input(hidden_states: Array, indices: Array, batch: int, seqlen: int) -> 
     --------
     See :func:`unpad_input`.
     """
+    backend_of(hidden_states, indices, names=("hidden_states", "indices"))
     return _padding.pad_input(hidden_states, indices, batch, seqlen)
