@@ -40,7 +40,7 @@ def attention(
     out: Array | None = None,
     return_lse: bool = False,
     kernel: str = "auto",
-) -> Array | tuple[Array, Array]:
+) -> Any:
     r"""Exact attention in memory linear in the sequence lengths.
 
     Computes, for every batch entry ``b`` and head ``h``,
@@ -199,7 +199,8 @@ def attention(
         backend, variant = backend_of(q, k, v) if out is None else backend_of(q, k, v, out), PLAIN
     else:
         backend, variant = gather(
-            {"q": q, "k": k, "v": v, "out": out},
+            {"q": q, "k": k, "v": v},
+            out=out,
             alibi_slopes=alibi_slopes,
             bias=bias,
             mask=mask,

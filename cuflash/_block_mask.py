@@ -211,9 +211,7 @@ def _blocks(mask: Array | None, mask_mod: Callable[..., Any] | None, shape: Shap
     if mask is not None:
         mask = _stretched(mask, shape)
     visible, full = [], []
-    for start in range(
-        0, max(seqlen_q, 1), BLOCK_SIZE
-    ):  # a mask without queries has one empty row, which is cut off below
+    for start in range(0, max(seqlen_q, 1), BLOCK_SIZE):  # without queries one empty row, which is cut off below
         parts = []
         if mask is not None:
             parts.append(mask[:, :, start : start + BLOCK_SIZE])
@@ -229,10 +227,11 @@ def _blocks(mask: Array | None, mask_mod: Callable[..., Any] | None, shape: Shap
 
 def _as_pairs(shown: Any, shape: Shape) -> Array:
     """What a mask_mod returned, as bool of axes (batch or 1, heads or 1, queries, keys)."""
-    shown = np.asarray(shown, bool)
+    shown = np.asarray(shown)
     if not _check_options.fits(shown.shape, shape):
         raise ValueError(f"mask_mod: returned shape {shown.shape}, which does not broadcast to {shape}")
-    return _stretched(shown, shape)
+    _check_mods.returned("mask_mod", shown)
+    return _stretched(shown.astype(bool), shape)
 
 
 def _stretched(pairs: Array, shape: Shape) -> Array:

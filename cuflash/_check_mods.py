@@ -88,6 +88,14 @@ def is_number(value: Any) -> bool:
     return isinstance(value, (bool, int, float, np.bool_, np.integer, np.floating))
 
 
+def returned(name: str, array: Any) -> None:
+    """Refuse what a callable returned if it is not of real numbers, or from a mask_mod of bool or int."""
+    kinds, allowed = {"score_mod": ("biuf", "real numbers"), "mask_mod": ("biu", "bool and int")}[name]
+    if array.dtype.kind not in kinds and (name == "mask_mod" or str(array.dtype) != "bfloat16"):
+        hint = "; is there a return statement?" if array.dtype == object else ""  # None, most likely
+        raise TypeError(f"{name}: returned dtype {array.dtype}; allowed are {allowed}{hint}")
+
+
 def _argument(name: str, value: Any) -> Any:
     if is_number(value):
         value = _plain_number(value)

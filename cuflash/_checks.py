@@ -74,14 +74,14 @@ def is_real(value: Any) -> bool:
     return isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
 
 
-def scale(value: Any, head_dim: int, dtype: str) -> float:
+def scale(name: str, value: Any, head_dim: int, dtype: str) -> float:
     if value is None:
         return 1.0 / math.sqrt(head_dim)
     if not is_real(value):
-        raise TypeError(f"scale: got {value!r} of type {type(value).__name__}; allowed are None and a real number")
+        raise TypeError(f"{name}: got {value!r} of type {type(value).__name__}; allowed are None and a real number")
     limit = float(np.finfo(lse_dtype(dtype)).max)
     if not abs(value) <= limit:
-        raise ValueError(f"scale: got {value!r}; it must be finite and its absolute value at most {limit:.4g}")
+        raise ValueError(f"{name}: got {value!r}; it must be finite and its absolute value at most {limit:.4g}")
     return float(value)
 
 
@@ -178,7 +178,7 @@ def problem(
         seqlen_k=seqlen_k,
         head_dim=head_dim,
         head_dim_v=head_dim_v,
-        softmax_scale=scale(scale_value, head_dim, dtype),
+        softmax_scale=scale("scale", scale_value, head_dim, dtype),
         window=Window.of(causal(causal_value), window_size(window_value)),
     )
 

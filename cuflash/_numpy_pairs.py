@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from ._check_mods import returned
 from ._dropout import kept_pairs
 from ._dual import Dual
 from ._problem import BLOCK_SIZE, Band, Problem, ceil_div
@@ -177,9 +178,11 @@ class Pairs:
 def _fitted(name: str, x: Any, shape: tuple[int, int, int, int]) -> Array:
     """What a callable returned, broadcast to the shape of the block."""
     try:
-        return np.broadcast_to(x, shape)
+        fitted = np.broadcast_to(x, shape)
     except ValueError:
         raise ValueError(
             f"{name}: returned shape {np.shape(x)}, which does not broadcast to {shape}, the shape of the scores "
             "(batch, heads, queries, keys)"
         ) from None
+    returned(name, fitted)
+    return fitted

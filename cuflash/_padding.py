@@ -59,14 +59,7 @@ def unpad_input(x: Array, attention_mask: Array) -> tuple[Array, Array, Array, i
     >>> x_unpad[:, 0], indices, cu_seqlens, max_seqlen
     (array([1, 2, 4]), array([0, 1, 3]), array([0, 2, 3], dtype=int32), 2)
     """
-    backend_of(x, attention_mask, names=("x", "attention_mask"))
-    if attention_mask.dtype.kind not in "biu":
-        raise TypeError(f"attention_mask: dtype {attention_mask.dtype} is not supported here; allowed are bool and int")
-    if attention_mask.ndim != 2 or x.shape[:2] != attention_mask.shape:
-        raise ValueError(
-            f"attention_mask: shape is {attention_mask.shape}; it must be (batch, seqlen), the first two axes of x, "
-            f"whose shape is {x.shape}"
-        )
+    check_tokens("x", x, "attention_mask", attention_mask)
     tokens = attention_mask != 0
     batch, seqlen = tokens.shape
     indices = np.flatnonzero(tokens)
@@ -75,6 +68,18 @@ def unpad_input(x: Array, attention_mask: Array) -> tuple[Array, Array, Array, i
     cu_seqlens[1:] = seqlens.cumsum()
     max_seqlen = int(seqlens.max()) if batch else 0
     return x.reshape(batch * seqlen, *x.shape[2:])[indices], indices, cu_seqlens, max_seqlen
+
+
+def check_tokens(name: str, x: Array, mask_name: str, mask: Array) -> None:
+    """Refuse a mask that does not say of each place of the padded sequences `x` whether it is taken."""
+    backend_of(x, mask, names=(name, mask_name))
+    if mask.dtype.kind not in "biu":
+        raise TypeError(f"{mask_name}: dtype {mask.dtype} is not supported here; allowed are bool and int")
+    if mask.ndim != 2 or x.shape[:2] != mask.shape:
+        raise ValueError(
+            f"{mask_name}: shape is {mask.shape}; it must be (batch, seqlen), the first two axes of {name}, "
+            f"whose shape is {x.shape}"
+        )
 
 
 def pad_input(x_unpad: Array, indices: Array, batch: int, seqlen: int) -> Array:
@@ -124,6 +129,7 @@ def pad_input(x_unpad: Array, indices: Array, batch: int, seqlen: int) -> Array:
     for name, size in (("batch", batch), ("seqlen", seqlen)):
         if not _checks.is_size(size):
             raise ValueError(f"{name}: got {size!r}; it must be an int >= 0")
+    batch, seqlen = int(batch), int(seqlen)  # Python's, whose product has any size
     if isinstance(indices, np.ndarray) and ((indices < 0) | (indices >= batch * seqlen)).any():
         raise ValueError(f"indices: got {indices}; each must be >= 0 and below batch * seqlen = {batch * seqlen}")
     padded = np.zeros_like(x_unpad, shape=(batch * seqlen, *x_unpad.shape[1:]))

@@ -81,8 +81,11 @@ def _set_up(backend: Backend, q: Meta, k: Meta, v: Meta, extras: dict[str, Any],
     return _Setup(problem, operands, layout, max(q.ndim, k.ndim, v.ndim))
 
 
-def _cacheable(options: OptionsTuple) -> bool:
-    """Whether a plan can be kept by these options: all can be hashed, and no Python callable stays, with its arrays."""
+def _cacheable(options: tuple[Any, ...]) -> bool:
+    """Whether a plan can be kept by these options, the mod last.
+
+    All must be hashable, and no Python callable may stay, with its arrays.
+    """
     try:
         hash(options)
     except TypeError:  # an option is wrong, and the checks will say which
@@ -224,7 +227,7 @@ def run_backward(
 
     `arrays` are dout, q, k, v, out and lse, `gradients` are return_dbias, return_dsinks and deterministic.
     """
-    plan_backward: Any = _plan_backward if _cacheable(options) else _plan_backward.__wrapped__
+    plan_backward: Any = _plan_backward if _cacheable((*gradients, *options)) else _plan_backward.__wrapped__
     plan = plan_backward(backend, *map(meta_of, arrays), variant.metas, *gradients, *options)
     dq, dk, dv = (backend.empty(meta.shape, meta.dtype) for meta in plan.gradients)
     more = {name: backend.empty(meta.shape, meta.dtype) for name, meta in plan.more_gradients.items()}

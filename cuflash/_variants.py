@@ -30,7 +30,7 @@ class Meta(NamedTuple):
 
 def meta_of(array: Any) -> MetaTuple:
     """The fields of Meta as a plain tuple, which is made and hashed faster."""
-    return array.shape, array.strides, array.dtype, type(array) is np.ndarray or array.data.ptr % 16 == 0
+    return array.shape, array.strides, array.dtype, isinstance(array, np.ndarray) or array.data.ptr % 16 == 0
 
 
 class BlockMaskMeta(NamedTuple):
@@ -67,13 +67,18 @@ PLAIN = Variant({}, {}, (), None)
 def gather(
     inputs: dict[str, Any],
     *,
+    offsets: dict[str, Any] | None = None,
+    out: Any = None,
     score_mod: Any = None,
     mask_mod: Any = None,
     mod_args: Any = None,
     **options: Any,
 ) -> tuple[Backend, Variant]:
-    """The backend of a call with these inputs and options, of which those count that are not None, and its variant."""
-    extras = {name: value for name, value in options.items() if value is not None}
+    """The backend of a call with these inputs and options, of which those count that are not None, and its variant.
+
+    `offsets` are those of packed sequences, and `out` is the array that a caller gave for the result.
+    """
+    extras = (offsets or {}) | {name: value for name, value in options.items() if value is not None}
     arguments = _check_mods.arguments(mod_args)
     if arguments:
         extras["mod_args"] = arguments
@@ -86,7 +91,7 @@ def gather(
             "as cuflash.make_block_mask returns"
         )
     arrays = {name: array for option, value in extras.items() for name, array in _arrays_of(option, value)}
-    given = {name: array for name, array in inputs.items() if array is not None} | arrays
+    given = inputs | ({} if out is None else {"out": out}) | arrays
     backend = backend_of(*given.values(), names=tuple(given))
     if "seed" in arrays:
         _check_options.seed_array(arrays["seed"])
@@ -98,7 +103,7 @@ def _arrays_of(name: str, value: Any) -> Iterator[tuple[str, Any]]:
     """The arrays in the value of an option, with the names that errors call them."""
     if name == "mod_args":
         yield from ((f"{name}[{key!r}]", item) for key, item in value.items() if not _check_mods.is_number(item))
-    elif isinstance(value, BlockMask):
+    elif name == "block_mask":
         yield from ((f"{name}.visible", value.visible), (f"{name}.full", value.full))
     elif name != "seed" or not isinstance(value, int):
         yield name, value

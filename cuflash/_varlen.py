@@ -37,7 +37,7 @@ def attention_varlen(
     out: Array | None = None,
     return_lse: bool = False,
     kernel: str = "auto",
-) -> Array | tuple[Array, Array]:
+) -> Any:
     """Exact attention within each of several sequences, packed one after the other without padding.
 
     Computes ``attention(q[q0:q1], k[k0:k1], v[k0:k1], layout="bshd", ...)`` for every sequence ``s``, where
@@ -97,9 +97,9 @@ def attention_varlen(
     ((100, 4, 64), True)
     """
     backend, variant = gather(
-        {"q": q, "k": k, "v": v, "out": out},
-        cu_seqlens_q=cu_seqlens_q,
-        cu_seqlens_k=cu_seqlens_k,
+        {"q": q, "k": k, "v": v},
+        offsets={"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k},
+        out=out,
         seqused_k=seqused_k,
         alibi_slopes=alibi_slopes,
         sinks=sinks,
@@ -189,8 +189,7 @@ def attention_varlen_backward(
     """
     backend, variant = gather(
         {"q": q, "k": k, "v": v, "out": out, "dout": dout, "lse": lse},
-        cu_seqlens_q=cu_seqlens_q,
-        cu_seqlens_k=cu_seqlens_k,
+        offsets={"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k},
         seqused_k=seqused_k,
         alibi_slopes=alibi_slopes,
         sinks=sinks,

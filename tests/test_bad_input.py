@@ -66,6 +66,18 @@ def test_what_is_no_array(ring: Ring, index: int, value: Any, kind: str) -> None
     fails(ring, TypeError, rf"{'qkv'[index]}\b.*{kind}.*(cupy|numpy)\.ndarray", *inputs)
 
 
+def test_none_is_no_array_with_options_either(ring: Ring) -> None:
+    mask = ring.asarray(np.ones((5, 5), bool))
+    for index, name in enumerate("qkv"):
+        inputs = arrays(ring)
+        inputs[index] = None
+        fails(ring, TypeError, rf"{name}\b.*NoneType.*ndarray", *inputs, mask=mask)
+    for name in NAMES:
+        arguments = backward_arguments(ring) | {name: None}
+        with pytest.raises(TypeError, match=rf"{name}\b.*NoneType.*ndarray"):
+            cuflash.attention_backward(*arguments.values(), kernel=ring.kernel, mask=mask)
+
+
 @pytest.mark.parametrize("index", range(3))
 def test_a_torch_tensor_is_told_how_to_come_in(ring: Ring, index: int) -> None:
     inputs = arrays(ring)
@@ -317,6 +329,9 @@ def test_the_backward_pass_checks_its_options(ring: Ring) -> None:
             cuflash.attention_backward(*arguments, **options)
     with pytest.raises(TypeError, match=r"deterministic\b.*True and False"):
         cuflash.attention_backward(*arguments, kernel=ring.kernel, deterministic="yes")
+    for name in ("deterministic", "return_dbias", "return_dsinks"):
+        with pytest.raises(TypeError, match=rf"^{name}\b.*\[\].*True and False"):
+            cuflash.attention_backward(*arguments, kernel=ring.kernel, **{name: []})
 
 
 def test_a_wrong_gradient_is_refused_by_the_vjp(ring: Ring) -> None:
@@ -387,6 +402,12 @@ def test_out_that_overlaps_itself_or_has_no_elements(ring: Ring) -> None:
 @pytest.mark.parametrize("value", [0, 1, True, {}, 1.5])
 def test_what_should_be_an_array_is_named(ring: Ring, name: str, value: Any) -> None:
     fails(ring, TypeError, rf"{name}\b.*allowed are cupy.ndarray and numpy.ndarray", *arrays(ring), **{name: value})
+
+
+def test_a_block_mask_is_no_array(ring: Ring) -> None:
+    block_mask = cuflash.BlockMask.from_blocks(ring.asarray(np.ones((1, 1), bool)), shape=(5, 5))
+    for name in ("mask", "bias", "alibi_slopes", "sinks"):
+        fails(ring, TypeError, rf"{name}\b.*BlockMask; allowed are cupy.ndarray", *arrays(ring), **{name: block_mask})
 
 
 @pytest.mark.parametrize("softcap", [0, 0.0, -1, np.nan, np.inf, 1e-40, 1e35, 10**400])
@@ -597,6 +618,18 @@ def test_packed_arrays_have_three_axes(ring: Ring) -> None:
         inputs = packed(ring)
         inputs[index] = inputs[index][None]
         fails_packed(ring, ValueError, rf"{name}\b.*4 axes.*3: \(total, heads, head_dim\)", *inputs)
+
+
+def test_packed_sequences_have_offsets(ring: Ring) -> None:
+    for index, name in enumerate(("q", "k", "v", "cu_seqlens_q", "cu_seqlens_k")):
+        inputs = packed(ring)
+        inputs[index] = None
+        fails_packed(ring, TypeError, rf"{name}\b.*NoneType.*ndarray", *inputs)
+    fails_packed(ring, TypeError, r"cu_seqlens_q\b.*NoneType.*ndarray", *packed(ring)[:3], None, None)
+    q, k, v, *_ = packed(ring)
+    lse = ring.asarray(np.ones((4, 7), np.float32))
+    with pytest.raises(TypeError, match=r"cu_seqlens_q\b.*NoneType.*ndarray"):
+        cuflash.attention_varlen_backward(q, q, k, v, q, lse, None, None, kernel=ring.kernel)
 
 
 @pytest.mark.parametrize("name", ["cu_seqlens_q", "cu_seqlens_k", "seqused_k"])

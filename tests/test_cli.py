@@ -392,6 +392,15 @@ class TestTables:
         assert "| forward | bfloat16 | 64 | full | 4096 |" in document.read_text()
         assert main([*arguments, "--check"]) == 0
 
+    def test_a_document_that_is_not_there(self, tmp_path, capsys):
+        assert main(["bench", "--tables", str(tmp_path / "NONE.md")]) == 1
+        assert "NONE.md" in capsys.readouterr().err
+
+    def test_there_is_nothing_to_check_without_documents(self, monkeypatch):
+        monkeypatch.setattr(command, "measure", lambda *_: pytest.fail("it measured"))
+        with pytest.raises(SystemExit, match=r"--check needs .* --tables"):
+            main(["bench", "--cpu", "--check"])
+
     def test_the_documents_of_the_project_say_what_was_measured(self):
         documents = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
         assert command.fill_documents(documents, ROOT / "bench/results", check=True) == 0
@@ -1000,6 +1009,11 @@ class TestInfo:
         )
         assert "{info,bench,tune}" in child.stdout
 
+    def test_the_version(self, capsys):
+        with pytest.raises(SystemExit, match=r"^0$"):
+            main(["--version"])
+        assert capsys.readouterr().out == f"cuflash {cuflash.__version__}\n"
+
     def test_kernels_are_told_by_capability(self):
         rows = {row["dtype"]: row for row in info.collect()["kernels"] if row["family"] == "wmma"}
         assert "sm_70" in rows["float16"]["runs_on"]
@@ -1082,6 +1096,12 @@ class TestTune:
         assert sum(row[1:2] == ["backward"] for row in rows) > 10
         assert in_use["sm90"][1:7] == [str(number) for number in _sm90.TILES[128, 128][0]]
         assert sum(row[:1] == ["sm90"] for row in rows) > 10
+
+    @pytest.mark.parametrize("head_dim", ["0", "257", "-8", "64.0", "many"])
+    def test_head_dims_that_no_kernel_has(self, capsys, head_dim):
+        with pytest.raises(SystemExit):
+            main(["tune", "--arch", "sm_90", "--head-dim", head_dim])
+        assert "allowed are 1 to 256" in capsys.readouterr().err
 
     @pytest.mark.parametrize(
         ("arch", "families_"), [("sm_80", {"sm80", "wmma"}), ("sm_90", {"sm90", "sm80", "wmma"}), ("sm_70", set())]

@@ -222,6 +222,19 @@ def test_signed_weights_are_those_of_the_result() -> None:
     np.testing.assert_allclose((np.where(kept, weights, 0) / 0.7 @ values).swapaxes(1, 2), out, atol=1e-5)
 
 
+def test_signed_weights_of_float64_are_exact() -> None:
+    q, k, v = normal(3, 1, 9, 1, 8, dtype="float64")
+    q[:, 0] *= 200  # weights below the smallest number of float32
+    manual_seed(SEED)
+    _, _, weights = flash_attn_func(q, k, v, 0.3, return_attn_probs=True)
+    scores = q[0, :, 0] @ k[0, :, 0].T / math.sqrt(8)
+    expected = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    expected /= expected.sum(axis=-1, keepdims=True)
+    kept = cuflash.dropout_mask(weights.shape, 0.3, seed_of_the_next_call())[0, 0]
+    assert 0 < expected.min() < 1e-50 and weights.dtype == np.float64
+    np.testing.assert_allclose(weights[0, 0], np.where(kept, expected, -expected), rtol=1e-12)
+
+
 def test_signed_weights_of_packed_sequences_are_padded() -> None:
     q, k, v = normal(9, 2, 8), normal(20, 1, 8, seed=1), normal(20, 1, 8, seed=2)
     cu_seqlens_q, cu_seqlens_k = np.array([[0, 4, 4, 9], [0, 12, 15, 20]], np.int32)
@@ -275,10 +288,32 @@ def test_arrays_of_other_shapes_are_refused() -> None:
         flash_attn_qkvpacked_func([1, 2])
     with pytest.raises(TypeError, match=r"^return_attn_probs: "):
         flash_attn_func(q, q, q, return_attn_probs=1)
-    with pytest.raises(ValueError, match=r"^window_size: "):
-        flash_attn_func(q, q, q, window_size=(-2, 3))
     with pytest.raises(NotImplementedError, match=r"^block_table: "):
         flash_attn_varlen_func(packed, packed, packed, cu_seqlens, cu_seqlens, 5, 5, block_table=cu_seqlens)
+
+
+@pytest.mark.parametrize("window_size", [(-2, 3), (-1, -2), (3, 1.0), (-1.0, 3), (np.zeros(2), 3), (1, 2, 3), 5])
+def test_what_is_no_window_is_refused(window_size: Any) -> None:
+    q = normal(2, 5, 2, 8)
+    with pytest.raises(ValueError) as refused:
+        flash_attn_func(q, q, q, window_size=window_size)
+    assert str(refused.value).startswith(f"window_size: got {window_size!r}; it must be (left, right)")
+    assert "-1 for no limit" in str(refused.value)
+
+
+@pytest.mark.parametrize("softmax_scale", [math.nan, 1e39, "1", np.array(1.0)])
+def test_what_is_no_scale_is_refused(softmax_scale: Any) -> None:
+    q = normal(2, 5, 2, 8)
+    with pytest.raises((TypeError, ValueError), match=r"^softmax_scale: got"):
+        flash_attn_func(q, q, q, softmax_scale=softmax_scale)
+
+
+@pytest.mark.parametrize("max_seqlen", [-1, 6.0, None, "6", np.array([6])])
+def test_lengths_that_shape_a_result_are_sizes(max_seqlen: Any) -> None:
+    q, cu_seqlens = normal(10, 2, 8), np.array([0, 4, 10], np.int32)
+    for lengths, name in (((max_seqlen, 6), "max_seqlen_q"), ((6, max_seqlen), "max_seqlen_k")):
+        with pytest.raises(ValueError, match=rf"^{name}: got .*; it must be an int >= 0"):
+            flash_attn_varlen_func(q, q, q, cu_seqlens, cu_seqlens, *lengths, 0.3, return_attn_probs=True)
 
 
 @pytest.mark.parametrize("softcap", [0, np.float32(0), np.float32(-1), np.int64(0)])
@@ -328,6 +363,28 @@ def test_unpad_and_pad_are_inverse() -> None:
     same_bits(packed, x[(tokens == 1) | reserved])
     same_bits(cu_seqlens, np.array([0, 4, 5, 10], np.int32))
     same_bits(seqused, np.array([3, 0, 5], np.int32))
+
+
+def test_pad_input_names_its_arguments() -> None:
+    with pytest.raises(TypeError, match=r"^hidden_states: got a builtins.list"):
+        pad_input([[1.0]], np.array([0]), 1, 1)
+
+
+@pytest.mark.parametrize("name", ["attention_mask", "unused_mask"])
+@pytest.mark.parametrize(
+    ("mask", "error", "pattern"),
+    [
+        ([[1, 1, 1], [1, 0, 0]], TypeError, r"list.*ndarray"),
+        (np.zeros((2, 3)), TypeError, r"float64.*bool and int"),  # 0 where there is a token, as a bias has it
+        (np.full((2, 3), "1"), TypeError, r"<U1.*bool and int"),
+        (np.ones((1, 3), bool), ValueError, r"\(1, 3\).*hidden_states.*\(2, 3, 4\)"),
+        (np.ones((2, 4), bool), ValueError, r"\(2, 4\).*hidden_states.*\(2, 3, 4\)"),
+    ],
+)
+def test_what_is_no_mask_of_tokens_is_refused(name: str, mask: Any, error: type[Exception], pattern: str) -> None:
+    masks = {"attention_mask": np.ones((2, 3), bool)} | {name: mask}
+    with pytest.raises(error, match=rf"^{name}: .*{pattern}"):
+        unpad_input(normal(2, 3, 4), **masks)
 
 
 def plain_sdpa(
@@ -453,6 +510,10 @@ def test_sdpa_refuses_what_torch_refuses() -> None:
         scaled_dot_product_attention(normal(3, 2, 3, 8), k, k)
     with pytest.raises(ValueError, match=r"^query: shape is \(8,\); it must have 2 or more axes"):
         scaled_dot_product_attention(normal(8), k, k)
+    with pytest.raises(TypeError, match=r"^query: dtype int64 is not supported"):
+        scaled_dot_product_attention(*(x.astype(np.int64) for x in (q, k, k)), enable_gqa=True)
+    with pytest.raises(TypeError, match=r"^value: dtype float64 differs from query's float32"):
+        scaled_dot_product_attention(q, k, k.astype(np.float64), enable_gqa=True)
     with pytest.raises(TypeError, match=r"^key: got a builtins.list"):
         scaled_dot_product_attention(q, [1], k)
     with pytest.raises(TypeError, match="positional"):

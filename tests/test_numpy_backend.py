@@ -6,8 +6,10 @@ import subprocess
 import sys
 import tracemalloc
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import ml_dtypes  # noqa: F401  (gives NumPy the name "bfloat16")
 import numpy as np
 import pytest
 
@@ -238,6 +240,37 @@ def test_a_callable_that_returns_a_wrong_shape_is_named(name: str) -> None:
         cuflash.attention(q, q, q, **options)
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "pattern"),
+    [
+        ("score_mod", None, r"object.*real numbers.*return"),
+        ("score_mod", 1j, r"complex128.*real numbers"),
+        ("score_mod", "1", r"<U1.*real numbers"),
+        ("mask_mod", None, r"object.*bool and int.*return"),
+        ("mask_mod", np.zeros((5, 5)), r"float64.*bool and int"),  # 0 and -inf, as a bias has it
+        ("mask_mod", "1", r"<U1.*bool and int"),
+    ],
+)
+def test_a_callable_that_returns_a_wrong_kind_is_named(name: str, value: Any, pattern: str) -> None:
+    q = np.ones((2, 5, 8), np.float32)
+    options: dict[str, Any] = {name: lambda *_: value}
+    for call in (cuflash.attention, cuflash.attention_vjp):
+        with pytest.raises(TypeError, match=rf"{name}: returned .*{pattern}"):
+            call(q, q, q, **options)
+    if name == "mask_mod":
+        with pytest.raises(TypeError, match=rf"{name}: returned .*{pattern}"):
+            cuflash.make_block_mask(**options, shape=(1, 2, 5, 5))
+
+
+def test_scores_of_bfloat16_and_masks_of_int_are_taken() -> None:
+    q = np.ones((2, 5, 8), np.float32)
+    shown = np.tri(5, dtype=np.uint8)
+    masked = cuflash.attention(q, q, q, mask_mod=lambda s, b, h, i, j: shown[i, j])
+    np.testing.assert_array_equal(masked, cuflash.attention(q, q, q, causal=True))
+    bias = np.ones((5, 5), "bfloat16")
+    cuflash.attention(q, q, q, score_mod=lambda s, b, h, i, j: bias[i, j])
+
+
 def test_gradients_of_broadcast_arrays_are_summed_before_they_are_rounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_numpy, "BLOCK_ROWS", 3)
     q = np.zeros((1, 1, 5000, 8), np.float16)
@@ -292,6 +325,26 @@ def test_no_option_takes_memory_for_all_pairs(monkeypatch: pytest.MonkeyPatch, n
         vjp(dout)
 
     assert peak_memory(call) < seqlen * seqlen / 2  # bytes
+
+
+def test_arrays_in_files_are_arrays(tmp_path: Path) -> None:
+    def in_file(x: Any, name: str) -> Any:
+        array = np.memmap(tmp_path / name, x.dtype, "w+", shape=x.shape)
+        array[...] = x
+        return array
+
+    q, k, v, dout = np.random.default_rng(0).standard_normal((4, 2, 9, 8), dtype=np.float32)
+    options = {"mask": np.tri(9, dtype=bool), "sinks": np.ones(2, np.float32)}
+    expected, vjp = cuflash.attention_vjp(q, k, v, **options)
+    arrays = [in_file(x, name) for x, name in zip((q, k, v), "qkv", strict=True)]
+    stored = {name: in_file(x, name) for name, x in options.items()}
+    out = in_file(np.zeros_like(q), "out")
+    assert cuflash.attention(*arrays, **stored, out=out) is out
+    np.testing.assert_array_equal(out, expected)
+    result, vjp_of_stored = cuflash.attention_vjp(*arrays, **stored)
+    np.testing.assert_array_equal(result, expected)
+    for actual, gradient in zip(vjp_of_stored(in_file(dout, "dout")), vjp(dout), strict=True):
+        np.testing.assert_array_equal(actual, gradient)
 
 
 def test_inputs_are_not_copied_whole() -> None:

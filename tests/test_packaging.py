@@ -8,6 +8,7 @@ import sys
 import tarfile
 import zipfile
 from pathlib import Path
+from typing import Any, get_type_hints
 
 import numpy as np
 import pytest
@@ -75,6 +76,12 @@ def test_the_sdist_holds_what_builds_and_tests_it(tmp_path: Path) -> None:
     assert source_files("cuflash", "cuda_src") <= names
     assert {"pyproject.toml", "README.md", "Makefile", ".ci/run", "tests/test_packaging.py"} <= names
     assert not any(name.startswith((".venv", "dist", "tests/hostcuda/build/")) for name in names)
+
+
+@pytest.mark.parametrize("function", [cuflash.attention, cuflash.attention_varlen])
+def test_type_checkers_let_results_be_used(function: Any) -> None:
+    """Of an array or a pair they would allow neither `out.shape` nor `out + x`."""
+    assert get_type_hints(function)["return"] is Any
 
 
 def test_versions_agree(wheel: Path) -> None:

@@ -50,6 +50,11 @@ def test_a_packed_call_is_the_masked_call() -> None:
     np.testing.assert_allclose(cuflash.pad_input(out, indices, 3, 20)[mask], expected[mask], atol=1e-6)
 
 
+def test_sizes_may_be_small_integers() -> None:
+    padded = cuflash.pad_input(np.ones(1), np.array([399]), np.int8(20), np.int8(20))
+    assert padded.shape == (20, 20) and padded[-1, -1] == 1
+
+
 def test_masks_of_integers_and_any_strides() -> None:
     x = np.arange(24).reshape(2, 3, 4)
     mask = np.array([[1, 0, 1], [0, 2, 0]])

@@ -268,6 +268,15 @@ def test_a_nan_too_few_is_caught() -> None:
         assert_attention_accurate(q, k, v, out)
 
 
+def test_a_missing_result_is_caught() -> None:
+    arrays, dout = PROBLEM.arrays(), PROBLEM.dout()
+    with pytest.raises(AssertionError, match=r"^out has shape \(\)"):
+        assert_attention_accurate(*arrays, None, **PROBLEM.options)
+    dq, _, dv = plain_attention_backward(dout, *arrays, **PROBLEM.options)
+    with pytest.raises(AssertionError, match=r"^dk has shape \(\)"):
+        assert_gradients_accurate(dout, *arrays, dq, None, dv, **PROBLEM.options)
+
+
 def test_a_wrong_shape_or_dtype_is_caught() -> None:
     arrays = PROBLEM.arrays()
     out = cuflash.attention(*arrays, **PROBLEM.options)

@@ -21,7 +21,7 @@ from cuflash._device import Chip
 from cuflash._kernel import NUMBERS, Kernel, padded_head_dims
 from cuflash._launch import FAMILIES
 from cuflash._options import PLAIN
-from cuflash._problem import Operand, Problem, Window
+from cuflash._problem import MAX_HEAD_DIM, Operand, Problem, Window
 
 SEQLEN = 4096
 MASKS = {"full": False, "causal": True}
@@ -206,7 +206,7 @@ def add_parser(commands: Any) -> None:
         help="measure the tiles that kernels might have",
         description="Measure the tiles that kernels might have on plain calls, and show what would change.",
     )
-    parser.add_argument("--head-dim", nargs="+", type=int, default=[64, 128, 256], help="default: 64 128 256")
+    parser.add_argument("--head-dim", nargs="+", type=_head_dim, default=[64, 128, 256], help="default: 64 128 256")
     parser.add_argument("--dtype", choices=("float16", "bfloat16"), default="bfloat16")
     parser.add_argument(
         "--arch",
@@ -214,6 +214,12 @@ def add_parser(commands: Any) -> None:
         help="measure nothing; list the tiles that fit such a GPU",
     )
     parser.set_defaults(run=run)
+
+
+def _head_dim(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= MAX_HEAD_DIM:
+        raise argparse.ArgumentTypeError(f"got {text!r}; allowed are 1 to {MAX_HEAD_DIM}")
+    return int(text)
 
 
 def run(options: argparse.Namespace) -> int:

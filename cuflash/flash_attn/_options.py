@@ -8,6 +8,7 @@ import numpy as np
 
 from .. import _check_options, _checks
 from .._backends import backend_of
+from .._problem import WindowSize
 
 Array = Any
 """``cupy.ndarray`` or ``numpy.ndarray``."""
@@ -60,6 +61,7 @@ def dropout(dropout_p: float) -> dict[str, Any]:
 
 
 def flash_attn_options(
+    q: Array,
     dropout_p: float,
     softmax_scale: float | None,
     causal: bool,
@@ -72,17 +74,32 @@ def flash_attn_options(
     """The options of flash-attn's functions by cuflash's names; -1 in a window and a softcap <= 0 become None."""
     _checks.flag("deterministic", deterministic)
     _checks.flag("return_attn_probs", return_attn_probs)
-    window: Any = window_size
-    if isinstance(window_size, (tuple, list)):
-        window = tuple(None if side == -1 else side for side in window_size)
+    if softmax_scale is not None:
+        _checks.scale("softmax_scale", softmax_scale, q.shape[-1], str(q.dtype))
     return {
         "scale": softmax_scale,
         "causal": causal,
-        "window_size": window,
+        "window_size": _window(window_size),
         "softcap": None if _checks.is_real(softcap) and softcap <= 0 else softcap,
         "alibi_slopes": alibi_slopes,
         **dropout(dropout_p),
     }
+
+
+def _window(window_size: Any) -> WindowSize:
+    """flash-attn's window by cuflash's rules, in which None is no limit."""
+
+    def limit(side: Any) -> Any:
+        return None if isinstance(side, (int, np.integer)) and side == -1 else side
+
+    try:
+        return _checks.window_size(
+            tuple(map(limit, window_size)) if isinstance(window_size, (tuple, list)) else window_size
+        )
+    except ValueError:
+        raise ValueError(
+            f"window_size: got {window_size!r}; it must be (left, right), each a number of keys >= 0 or -1 for no limit"
+        ) from None
 
 
 def check_axes(name: str, array: Array, *axes: str | int) -> None:

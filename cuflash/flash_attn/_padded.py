@@ -89,7 +89,7 @@ def flash_attn_func(
     for name, array in (("q", q), ("k", k), ("v", v)):
         check_axes(name, array, "batch", f"seqlen_{'q' if name == 'q' else 'k'}", "nheads", "headdim")
     options = flash_attn_options(
-        dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
+        q, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
     )
     attend = partial(attention, q, k, layout="bshd")
     if not return_attn_probs:

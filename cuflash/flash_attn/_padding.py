@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from .. import _padding
+from .._backends import backend_of
 from ._options import Array
 
 
@@ -56,6 +57,9 @@ def unpad_input(
     array([[1, 2, 0],
            [4, 0, 0]])
     """
+    _padding.check_tokens("hidden_states", hidden_states, "attention_mask", attention_mask)
+    if unused_mask is not None:
+        _padding.check_tokens("hidden_states", hidden_states, "unused_mask", unused_mask)
     used = attention_mask != 0
     kept = used if unused_mask is None else used | (unused_mask != 0)
     return (*_padding.unpad_input(hidden_states, kept), used.sum(axis=-1, dtype=np.int32))
@@ -86,4 +90,5 @@ def pad_input(hidden_states: Array, indices: Array, batch: int, seqlen: int) -> 
     --------
     See :func:`unpad_input`.
     """
+    backend_of(hidden_states, indices, names=("hidden_states", "indices"))
     return _padding.pad_input(hidden_states, indices, batch, seqlen)

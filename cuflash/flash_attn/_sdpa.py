@@ -80,7 +80,8 @@ def scaled_dot_product_attention(
     _checks.flag("is_causal", is_causal)
     _checks.flag("enable_gqa", enable_gqa)
     arrays = {"query": query, "key": key, "value": value}
-    backend_of(*arrays.values(), names=tuple(arrays))
+    backend = backend_of(*arrays.values(), names=tuple(arrays))
+    _checks.dtype_of(arrays, backend.dtypes)
     for name, x in arrays.items():
         if x.ndim < 2:
             raise ValueError(f"{name}: shape is {x.shape}; it must have 2 or more axes, (..., sequence, dim)")

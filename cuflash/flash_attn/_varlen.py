@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from .. import _checks
 from .._varlen import attention_varlen
 from ._attn_probs import signed_weights
 from ._options import Array, check_axes, flash_attn_options
@@ -83,7 +84,7 @@ def flash_attn_varlen_func(
     if block_table is not None:
         raise NotImplementedError("block_table: paged keys and values are not supported; only None is allowed")
     options = flash_attn_options(
-        dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
+        q, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
     )
 
     def attend(values: Array, **options: Any) -> Any:
@@ -94,6 +95,9 @@ def flash_attn_varlen_func(
     out, lse = attend(v, **options, return_lse=True)
     if not dropout_p:
         return out, lse, None
+    for name, length in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
+        if not _checks.is_size(length):
+            raise ValueError(f"{name}: got {length!r}; it must be an int >= 0")
     key = np.arange(v.shape[0], like=v)
     first_key = cu_seqlens_k[np.searchsorted(cu_seqlens_k, key, side="right") - 1]
     weights = signed_weights(attend, v, options, key - first_key, max_seqlen_k)

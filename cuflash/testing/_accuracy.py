@@ -62,7 +62,7 @@ def assert_attention_accurate(q: Any, k: Any, v: Any, out: Any, lse: Any = None,
     >>> out, lse = cuflash.attention(q, k, v, causal=True, return_lse=True)
     >>> assert_attention_accurate(q, k, v, out, lse, causal=True)
     """
-    _assert_rule(forward, {"q": q, "k": k, "v": v}, Options(**options), {"out": out, "lse": lse})
+    _assert_rule(forward, {"q": q, "k": k, "v": v}, Options(**options), {"out": out}, {"lse": lse})
 
 
 def assert_gradients_accurate(
@@ -106,8 +106,8 @@ def assert_gradients_accurate(
     >>> out, vjp = cuflash.attention_vjp(q, k, v, causal=True)
     >>> assert_gradients_accurate(dout, q, k, v, *vjp(dout), causal=True)
     """
-    results = {"dq": dq, "dk": dk, "dv": dv, "dbias": dbias, "dsinks": dsinks}
-    _assert_rule(gradients, {"dout": dout, "q": q, "k": k, "v": v}, Options(**options), results)
+    arrays, results = {"dout": dout, "q": q, "k": k, "v": v}, {"dq": dq, "dk": dk, "dv": dv}
+    _assert_rule(gradients, arrays, Options(**options), results, {"dbias": dbias, "dsinks": dsinks})
 
 
 def assert_attention_varlen_accurate(
@@ -210,9 +210,14 @@ def _rescaled(
 
 
 def _assert_rule(
-    compute: Callable[..., Results], arrays: dict[str, Any], options: Options, results: dict[str, Any]
+    compute: Callable[..., Results],
+    arrays: dict[str, Any],
+    options: Options,
+    results: dict[str, Any],
+    more_results: dict[str, Any],
 ) -> None:
-    """Hold results that `compute` tells of arrays, in any arithmetic, against the rule."""
+    """Hold results that `compute` tells of arrays, in any arithmetic, against the rule; more results may be None."""
+    results = results | {name: result for name, result in more_results.items() if result is not None}
     arrays = {name: as_numpy(x) for name, x in arrays.items()}
     dtype = arrays["q"].dtype
     reference_dtype = np.longdouble if dtype == np.float64 else np.float64
@@ -236,9 +241,8 @@ def _assert_rule(
                 plain_errors[name] = max(plain_errors[name], error / _growth(name, factors))
     terms = compute(*arrays.values(), options, MAGNITUDES)
     for name, result in results.items():
-        if result is not None:
-            plain_error = max(plain_errors[name], _WORKING_ROUNDING[dtype.name] * _largest(terms[name]))
-            _assert_close(name, as_numpy(result), expected[name], plain_results[name].dtype, plain_error)
+        plain_error = max(plain_errors[name], _WORKING_ROUNDING[dtype.name] * _largest(terms[name]))
+        _assert_close(name, as_numpy(result), expected[name], plain_results[name].dtype, plain_error)
 
 
 def _largest_errors(results: Results, expected: Results) -> dict[str, float]:

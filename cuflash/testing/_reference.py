@@ -32,7 +32,7 @@ def reference_attention(
     **options
         Those of :func:`cuflash.attention` that change the result: `scale`, `causal`, `window_size`, `softcap`,
         `alibi_slopes`, `bias`, `mask`, `block_mask`, `sinks`, `dropout_p`, `seed`, `score_mod`, `mask_mod`, `layout`.
-        The two last but one are Python callables.
+        `score_mod` and `mask_mod` are Python callables.
 
     Returns
     -------

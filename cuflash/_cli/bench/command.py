@@ -78,6 +78,8 @@ def add_parser(commands: Any) -> None:
 def run(options: argparse.Namespace) -> int:
     if options.tables:
         return fill_documents(options.tables, options.out or RESULTS, check=options.check)
+    if options.check:
+        raise SystemExit("python -m cuflash bench: error: --check needs the documents to check: --tables FILE")
     machine = _cpu() if options.cpu else _find_machine()
     directory = options.out or (RESULTS if machine.kind == "gpu" else None)
     choice = Choice(
