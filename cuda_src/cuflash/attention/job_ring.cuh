@@ -58,7 +58,15 @@ struct QueryJobs {
   }
   template <class Options>
   static __device__ __forceinline__ Job job(const Options& options, const Problem& problem, int index) {
-    return options.template query_job<kBlockM>(problem, index);
+    const Job job = options.template query_job<kBlockM>(problem, index);
+    if constexpr (Options::kPacked || Options::template kTileBytes<1, 1> == 0) {
+      return job;
+    } else {
+      if (!options.same_in_batch()) return job;
+      // Batch entries one after the other for each head, not the other way round: they read the same tiles of pairs.
+      const int head = job.sequence.batch * problem.num_heads + job.head;
+      return {Options::sequence(problem, head % problem.batch), head / problem.batch, job.tile};
+    }
   }
   static __device__ __forceinline__ bool has_rows(const Job& job) {
     return job.tile >= 0 && job.tile * kBlockM < job.sequence.seqlen_q;
