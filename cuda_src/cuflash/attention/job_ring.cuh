@@ -61,7 +61,7 @@ struct QueryJobs {
     if constexpr (Options::kPacked) {
       return options.template query_job<kBlockM>(problem, index);
     } else {
-      const Job job = batched_job<Options>(problem, index);
+      const Job job = options.template query_job<kBlockM>(problem, short_last(problem, index));
       if (Options::template kTileBytes<1, 1> == 0 || !options.same_in_batch()) return job;
       // Batch entries one after the other for each head, not the other way round: they read the same tiles of pairs.
       const int head = job.sequence.batch * problem.num_heads + job.head;
@@ -75,18 +75,12 @@ struct QueryJobs {
  private:
   // Where tiles are alike but for the last rows, and those are few, they come last of all heads: short jobs let the
   // multiprocessors end together. They read keys from memory that tiles of the same head had shared: so only if those
-  // are several.
-  template <class Options>
-  static __device__ __forceinline__ Job batched_job(const Problem& problem, int index) {
-    const int num_heads = problem.num_heads * problem.batch, rest = problem.seqlen_q % kBlockM;
-    const int num_whole = problem.seqlen_q / kBlockM, first_short = num_whole * num_heads;
-    if (!BatchedSequences::shows_all(problem) || rest == 0 || 2 * rest > kBlockM || num_whole < 4) {
-      return Options::template query_job<kBlockM>(problem, index);
-    }
-    const HeadTile whole(index, num_heads, num_whole, 1);
-    const bool is_short = index >= first_short;
-    const int head = is_short ? index - first_short : whole.head, tile = is_short ? num_whole : whole.tile;
-    return {Options::sequence(problem, head / problem.num_heads), head % problem.num_heads, tile};
+  // are several. Else each head begins with its last rows.
+  static __device__ __forceinline__ int short_last(const Problem& problem, int index) {
+    const int num_whole = problem.seqlen_q / kBlockM, rest = problem.seqlen_q % kBlockM;
+    const int first_short = num_whole * problem.num_heads * problem.batch;
+    if (!BatchedSequences::shows_all(problem) || rest == 0 || 2 * rest > kBlockM || num_whole < 4) return index;
+    return index < first_short ? index + index / num_whole + 1 : (index - first_short) * (num_whole + 1);
   }
 };
 
