@@ -79,8 +79,9 @@ class Options:
         lines = _method("void enter(const cuflash::Sequence& sequence, int head)", self._statements("enter"))
         scores = self._statements("score")
         if scores:
+            lines += ["  template <class Key>"]
             lines += _method(
-                "cuflash::Dual score(cuflash::Dual score, int query, int key) const", [*scores, "return score;"]
+                "cuflash::Dual score(cuflash::Dual score, int query, Key key) const", [*scores, "return score;"]
             )
         if any("kHasPenalties" in feature.flags for feature in self.features):
             lines += _method("float penalty(int query, int key) const", ["return alibi.penalty(query, key);"])
@@ -122,7 +123,8 @@ class Options:
         elif visible:
             lines += _method("bool shows_all() const", ["return false;"])
         if visible:
-            lines += _method("bool visible(int query, int key) const", [f"return {visible};"])
+            lines += ["  template <class Key>"]
+            lines += _method("bool visible(int query, Key key) const", [f"return {visible};"])
         if "sinks" in names:
             lines += _method("float sink() const", ["return sinks.logit;"])
         if "dropout" in names:

@@ -22,6 +22,7 @@ ARCH = "sm_90a"
 CAPABILITY = (9, 0)
 MIN_SCALE = float(np.finfo(np.float32).tiny)  # less is 0 for kernels
 JOB_BYTES = 36  # attention/sequence.cuh
+VISITED_BYTES = 8  # attention/key_blocks.cuh
 
 
 class Tile(NamedTuple):
@@ -52,7 +53,12 @@ TILES: dict[tuple[int, int], tuple[Tile, ...]] = {
 }
 # The same for calls with arrays of pairs: a bias or a mask.
 PAIR_TILES: dict[tuple[int, int], tuple[Tile, ...]] = {
-    (64, 64): (Tile(128, 128, 2, 2, 3, 2), Tile(128, 128, 2, 2, 2, 1)),
+    (64, 64): (
+        Tile(192, 128, 2, 2, 4, 2),
+        Tile(192, 96, 2, 4, 4, 2),
+        Tile(128, 128, 2, 2, 3, 2),
+        Tile(128, 128, 2, 2, 2, 1),
+    ),
     (96, 96): (Tile(128, 128, 1, 2, 2, 2), Tile(128, 128, 1, 2, 2, 1), Tile(128, 64, 1, 2, 2, 1)),
     (128, 128): (Tile(128, 128, 1, 2, 2, 2), Tile(128, 128, 1, 2, 1, 2), Tile(128, 64, 1, 2, 2, 1)),
     (192, 128): (Tile(128, 128, 1, 2, 2, 1), Tile(128, 64, 1, 2, 2, 1)),
@@ -61,9 +67,10 @@ PAIR_TILES: dict[tuple[int, int], tuple[Tile, ...]] = {
 }
 LONG_CAUSAL = 2048
 # What options take of the registers of three consumers, roughly, and what so many keys leave. Others take too much.
-COSTS = {"sinks": 0, "alibi": 1, "packed": 1, "softcap": 2, "mod": 2, "dropout": 1}
+COSTS = {"sinks": 0, "alibi": 1, "mask": 1, "packed": 1, "bias": 2, "softcap": 2, "mod": 2, "dropout": 1}
 LEFT = {128: 1, 96: 6}
 HUNGRY = {"mod"}  # options for which two consumers take the smaller tile
+PAIRS = {"bias", "mask"}  # beside these three consumers have registers for no other
 
 
 def why_not(
@@ -104,7 +111,7 @@ def _shared_bytes(dims: tuple[int, int], tile: Tile, options: Options) -> int:
     careful = tile.block_m // 16 * max(options.tile_bytes(1, 32), 16)
     stages_of_jobs = tile.stages_q + 2
     stages = tile.stages_q + tile.stages_k + 2 * tile.stages_v + tile.stages_pairs + stages_of_jobs
-    rings = 16 * stages + ceil_div(JOB_BYTES * stages_of_jobs, 8) * 8
+    rings = 16 * stages + ceil_div(JOB_BYTES * stages_of_jobs, 8) * 8 + VISITED_BYTES * tile.stages_k
     return rows * row + tile.stages_v * tile.block_n * row_v + pairs + careful + rings
 
 
@@ -135,6 +142,8 @@ def _suits_three_consumers(problem: Problem, options: Options, tile: Tile) -> bo
     if problem.packed:  # of different lengths the longer half does most of the work
         length = 2 * length // problem.batch
     cost = sum(COSTS.get(name, math.inf) for name in options.names)
+    if PAIRS.intersection(options.names) and len({*options.names} - {"sinks"}) > 1:
+        return False
     return cost <= LEFT.get(tile.block_n, 0) and (full or length >= LONG_CAUSAL)
 
 

@@ -291,6 +291,9 @@ def test_what_it_takes(notebook: Notebook, name: str) -> None:
         ((64, 64), 512, {"softcap": 5.0, "causal": True}, (64, 64, 128, 128)),
         ((64, 64), 512, {"dropout_p": 0.1, "seed": 1}, (64, 64, 192, 128)),
         ((64, 64), 512, {"dropout_p": 0.1, "seed": 1, "softcap": 5.0}, (64, 64, 192, 96)),
+        ((64, 64), 512, {"mask": np.ones((512, 512), bool)}, (64, 64, 192, 128)),
+        ((64, 64), 512, {"bias": np.zeros((512, 512), BF16)}, (64, 64, 192, 96)),
+        ((64, 64), 512, {"bias": np.zeros((512, 512), BF16), "softcap": 5.0}, (64, 64, 128, 128)),
         ((8, 40), 512, {}, (64, 64, 192, 128)),
         ((72, 64), 512, {}, (96, 96, 128, 128)),
         ((128, 128), 512, {}, (128, 128, 128, 128)),
@@ -665,6 +668,27 @@ def test_rows_that_do_not_see_nan_are_as_without_it(
         out, clean = out.astype("float32"), clean.astype("float32")
         assert float(abs(out[:, :105] - clean[:, :105]).max()) < 0.02
         assert not bool(hopper.isfinite(out[:, 105:]).all())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"causal": True},
+        {"bias": PairArray((3, 832, 300))},
+        {"bias": PairArray((2, 1, 832, 300), dtype="float32")},
+        {"mask": PairArray((832, 300), hidden=0.3)},
+        {"mask_mod": "document", "block_mask": True},
+        {"mask_mod": "document", "block_mask": True, "bias": PairArray((832, 300)), "causal": True},
+    ],
+    ids=lambda options: "-".join(options),
+)
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_every_tile_of_queries_is_computed(hopper: Any, options: dict[str, Any], head_dim: int) -> None:
+    """Few rows are in the last of a head: then those of all heads come last. Heads that share a bias come together."""
+    kv = (2, 1, 300, head_dim)
+    gpu_ring("sm90").check_forward(AttentionProblem((2, 3, 832, head_dim), kv, kv, "bfloat16", **options))
 
 
 @pytest.mark.gpu

@@ -85,6 +85,10 @@ def test_bias_of_every_shape(ring: Ring, shape: tuple[int, ...], dtype: str) -> 
     check(ring, bias=PairArray(shape, dtype=dtype))
 
 
+def test_bias_of_bfloat16(ring: Ring) -> None:
+    check(ring, dtype="bfloat16", bias=PairArray(PAIRS))
+
+
 @pytest.mark.parametrize("shape", [(1, 2, 150, 300), (2, 1, 150, 300), (2, 2, 1, 300), (150, 1), (1, 1)])
 @pytest.mark.parametrize("causal", [False, True])
 def test_bias_of_several_tiles(

@@ -71,11 +71,13 @@ struct ForwardBlock {
     TileV v[kStagesV];
     TileOfArrays pairs[kStagesPairs];
     typename Careful::Memory careful[4 * kNumConsumers];
+    typename Blocks::Visited visited[kStagesK];  // which block a stage of K is, where options skip some
     Rings rings;
   };
   // Without the padding that makes the struct a multiple of 1024.
   static constexpr int kSharedBytes = sizeof(TileQ) * kStagesQ + sizeof(TileK) * kStagesK + sizeof(TileV) * kStagesV +
-                                      sizeof(TileOfArrays) * kStagesPairs + sizeof(Shared::careful) + sizeof(Rings);
+                                      sizeof(TileOfArrays) * kStagesPairs + sizeof(Shared::careful) +
+                                      sizeof(Shared::visited) + sizeof(Rings);
 
   static_assert(kBlockM % 64 == 0 && kNumConsumers >= 1 && kNumConsumers <= 3 && kBlockN % 16 == 0);
 
@@ -101,7 +103,7 @@ struct ForwardBlock {
       shared.rings.q.init(num_warps);
       shared.rings.k.init(num_warps);
       shared.rings.v.init(num_warps);
-      shared.rings.pairs.init(num_warps, 64);  // every lane copies
+      shared.rings.pairs.init(num_warps, 2 * 64);  // every lane copies, and arrives twice
       shared.rings.partial.init(1);
       shared.rings.jobs.init(num_warps + (kHelps ? 3 : 1));
       ptx::barrier_init_fence();
@@ -153,15 +155,16 @@ struct ForwardBlock {
     while (job.tile != Job::kNoTile) {
       const unsigned index = jobs.ask();  // the answer comes while keys are loaded
       const int head_kv = job.head / problem.group_size();
-      Blocks::for_each(options, problem, job, [&](const Options&, int block, bool last) {
+      Blocks::for_each(options, problem, job, [&](const Options&, const typename Blocks::Visited& visited, bool last) {
         if (last) {
           next = next_job(uniform(index));
           if (kOverlapsJobs) load_queries(next);
         }
         if (leader) {
           shared.rings.k.wait_empty(k_at);
+          if constexpr (Options::kSkipsBlocks) shared.visited[k_at.stage()] = visited;
           shared.k[k_at.stage()].load(&arrays.maps.k, shared.rings.k.expect(k_at, sizeof(TileK)), params.k,
-                                      job.sequence.batch, head_kv, job.sequence.first_key + block * kBlockN);
+                                      job.sequence.batch, head_kv, job.sequence.first_key + visited.block * kBlockN);
         }
         k_at.advance();
       });
@@ -179,7 +182,8 @@ struct ForwardBlock {
     typename RingV::Position at, partial_at;
     for (Job job; (job = shared.rings.jobs.template take<Options>(job_at, problem)).tile != Job::kNoTile;) {
       const int head_kv = job.head / problem.group_size();
-      Blocks::for_each(options, problem, job, [&](const Options&, int block, bool) {
+      Blocks::for_each(options, problem, job, [&](const Options&, const typename Blocks::Visited& visited, bool) {
+        const int block = visited.block;
         const bool partial = is_partial(job, block);
         if (leader) {
           shared.rings.v.wait_empty(at);
@@ -207,7 +211,8 @@ struct ForwardBlock {
     typename RingV::Position v_at, partial_at;
     typename RingPairs::Position pairs_at;
     for (Job job; (job = shared.rings.jobs.template take<Options>(job_at, problem)).tile != Job::kNoTile;) {
-      Blocks::for_each(options, problem, job, [&](const Options& here, int block, bool) {
+      Blocks::for_each(options, problem, job, [&](const Options& here, const typename Blocks::Visited& visited, bool) {
+        const int block = visited.block;
         if (first_warp && is_partial(job, block)) {
           shared.rings.partial.wait_full(partial_at);
           shared.v[v_at.stage()].clear(larger(0, job.sequence.seqlen_k - block * kBlockN), kBlockN);
@@ -221,9 +226,7 @@ struct ForwardBlock {
           shared.rings.pairs.wait_empty(pairs_at);
           here.template load<kBlockM, kBlockN, 64>(shared.pairs[pairs_at.stage()].memory, job.tile * kBlockM,
                                                    block * kBlockN);
-          ptx::cp_async_commit();
-          ptx::cp_async_wait<0>();
-          shared.rings.pairs.fill(pairs_at);
+          shared.rings.pairs.fill_by_copies(pairs_at);
           pairs_at.advance();
         }
       });

@@ -58,10 +58,29 @@ struct QueryJobs {
   }
   template <class Options>
   static __device__ __forceinline__ Job job(const Options& options, const Problem& problem, int index) {
-    return options.template query_job<kBlockM>(problem, index);
+    if constexpr (Options::kPacked) {
+      return options.template query_job<kBlockM>(problem, index);
+    } else {
+      const Job job = options.template query_job<kBlockM>(problem, short_last(problem, index));
+      if (Options::template kTileBytes<1, 1> == 0 || !options.same_in_batch()) return job;
+      // Batch entries one after the other for each head, not the other way round: they read the same tiles of pairs.
+      const int head = job.sequence.batch * problem.num_heads + job.head;
+      return {Options::sequence(problem, head % problem.batch), head / problem.batch, job.tile};
+    }
   }
   static __device__ __forceinline__ bool has_rows(const Job& job) {
     return job.tile >= 0 && job.tile * kBlockM < job.sequence.seqlen_q;
+  }
+
+ private:
+  // Where tiles are alike but for the last rows, and those are few, they come last of all heads: short jobs let the
+  // multiprocessors end together. They read keys from memory that tiles of the same head had shared: so only if those
+  // are several. Else each head begins with its last rows.
+  static __device__ __forceinline__ int short_last(const Problem& problem, int index) {
+    const int num_whole = problem.seqlen_q / kBlockM, rest = problem.seqlen_q % kBlockM;
+    const int first_short = num_whole * problem.num_heads * problem.batch;
+    if (!BatchedSequences::shows_all(problem) || rest == 0 || 2 * rest > kBlockM || num_whole < 4) return index;
+    return index < first_short ? index + index / num_whole + 1 : (index - first_short) * (num_whole + 1);
   }
 };
 

@@ -26,19 +26,25 @@ struct KeyBlocks {
     end = min(begin + length, end);
   }
 
+  // A block that is visited, and whether options show all its pairs.
+  struct Visited {
+    int block;
+    bool shown;
+  };
+
   // This block, or the next before it that options do not hide altogether. The first is visited in any case.
   template <class Options>
-  static __device__ __forceinline__ int visited(const Options& options, int first_query, int block, int begin) {
+  static __device__ __forceinline__ Visited visited(const Options& options, int first_query, int block, int begin) {
     if constexpr (Options::kSkipsBlocks) {
-      for (Options there = options; block > begin; --block) {
+      for (Options there = options; block >= begin; --block) {
         there.template look_at<kBlockM, kBlockN>(nullptr, first_query, block * kBlockN);
-        if (!there.hides_all()) break;
+        if (block == begin || !there.hides_all()) return {block, there.shows_all()};
       }
     }
-    return block;
+    return {block, !Options::kHidesPairs};
   }
 
-  // Calls visit(options of the job, block, whether it is the last) from the last block of a job to its first.
+  // Calls visit(options of the job, visited block, whether it is the last) from the last block of a job to its first.
   template <class Options, class Visit>
   static __device__ __forceinline__ void for_each(const Options& options, const Problem& problem, const Job& job,
                                                   Visit visit) {
@@ -47,9 +53,10 @@ struct KeyBlocks {
     const KeyBlocks blocks(band, first_query, {first_query, first_query + kBlockM});
     Options here = options;
     here.enter(job.sequence, job.head);
-    for (int block = blocks.end - 1; (block = visited(here, first_query, block, blocks.begin)) >= blocks.begin;
-         --block) {
-      visit(here, block, block == blocks.begin);
+    for (int block = blocks.end; block > blocks.begin;) {
+      const Visited next = visited(here, first_query, block - 1, blocks.begin);
+      block = next.block;
+      visit(here, next, block == blocks.begin);
     }
   }
 };

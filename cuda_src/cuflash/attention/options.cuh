@@ -3,6 +3,7 @@
 
 #include <cuflash/attention/dropout.cuh>
 #include <cuflash/attention/dual.cuh>
+#include <cuflash/attention/neighbour.cuh>
 #include <cuflash/attention/sequence.cuh>
 
 namespace cuflash {
@@ -91,7 +92,7 @@ struct PlainOptions : BatchedSequences {
 };
 
 // The pairs of one sequence and head: which see each other, and what becomes of their scores. Positions may lie beyond
-// the ends of the sequence, where options must not look.
+// the ends of the sequence, where options must not look. A key is an int or a Neighbour.
 template <class Options, Size kSize = Size::kAny>
 struct Pairs {
   static constexpr bool kHasDropout = Options::kHasDropout;
@@ -100,7 +101,8 @@ struct Pairs {
   const Band& band;
   float scale;
 
-  __device__ __forceinline__ Dual score(float product, int query, int key) const {
+  template <class Key>
+  __device__ __forceinline__ Dual score(float product, int query, Key key) const {
     return options.score(options.template scaled<kSize>(product, scale), inside(query, band.seqlen_q),
                          inside(key, band.seqlen_k));
   }
@@ -109,7 +111,8 @@ struct Pairs {
   __device__ __forceinline__ float factor() const {
     return Options::kLeavesFactor && kSize != Size::kAny ? options.template factor<kSize>() : 1.0f;
   }
-  __device__ __forceinline__ float score_over_factor(float product, int query, int key) const {
+  template <class Key>
+  __device__ __forceinline__ float score_over_factor(float product, int query, Key key) const {
     if constexpr (Options::kLeavesFactor && kSize != Size::kAny) {
       return options.template over_factor<kSize>(product);
     } else {
@@ -128,7 +131,8 @@ struct Pairs {
   }
 
   // The same apart from the band.
-  __device__ __forceinline__ bool visible_by_options(int query, int key) const {
+  template <class Key>
+  __device__ __forceinline__ bool visible_by_options(int query, Key key) const {
     return options.visible(inside(query, band.seqlen_q), inside(key, band.seqlen_k));
   }
 
@@ -143,8 +147,13 @@ struct Pairs {
   }
 
  protected:
-  static __device__ __forceinline__ int inside(int position, int length) {
-    return Options::kReadsArrays ? min(position, length - 1) : position;
+  template <class Position>
+  static __device__ __forceinline__ auto inside(Position position, int length) {
+    if constexpr (Options::kReadsArrays) {
+      return min(static_cast<int>(position), length - 1);
+    } else {
+      return position;
+    }
   }
 };
 

@@ -1,6 +1,7 @@
 // Arrays that hold a number for each pair of query and key: additive biases and boolean masks.
 #pragma once
 
+#include <cuflash/attention/neighbour.cuh>
 #include <cuflash/attention/sequence.cuh>
 
 namespace cuflash {
@@ -41,6 +42,11 @@ struct PairArray {
 
   __device__ __forceinline__ T at(int query, int key) const {
     return tile[(query - first_query) * pitch + key - first_key];
+  }
+  __device__ __forceinline__ auto at(int query, Neighbour key) const {
+    using Two = TwoElements<T>;
+    const T* two = tile + (query - first_query) * pitch + key.first - first_key;
+    return Two::pick(*reinterpret_cast<const typename Two::Word*>(two), key.second);
   }
 };
 

@@ -33,7 +33,7 @@ struct TileOfPairs {
       use_pairs(pairs, scores, [&](const auto& pairs) {
 #pragma unroll
         for (int i = 0; i < Scores::kNumElements; ++i) {
-          scores.x[i] = pairs.score_over_factor(scores.x[i], query(i), key(i));
+          scores.x[i] = pairs.score_over_factor(scores.x[i], query(i), neighbour(i));
         }
         factor = pairs.factor();
       });
@@ -65,7 +65,7 @@ struct TileOfPairs {
       if (pairs.options.shows_all() || has_no_keys()) return;
 #pragma unroll
       for (int i = 0; i < Scores::kNumElements; ++i) {
-        if (!pairs.visible_by_options(query(i), key(i))) scores.x[i] = -infinity();
+        if (!pairs.visible_by_options(query(i), neighbour(i))) scores.x[i] = -infinity();
       }
     }
   }
@@ -96,6 +96,7 @@ struct TileOfPairs {
 
   __device__ __forceinline__ int query(int i) const { return first_query + 8 * row_of_element(i); }
   __device__ __forceinline__ int key(int i) const { return first_key + col_of_element(i); }
+  __device__ __forceinline__ Neighbour neighbour(int i) const { return {key(i - i % 2), i % 2 == 1}; }
 };
 
 // The two rows of which a lane holds a part.

@@ -113,7 +113,7 @@ struct FwdSm80 {
     const int warp_row = threadIdx.x / 32 * kWarpM;
 
     const auto next = [&](int block) {
-      return Blocks::visited(options, work.first_query, block - 1, work.blocks.begin);
+      return Blocks::visited(options, work.first_query, block - 1, work.blocks.begin).block;
     };
     const auto load_keys = [&](int stage, int block) {
       shared.k[stage].template load<kNumThreads>(work.k, block * kBlockN);

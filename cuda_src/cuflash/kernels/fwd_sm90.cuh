@@ -99,7 +99,7 @@ struct FwdSm90 {
 
       RowPair rows;
       float factor[2];
-      int block = Block::Blocks::visited(here, job_query, uniform(blocks.end - 1), begin);
+      int block = uniform(blocks.end - 1);
       const auto release_pairs = [&] {
         if constexpr (Block::kLoadsPairs) {
           __syncwarp();
@@ -108,14 +108,13 @@ struct FwdSm90 {
       };
 
       // The scores of a block become weights.
-      const auto weigh_block = [&](const auto& hide_by_band) {
+      const auto weigh_block = [&](const auto& hide) {
         release(shared.rings.k, k_at);
         if constexpr (Block::kLoadsPairs) shared.rings.pairs.wait_full(pairs_at);
         here.template look_at<kBlockM, kBlockN>(shared.pairs[pairs_at.stage()].memory, job_query, block * kBlockN);
         const TileOfPairs<Options> tile = {pairs, first_query, block * kBlockN + first_col};
         const Rest rest = tile.change(scores);
-        hide_by_band(tile);
-        tile.hide_by_options(scores);
+        hide(tile);
         release_pairs();
         rows.weigh(scores, rest, factor);
       };
@@ -123,28 +122,47 @@ struct FwdSm90 {
         weights.round(scores);
         drop(here, weights, warp_query, block * kBlockN);
       };
+      const auto hide_by_options = [&](const auto& tile) { tile.hide_by_options(scores); };
+      const auto hide_behind = [&](const auto& tile) {
+        tile.template hide_by_band<Hidden::kBehind>(scores);
+        hide_by_options(tile);
+      };
+      const auto hide_around = [&](const auto& tile) {
+        tile.template hide_by_band<Hidden::kAround>(scores);
+        hide_by_options(tile);
+      };
       const auto hide_anywhere = [&](const auto& tile) {
         if (block < full_begin) {
           tile.template hide_by_band<Hidden::kAround>(scores);
         } else if (block >= full_end) {
           tile.template hide_by_band<Hidden::kBehind>(scores);
         }
+        hide_by_options(tile);
       };
-      const auto hide_behind = [&](const auto& tile) { tile.template hide_by_band<Hidden::kBehind>(scores); };
-      const auto hide_around = [&](const auto& tile) { tile.template hide_by_band<Hidden::kAround>(scores); };
-      const auto hide_nothing = [](const auto&) {};
+      // Where options skip blocks, who loads them tells which one it is, and whether all its pairs are visible.
+      bool all_visible = false;
+      const auto identify = [&] {
+        if constexpr (Options::kSkipsBlocks) {
+          const auto& visited = shared.visited[k_at.stage()];
+          block = uniform(visited.block);
+          all_visible = uniform(visited.shown) && full_begin <= block && block < full_end;
+        }
+      };
+      const auto hide_if_any = [&](const auto& tile) {
+        if (!all_visible) hide_anywhere(tile);
+      };
 
       // The product with the values of one block runs beside the softmax of the next.
-      const auto advance = [&](const auto& hide_by_band, const auto& meanwhile) {
+      const auto advance = [&](const auto& hide) {
         shared.rings.k.wait_full(k_at);
         turn.begin();
         start_scores();
         shared.rings.v.wait_full(v_at);
         start_output();
         turn.pass_on();
-        meanwhile();
+        identify();
         ptx::wgmma_wait<1>();
-        weigh_block(hide_by_band);
+        weigh_block(hide);
         ptx::wgmma_wait<0>();
         release(shared.rings.v, v_at);
         round_weights();
@@ -157,34 +175,34 @@ struct FwdSm90 {
       const auto pass_by = [&] {
         shared.rings.k.wait_full(k_at);
         shared.rings.v.wait_full(v_at);
+        identify();
         turn.begin();
         turn.pass_on();
         release(shared.rings.k, k_at);
         release(shared.rings.v, v_at);
         if constexpr (Block::kLoadsPairs) shared.rings.pairs.wait_full(pairs_at);
         release_pairs();
+        if constexpr (!Options::kSkipsBlocks) --block;
       };
 
+      identify();
       ptx::wgmma_wait<0>();
-      weigh_block(hide_anywhere);
+      weigh_block(hide_if_any);
       round_weights();
       output.clear();
-      const auto next = [&](int block) { return Block::Blocks::visited(here, job_query, block - 1, begin); };
       if (idle) {
-        while ((block = next(block)) >= begin) pass_by();
+        while (block > begin) pass_by();
       } else if constexpr (Options::kSkipsBlocks) {
-        int following = next(block);
 #pragma unroll 1
-        while ((block = following) >= begin) advance(hide_anywhere, [&] { following = next(block); });
+        while (block > begin) advance(hide_if_any);
       } else {
         // A loop for each kind of mask: one loop with branches has half the code, but takes 5 to 12 % longer.
-        const auto nothing = [] {};
 #pragma unroll 1
-        for (--block; block >= larger(full_begin, full_end); --block) advance(hide_behind, nothing);
+        for (--block; block >= larger(full_begin, full_end); --block) advance(hide_behind);
 #pragma unroll 1
-        for (; block >= full_begin; --block) advance(hide_nothing, nothing);
+        for (; block >= full_begin; --block) advance(hide_by_options);
 #pragma unroll 1
-        for (; block >= begin; --block) advance(hide_around, nothing);
+        for (; block >= begin; --block) advance(hide_around);
       }
       release(shared.rings.q, q_at);
 

@@ -60,6 +60,12 @@ struct Pipeline {
     return full + at.stage();
   }
   __device__ __forceinline__ void fill(const Position& at) { ptx::barrier_arrive(full + at.stage()); }
+  // The same by threads that copy with cp.async, and do not wait for their copies. Each arrives twice, since what it
+  // may have stored itself belongs to the first arrival alone.
+  __device__ __forceinline__ void fill_by_copies(const Position& at) {
+    fill(at);
+    ptx::barrier_arrive_after_copies(full + at.stage());
+  }
   __device__ __forceinline__ void release(const Position& at) { ptx::barrier_arrive(empty + at.stage()); }
 
  private:
