@@ -130,6 +130,12 @@ class Options:
                 "cuflash::Draw draw(unsigned query, unsigned key) const", ["return dropout.draw(query, key);"]
             )
             lines += _method("float survivor_factor() const", ["return dropout.survivor_factor;"])
+        if "block_mask" in names:
+            lines += ["  template <int kBlock>"]
+            lines += _method(
+                "static cuflash::Job query_job(const cuflash::Problem& problem, int index)",
+                ["return cuflash::BatchedSequences::query_job<kBlock>(problem, index, false);"],
+            )
         if "packed" in names:
             lines += ["  template <int kBlock>"]
             lines += _method(
