@@ -32,6 +32,12 @@ class Options:
         return tuple(feature.name for feature in self.features)
 
     @property
+    def names_in_every_tile(self) -> set[str]:
+        """The features that act on all tiles of pairs: with a block mask those that only hide pairs act on few."""
+        hiding = {"kHidesPairs", "kSkipsBlocks", "kReadsArrays"} if "block_mask" in self.names else set()
+        return {feature.name for feature in self.features if not feature.flags or not hiding.issuperset(feature.flags)}
+
+    @property
     def arguments(self) -> tuple[str, ...]:
         """The arguments of the public functions that ask for the features."""
         return tuple(ARGUMENTS.get(name, name) for name in self.names)

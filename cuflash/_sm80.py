@@ -14,7 +14,7 @@ from ._device import Array, Chip
 from ._features import ELEMENTS
 from ._kernel import HEAD_DIMS, NUMBERS, Kernel, padded_head_dims
 from ._options import PLAIN, Options
-from ._problem import FULL, Operand, Problem
+from ._problem import FULL, Operand, Problem, ceil_div
 from ._wmma import BACKWARD_INPUTS, Inputs, num_bias_tiles, num_jobs, operand_of_delta, plan_gradients
 
 CAPABILITY = (8, 0)
@@ -24,13 +24,13 @@ MIN_SCALE = float(np.finfo(np.float32).tiny)  # less is 0 for kernels, and maxim
 
 
 class Tile(NamedTuple):
-    """Forward: queries of a block, keys of a step, warps, stages of K and V, and whether Q stays in registers."""
+    """Forward: queries of a block, keys of a step, warps, stages of K and V, columns of Q that stay in registers."""
 
     block_m: int
     block_n: int
     warps: int
     stages: int
-    keeps_q: bool = False
+    kept_q: int = 0
 
 
 class DkDvTile(NamedTuple):
@@ -233,10 +233,12 @@ def _size(problem: Problem) -> int:
 
 
 def _forward_bytes(size: int, dims: tuple[int, int], tile: Tile, options: Options) -> int:
-    """Tiles of Q, K and V, of arrays of pairs, and those of careful rows (attention/careful_row.cuh)."""
+    """Tiles of Q, K and V, of arrays of pairs, hidden pairs, and careful rows (attention/careful_row.cuh)."""
     pairs, careful = options.tile_bytes(*tile[:2]), options.tile_bytes(1, 32)
     stage = size * tile.block_n * sum(dims) + max(pairs, 16)
-    return size * tile.block_m * dims[0] + tile.stages * stage + tile.warps * max(careful, 16) + WORK_BYTES
+    hidden = 8 * tile.block_m * ceil_div(tile.block_n, 64) if "block_mask" in options.names else 16
+    work = WORK_BYTES + ceil_div(max(options.dtype.itemsize, 1), 16) * 16
+    return size * tile.block_m * dims[0] + tile.stages * stage + hidden + tile.warps * max(careful, 16) + work
 
 
 def _dkdv_bytes(size: int, dims: tuple[int, int], tile: DkDvTile, options: Options) -> int:
@@ -295,7 +297,7 @@ class _TiledKernel:
         tiles = self.tiles[size][tile_class(self.tiles[size], problem, chip)]
         frugal = self.frugal_tiles.get(size, {}).get(dims, {})
         short = self.short_tiles.get(size, {}).get(dims)
-        tiles = (*(tile for tile, names in frugal.items() if names.intersection(options.names)), *tiles)
+        tiles = (*(tile for tile, names in frugal.items() if names & options.names_in_every_tile), *tiles)
         if short and problem.seqlen_q <= short.block_m:
             tiles = (short, *tiles)
         return next(

@@ -62,12 +62,19 @@ struct TileOfPairs {
   template <class Scores>
   __device__ __forceinline__ void hide_by_options(Scores& scores) const {
     if constexpr (Options::kHidesPairs) {
-      if (pairs.options.shows_all() || has_no_keys()) return;
+      if (options_hide_nothing()) return;
 #pragma unroll
       for (int i = 0; i < Scores::kNumElements; ++i) {
-        if (!pairs.visible_by_options(query(i), key(i))) scores.x[i] = -infinity();
+        if (!shown_by_options(i)) scores.x[i] = -infinity();
       }
     }
+  }
+
+  __device__ __forceinline__ bool options_hide_nothing() const { return pairs.options.shows_all() || has_no_keys(); }
+
+  // Element i, or the one so many columns to the right of it.
+  __device__ __forceinline__ bool shown_by_options(int i, int further = 0) const {
+    return pairs.visible_by_options(query(i), key(i) + further);
   }
 
   // A lane draws bits for the very pairs that it holds.
