@@ -209,8 +209,8 @@ struct FwdSm80 {
         for (int m = 0; m < kTilesM; ++m) {
           const TileOfPairs<Options> tile = tile_at(m);
           rest[m] = tile.change(scores[m]);
-          if (masked) tile.template hide_by_band<Hidden::kAround>(scores[m]);
           shared.hidden.hide(m, tile, scores[m]);
+          if (masked) tile.template hide_by_band<Hidden::kAround>(scores[m]);
         }
       }
       if constexpr (kStages == 1) {
