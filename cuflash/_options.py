@@ -32,6 +32,12 @@ class Options:
         return tuple(feature.name for feature in self.features)
 
     @property
+    def names_in_every_tile(self) -> set[str]:
+        """The features that act on all tiles of pairs: with a block mask those that only hide pairs act on few."""
+        hiding = {"kHidesPairs", "kSkipsBlocks", "kReadsArrays"} if "block_mask" in self.names else set()
+        return {feature.name for feature in self.features if not feature.flags or not hiding.issuperset(feature.flags)}
+
+    @property
     def arguments(self) -> tuple[str, ...]:
         """The arguments of the public functions that ask for the features."""
         return tuple(ARGUMENTS.get(name, name) for name in self.names)
@@ -134,6 +140,12 @@ class Options:
                 ["return dropout.draw<kTiles>(query, key);"],
             )
             lines += _method("float survivor_factor() const", ["return dropout.survivor_factor;"])
+        if "block_mask" in names:
+            lines += ["  template <int kBlock>"]
+            lines += _method(
+                "static cuflash::Job query_job(const cuflash::Problem& problem, int index)",
+                ["return cuflash::BatchedSequences::query_job<kBlock>(problem, index, false);"],
+            )
         if "packed" in names:
             lines += ["  template <int kBlock>"]
             lines += _method(

@@ -13,7 +13,7 @@ from ._call import Call, Run
 from ._device import Array, Chip
 from ._kernel import BACKWARD_INPUTS, NUMBERS, Kernel, num_places, padded_head_dims
 from ._options import PLAIN, Options
-from ._problem import Operand, Problem
+from ._problem import Operand, Problem, ceil_div
 from ._sm80_tiles import (
     DKDV_TILES,
     DQ_FRUGAL_TILES,
@@ -69,10 +69,12 @@ def _size(problem: Problem) -> int:
 
 
 def _forward_bytes(size: int, dims: tuple[int, int], tile: Tile, options: Options) -> int:
-    """Tiles of Q, K and V, of arrays of pairs, and those of careful rows (attention/careful_row.cuh)."""
+    """Tiles of Q, K and V, of arrays of pairs, hidden pairs, and careful rows (attention/careful_row.cuh)."""
     pairs, careful = options.tile_bytes(*tile[:2]), options.tile_bytes(1, 32)
     stage = size * tile.block_n * sum(dims) + max(pairs, 16)
-    return size * tile.block_m * dims[0] + tile.stages * stage + tile.warps * max(careful, 16) + WORK_BYTES
+    hidden = 8 * tile.block_m * ceil_div(tile.block_n, 64) if "block_mask" in options.names else 16
+    work = WORK_BYTES + ceil_div(max(options.dtype.itemsize, 1), 16) * 16
+    return size * tile.block_m * dims[0] + tile.stages * stage + hidden + tile.warps * max(careful, 16) + work
 
 
 def _dkdv_bytes(size: int, dims: tuple[int, int], tile: DkDvTile, options: Options) -> int:
@@ -123,7 +125,7 @@ class _TiledKernel:
         tiles = self.tiles[size][tile_class(self.tiles[size], problem, chip)]
         frugal = self.frugal_tiles.get(size, {}).get(dims, {})
         short = self.short_tiles.get(size, {}).get(dims)
-        tiles = (*(tile for tile, names in frugal.items() if names.intersection(options.names)), *tiles)
+        tiles = (*(tile for tile, names in frugal.items() if names & options.names_in_every_tile), *tiles)
         if short and problem.seqlen_q <= short.block_m:
             tiles = (short, *tiles)
         return next(

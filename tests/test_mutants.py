@@ -142,6 +142,7 @@ ROW_BIAS = replace(VARIANT, bias=PairArray((1, 200)))
 SINKS = replace(VARIANT, sinks="float32")
 DROPOUT = replace(VARIANT, dropout_p=0.3)
 BLOCKS = replace(VARIANT, q=(2, 300, 64), k=(1, 300, 64), v=(1, 300, 64), block_mask=True)
+MASKED_BLOCKS = replace(BLOCKS, mask=PairArray((300, 300), hidden=0.3))
 SQUARED = replace(VARIANT, score_mod="square")
 DLSE = replace(VARIANT, with_dlse=True)
 PACKED = PackedProblem((30, 70, 1), (90, 5, 140), heads=(2, 1), head_dims=(64, 64), tails=(7, 9), dtype="float16")
@@ -780,8 +781,8 @@ MUTANTS += [
         "a wait for a stage that allows one group more",
         "forward",
         SM80_FORWARD,
-        "cp_async_wait<larger(0, kStages - 2)>",
-        "cp_async_wait<kStages - 1>",
+        f"cp_async_wait<0>();\n      {ARRIVED}",
+        f"cp_async_wait<kStages - 1>();\n      {ARRIVED}",
         PLAIN,
         "lazy",
     ),
@@ -1141,6 +1142,24 @@ MUTANTS += [
         "forward",
     ),
     sm80(
+        "the second row of a lane sees the keys of the first",
+        "forward",
+        "attention/register_softmax.cuh",
+        "min(end + 2 * r, all)",
+        "min(end, all)",
+        CAUSAL,
+        "forward",
+    ),
+    sm80(
+        "a window begins with the first of two neighbours, or behind both",
+        "forward",
+        "attention/register_softmax.cuh",
+        "(col >> 3) * 2 + min(col & 7, 2)",
+        "(col >> 3) * 2 + min(col & 6, 2)",
+        CAUSAL,
+        "forward",
+    ),
+    sm80(
         "the factor that a softcap leaves is left out",
         "forward",
         "attention/register_softmax.cuh",
@@ -1174,6 +1193,21 @@ MUTANTS += [
         "const bool second = key / 16 % 2;",
         "const bool second = false;",
         DROPOUT,
+        "pairs that a mask hides beside a block mask are one element further on",
+        "forward",
+        "attention/hidden_pairs.cuh",
+        "1u << (kBits - 4 + j)",
+        "1u << (kBits - 5 + j)",
+        MASKED_BLOCKS,
+        "forward",
+    ),
+    sm80(
+        "beside a block mask later columns are those of the first",
+        "forward",
+        "attention/hidden_pairs.cuh",
+        "shown_by_options(j, 2 * i)",
+        "shown_by_options(j)",
+        MASKED_BLOCKS,
         "forward",
     ),
     sm80(

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import cuflash
 from cuflash import _backends, _dbias
 from cuflash._device import Chip
 from cuflash._launch import LaunchBackend
@@ -206,6 +207,20 @@ def test_a_block_mask_hides_its_blocks(ring: Ring) -> None:
     for causal in (False, True):
         ring.check_forward(dataclasses.replace(problem, causal=causal))
         ring.check_backward(dataclasses.replace(problem, causal=causal))
+
+
+@pytest.mark.parametrize("head_dim", [40, 64, 128])
+def test_a_block_mask_beside_the_mask_that_it_is_made_of(ring: Ring, head_dim: int) -> None:
+    """Some blocks are hidden, some are seen wholly, and of others the mask says which pairs are seen."""
+    mask = np.tril(np.ones((400, 400), bool)) & ~np.eye(400, k=-7, dtype=bool)
+    mask[256:, :130] = False
+    mask[128:256, :128] = True
+    block_mask = cuflash.make_block_mask(ring.asarray(mask))
+    assert block_mask.visible.sum() == 8 and block_mask.full.sum() == 1
+    q, k, v = (np.random.default_rng(i).standard_normal((2, 400, head_dim)).astype(np.float16) for i in range(3))
+    arrays = [ring.asarray(x) for x in (q, k, v)]
+    out, lse = ring.attention(*arrays, mask=ring.asarray(mask), block_mask=block_mask, return_lse=True)
+    assert_attention_accurate(q, k, v, out, lse, mask=mask)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])

@@ -130,13 +130,13 @@ def _sm90_backward_candidates(problem: Problem, chip: Chip) -> Iterator[Tile]:
 
 
 def _sm80_candidates(problem: Problem, chip: Chip) -> Iterator[Tile]:
-    """As many keys as the registers of a warp's 16, 32 or 48 rows allow, beside the output, and Q if it stays there."""
+    """As many keys as the registers of a warp's 16, 32 or 48 rows allow, beside the output, and the part of Q there."""
     dim, dim_v = padded_head_dims(problem)
     shapes = [*((64, 4, keys) for keys in (32, 64, 128)), *((128, 4, keys) for keys in (32, 48, 64, 96, 128))]
     shapes += [(192, 4, 64), (128, 8, 64), (128, 8, 128)]
-    for (block_m, warps, block_n), (stages, keeps_q) in product(shapes, ((1, 0), (2, 0), (1, 1), (2, 1), (3, 0))):
-        if block_m // warps // 16 * (block_n + dim_v + keeps_q * dim // 2) // 2 <= 210:
-            yield block_m, block_n, warps, stages, keeps_q
+    for (block_m, warps, block_n), stages, kept_q in product(shapes, (1, 2), (0, dim - 16, dim)):
+        if block_m // warps // 16 * (block_n + dim_v + kept_q // 2) // 2 <= 220:
+            yield block_m, block_n, warps, stages, kept_q
 
 
 def _sm80_backward_candidates(problem: Problem, chip: Chip) -> Iterator[Tile]:

@@ -43,18 +43,23 @@ struct TileOfPairs {
     }
   }
 
+  // A bit for each element of a row, of which 7 at once become predicates.
   template <Hidden kHidden, class Scores>
   __device__ __forceinline__ void hide_by_band(Scores& scores) const {
+    const int begin = elements_before(first_query + pairs.band.begin - first_key);
+    const int end = elements_before(first_query + pairs.band.end - first_key);
+    const int all = elements_before(pairs.band.seqlen_k - first_key);
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const Range seen = pairs.band.keys_of({first_query + 8 * r, first_query + 8 * r + 1});
-      const int begin = seen.begin - first_key, end = seen.end - first_key;
+    for (int r = 0; r < 2; ++r) {  // 8 queries further on a row sees 8 other keys
 #pragma unroll
-      for (int i = 0; i < Scores::kNumElements; ++i) {
-        if (row_of_element(i) != r) continue;
-        bool visible = col_of_element(i) < end;
-        if constexpr (kHidden == Hidden::kAround) visible = visible & (begin <= col_of_element(i));
-        if (!visible) scores.x[i] = -infinity();
+      for (int first = 0; first < Scores::kNumElements / 2; first += 32) {
+        unsigned hidden = bits_from(min(end + 2 * r, all) - first);
+        if constexpr (kHidden == Hidden::kAround) hidden |= ~bits_from(begin + 2 * r - first);
+#pragma unroll
+        for (int bit = 0; bit < smaller(32, Scores::kNumElements / 2 - first); ++bit) {
+          const int element = first + bit;  // of the row
+          if (hidden >> bit & 1) scores.x[element / 2 * 4 + 2 * r + element % 2] = -infinity();
+        }
       }
     }
   }
@@ -62,15 +67,27 @@ struct TileOfPairs {
   template <class Scores>
   __device__ __forceinline__ void hide_by_options(Scores& scores) const {
     if constexpr (Options::kHidesPairs) {
-      if (pairs.options.shows_all() || has_no_keys()) return;
+      if (options_hide_nothing()) return;
 #pragma unroll
       for (int i = 0; i < Scores::kNumElements; ++i) {
-        if (!pairs.visible_by_options(query(i), neighbour(i))) scores.x[i] = -infinity();
+        if (!shown_by_options(i)) scores.x[i] = -infinity();
       }
     }
   }
 
+  __device__ __forceinline__ bool options_hide_nothing() const { return pairs.options.shows_all() || has_no_keys(); }
+
+  // Element i, or the one so many columns to the right of it, an even number.
+  __device__ __forceinline__ bool shown_by_options(int i, int further = 0) const {
+    return pairs.visible_by_options(query(i), neighbour(i, further));
+  }
+
  private:
+  // How many elements of a row are left of a column: 2 of each 8 columns. Negative ones are as good as none.
+  static __device__ __forceinline__ int elements_before(int col) { return (col >> 3) * 2 + min(col & 7, 2); }
+
+  static __device__ __forceinline__ unsigned bits_from(int bit) { return bit >= 32 ? 0 : ~0u << max(bit, 0); }
+
   // Where penalties are a line, that of one pair is left to do, and the others differ from it by a step for each key
   // and query between.
   template <class Scores>
@@ -96,7 +113,9 @@ struct TileOfPairs {
 
   __device__ __forceinline__ int query(int i) const { return first_query + 8 * row_of_element(i); }
   __device__ __forceinline__ int key(int i) const { return first_key + col_of_element(i); }
-  __device__ __forceinline__ Neighbour neighbour(int i) const { return {key(i - i % 2), i % 2 == 1}; }
+  __device__ __forceinline__ Neighbour neighbour(int i, int further = 0) const {
+    return {key(i - i % 2) + further, i % 2 == 1};
+  }
 };
 
 // The two rows of which a lane holds a part.

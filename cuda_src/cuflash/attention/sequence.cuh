@@ -61,12 +61,13 @@ struct BatchedSequences {
     return ceil_div(problem.seqlen_q, kBlockM) * problem.num_heads * problem.batch;
   }
 
-  // Under a causal mask the last queries see the most keys: they start first.
+  // Under a causal mask the last queries see the most keys: they start first. If options skip blocks, tiles are not
+  // alike, whatever the band says.
   template <int kBlockM>
-  static __device__ __forceinline__ Job query_job(const Problem& problem, int index) {
+  static __device__ __forceinline__ Job query_job(const Problem& problem, int index, bool may_be_alike = true) {
     const int num_tiles = ceil_div(problem.seqlen_q, kBlockM);
     const HeadTile job(index, problem.num_heads * problem.batch, num_tiles,
-                       shows_all(problem) ? 1 : HeadTile::group(num_tiles));
+                       may_be_alike && shows_all(problem) ? 1 : HeadTile::group(num_tiles));
     return {sequence(problem, job.head / problem.num_heads), job.head % problem.num_heads, num_tiles - 1 - job.tile};
   }
 

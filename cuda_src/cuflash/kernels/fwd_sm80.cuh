@@ -3,8 +3,8 @@
 #pragma once
 
 #include <cuflash/attention/careful_row.cuh>
+#include <cuflash/attention/hidden_pairs.cuh>
 #include <cuflash/attention/key_blocks.cuh>
-#include <cuflash/attention/register_softmax.cuh>
 #include <cuflash/common/shared_memory.cuh>
 #include <cuflash/tile/mma_product.cuh>
 #include <cuflash/tile/row_store.cuh>
@@ -12,13 +12,13 @@
 namespace cuflash {
 
 // A block computes kBlockM rows of one head's output: it walks over the keys in tiles of kBlockN, from the last to the
-// first. A warp owns kBlockM / kNumWarps rows, in tiles of 16: more than one read K and V less often. With kStages > 1
-// the copies of a tile have the time of kStages - 1 others to arrive, and the block meets once a tile; with one stage
-// V arrives during Q K^T, and the next K during P V. kKeepsQ holds the factors of Q in registers.
+// first. A warp owns kBlockM / kNumWarps rows, in tiles of 16: more than one read K and V less often. With two stages
+// the copies of a tile have the time of another to arrive, and the block meets once a tile; with one stage V arrives
+// during Q K^T, and the next K during P V. The first kKeptQ columns of Q stay in registers.
 // With kHasParts jobs are few, and the blocks of a job share its keys: each writes the result of its part, a float, as
 // if there were that many times the heads, for merge_parts.cuh.
 template <class Number, class Options, int kHeadDim, int kHeadDimV, int kBlockM, int kBlockN, int kNumWarps,
-          int kStages, bool kKeepsQ, class Result = typename Number::Element, bool kHasParts = false>
+          int kStages, int kKeptQ, class Result = typename Number::Element, bool kHasParts = false>
 struct FwdSm80 {
   using Element = typename Number::Element;
 
@@ -53,12 +53,15 @@ struct FwdSm80 {
     Blocks blocks;
     int first_query;
     float sink;  // that of the head, in one part alone
+    Options options;
 
     __device__ __forceinline__ Work(const Arrays& arrays, const FwdParams& params, const Options& options,
                                     const Job& job, const Part& part)
         : Work(arrays, params, job, job.sequence, job.head / params.problem.group_size(),
                part.number * params.problem.num_heads + job.head) {
-      sink = part.number == 0 ? options.sink() : -infinity();
+      this->options = options;
+      this->options.enter(job.sequence, job.head);
+      sink = part.number == 0 ? this->options.sink() : -infinity();
       if constexpr (kHasParts) blocks.keep(part);
     }
 
@@ -88,14 +91,15 @@ struct FwdSm80 {
     TileK k[kStages];
     TileV v[kStages];
     TileOfArrays pairs[kStages];
+    HiddenPairs<Options, kTilesM, kBlockN, kNumThreads> hidden;
     typename Careful::Memory careful[kNumWarps];
     Work work;
   };
   // Without the padding at the end of the struct.
   static constexpr int kSharedBytes = sizeof(TileQ) + kStages * (sizeof(TileK) + sizeof(TileV) + sizeof(TileOfArrays)) +
-                                      sizeof(Shared::careful) + sizeof(Work);
+                                      sizeof(Shared::hidden) + sizeof(Shared::careful) + sizeof(Work);
 
-  static_assert(kBlockM % (16 * kNumWarps) == 0 && kBlockN % 16 == 0 && kStages >= 1);
+  static_assert(kBlockM % (16 * kNumWarps) == 0 && kBlockN % 16 == 0 && (kStages == 1 || kStages == 2));
 
   static __device__ __forceinline__ void run(const Arrays& arrays, const FwdParams& params, Options options) {
     const int num_blocks = gridDim.x, block_index = blockIdx.x;
@@ -103,22 +107,21 @@ struct FwdSm80 {
     const Part part = {block_index % num_parts, num_parts};
     const Job job = options.template query_job<kBlockM>(params.problem, block_index / num_parts);
     if (job.tile * kBlockM >= job.sequence.seqlen_q || job.tile < 0) return;
-    options.enter(job.sequence, job.head);
 
     Shared& shared = *reinterpret_cast<Shared*>(dynamic_shared_memory());
     if (threadIdx.x == 0) shared.work = Work(arrays, params, options, job, part);
     __syncthreads();
     const Work& work = shared.work;
-    const Pairs<Options> pairs = {options, work.band, params.problem.softmax_scale};
+    const float scale = params.problem.softmax_scale;
     const int warp_row = threadIdx.x / 32 * kWarpM;
 
     const auto next = [&](int block) {
-      return Blocks::visited(options, work.first_query, block - 1, work.blocks.begin).block;
+      return Blocks::visited(work.options, work.first_query, block - 1, work.blocks.begin).block;
     };
     const auto load_keys = [&](int stage, int block) {
       shared.k[stage].template load<kNumThreads>(work.k, block * kBlockN);
-      options.template load<kBlockM, kBlockN, kNumThreads>(shared.pairs[stage].memory, work.first_query,
-                                                           block * kBlockN);
+      work.options.template load<kBlockM, kBlockN, kNumThreads>(shared.pairs[stage].memory, work.first_query,
+                                                                block * kBlockN);
     };
     const auto load_values = [&](int stage, int block) {
       shared.v[stage].template load<kNumThreads>(work.v, block * kBlockN);
@@ -130,11 +133,9 @@ struct FwdSm80 {
       }
       ptx::cp_async_commit();
     };
-    constexpr int kAhead = larger(1, kStages - 1);  // tiles on their way
     int block = next(work.blocks.end);
     shared.q.template load<kNumThreads>(work.q, work.first_query);
-#pragma unroll
-    for (int i = 0, ahead = block; i < kAhead; ++i, ahead = next(ahead)) load(i, ahead);
+    load(0, block);
 
     Scores scores[kTilesM];
     Weights weights[kTilesM];
@@ -145,15 +146,15 @@ struct FwdSm80 {
     for (int m = 0; m < kTilesM; ++m) output[m].clear();
 
     constexpr int kDepth = kMmaDepth<Number>;
-    WarpgroupFactor<Element, kHeadDim> kept_q[kTilesM];
-    if constexpr (kKeepsQ) {
+    WarpgroupFactor<Element, larger(kKeptQ, kDepth)> kept_q[kTilesM];
+    if constexpr (kKeptQ > 0) {
       ptx::cp_async_wait<0>();
       __syncthreads();
       const RowsOf rows_of_q(shared.q, warp_row);
 #pragma unroll
       for (int m = 0; m < kTilesM; ++m) {
 #pragma unroll
-        for (int col = 0; col < kHeadDim; col += kDepth) rows_of_q(kept_q[m].x[col / kDepth], m, col);
+        for (int col = 0; col < kKeptQ; col += kDepth) rows_of_q(kept_q[m].x[col / kDepth], m, col);
       }
     }
 
@@ -165,8 +166,11 @@ struct FwdSm80 {
     };
     const auto has_rows = [&] { return work.first_query + warp_row < work.band.seqlen_q; };
 #pragma unroll 1
-    for (int stage = 0; block >= work.blocks.begin; block = next(block), stage = (stage + 1) % kStages) {
+    for (int stage = 0, following; block >= work.blocks.begin; block = following, stage = (stage + 1) % kStages) {
+      following = next(block);
       const int first_key = block * kBlockN;
+      Options here = work.options;
+      const Pairs<Options> pairs = {here, work.band, scale};
       const auto tile_at = [&](int m) {
         unsigned lane = threadIdx.x % 32;
         ptx::make_opaque(lane);  // as in TileReader
@@ -177,16 +181,10 @@ struct FwdSm80 {
       // If not, the warp only helps to load.
       const bool sees = uniform(has_rows() && (!masked || sees_any(first_key)));
 
-      ptx::cp_async_wait<larger(0, kStages - 2)>();
+      ptx::cp_async_wait<0>();
       __syncthreads();  // this stage has arrived, and the one before is no longer read
-      const auto load_ahead = [&](int stage) {
-        int ahead = block;
-#pragma unroll
-        for (int i = 0; i < kAhead; ++i) ahead = next(ahead);
-        load(stage, ahead);
-      };
       if constexpr (kStages > 1) {
-        load_ahead((stage + kAhead) % kStages);
+        load((stage + 1) % kStages, following);
       } else {
         load_values(0, block);
         ptx::cp_async_commit();
@@ -195,26 +193,30 @@ struct FwdSm80 {
 #pragma unroll
       for (int m = 0; m < kTilesM; ++m) rest[m] = {pairs.scale, 0.0f};
       if (sees) {
+        here.template look_at<kBlockM, kBlockN>(shared.pairs[stage].memory, work.first_query, first_key);
 #pragma unroll
-        for (int m = 0; m < kTilesM; ++m) scores[m].clear();
-        if constexpr (kKeepsQ) {
-          add_product_along<kHeadDim, kUnrollScores>(scores, RegistersOf(kept_q), shared.k[stage]);
-        } else {
-          add_product_along<kHeadDim, kUnrollScores>(scores, RowsOf(shared.q, warp_row), shared.k[stage]);
+        for (int m = 0; m < kTilesM; ++m) {
+          shared.hidden.find(m, tile_at(m));
+          scores[m].clear();
         }
-        options.template look_at<kBlockM, kBlockN>(shared.pairs[stage].memory, work.first_query, first_key);
+        const RowsOf rows_of_q(shared.q, warp_row);
+        if constexpr (kKeptQ > 0) {
+          add_product_along<kHeadDim, kUnrollScores>(scores, FirstKept(kept_q, rows_of_q), shared.k[stage]);
+        } else {
+          add_product_along<kHeadDim, kUnrollScores>(scores, rows_of_q, shared.k[stage]);
+        }
 #pragma unroll
         for (int m = 0; m < kTilesM; ++m) {
           const TileOfPairs<Options> tile = tile_at(m);
           rest[m] = tile.change(scores[m]);
+          shared.hidden.hide(m, tile, scores[m]);
           if (masked) tile.template hide_by_band<Hidden::kAround>(scores[m]);
-          tile.hide_by_options(scores[m]);
         }
       }
       if constexpr (kStages == 1) {
         ptx::cp_async_wait<0>();
         __syncthreads();  // V has arrived, and K is no longer read
-        load_ahead(0);
+        load(0, following);
       }
       if (sees) {
         bool grown = false;
@@ -245,7 +247,7 @@ struct FwdSm80 {
       float inverse[2], shift[2];
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        float sum = rows[m].total(r), survivors = options.survivor_factor();
+        float sum = rows[m].total(r), survivors = work.options.survivor_factor();
         shift[r] = rows[m].softmax[r].shift();
         if constexpr (Options::kHasSinks) survivors *= rows[m].softmax[r].join(work.sink, sum);
         inverse[r] = sum == 0.0f ? 0.0f : kExact ? survivors / sum : __fdividef(survivors, sum);
@@ -261,7 +263,7 @@ struct FwdSm80 {
         __syncwarp();  // others write again what this lane wrote
         const Range keys = {work.blocks.begin * kBlockN, work.blocks.end * kBlockN};
         const Careful head = {
-            work.q, work.k, work.v, work.out, options, work.band, keys, pairs.scale, shared.careful[threadIdx.x / 32]};
+            work.q, work.k, work.v, work.out, work.options, work.band, keys, scale, shared.careful[threadIdx.x / 32]};
         head.template write_rows<kHeadDimV>(first_row, shift, inverse);
       }
     }

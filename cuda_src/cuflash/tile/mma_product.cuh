@@ -67,6 +67,24 @@ struct RegistersOf<float, kCols, kTilesM> {
   }
 };
 
+// Of 16 bits the first columns may come from registers, and the others from shared memory.
+template <class Element, int kCols, int kTilesM, class Others>
+struct FirstKept {
+  RegistersOf<Element, kCols, kTilesM> kept;
+  const Others& others;
+
+  __device__ __forceinline__ FirstKept(const WarpgroupFactor<Element, kCols> (&factors)[kTilesM], const Others& others)
+      : kept(factors), others(others) {}
+
+  __device__ __forceinline__ void operator()(unsigned (&x)[4], int m, int col) const {
+    if (col < kCols) {
+      kept(x, m, col);
+    } else {
+      others(x, m, col);
+    }
+  }
+};
+
 // A second factor across the rows of a tile, kMmaDepth and 16 columns at a time: ldmatrix transposes 16-bit elements,
 template <class Tile, class Start, int kSize = Tile::kSize>
 struct AcrossReader {
