@@ -67,7 +67,7 @@ PAIR_TILES: dict[tuple[int, int], tuple[Tile, ...]] = {
 }
 LONG_CAUSAL = 2048
 # What options take of the registers of three consumers, roughly, and what so many keys leave. Others take too much.
-COSTS = {"sinks": 0, "alibi": 1, "mask": 1, "packed": 1, "bias": 2, "softcap": 2, "mod": 2, "dropout": 1}
+COSTS = {"sinks": 0, "alibi": 1, "mask": 1, "packed": 1, "bias": 2, "softcap": 2, "mod": 2, "dropout": 2}
 LEFT = {128: 1, 96: 6}
 HUNGRY = {"mod"}  # options for which two consumers take the smaller tile
 PAIRS = {"bias", "mask"}  # beside these three consumers have registers for no other
