@@ -59,9 +59,9 @@ struct FwdSm80 {
                                     const Job& job, const Part& part)
         : Work(arrays, params, job, job.sequence, job.head / params.problem.group_size(),
                part.number * params.problem.num_heads + job.head) {
-      sink = part.number == 0 ? options.sink() : -infinity();
       this->options = options;
       this->options.enter(job.sequence, job.head);
+      sink = part.number == 0 ? this->options.sink() : -infinity();
       if constexpr (kHasParts) blocks.keep(part);
     }
 
