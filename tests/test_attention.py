@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from cuflash import _sm80
 from cuflash.testing import assert_attention_accurate
 from cuflash.testing.strategies import STRIDES, AttentionProblem
 from tests.conftest import Ring
@@ -32,6 +33,14 @@ def test_every_head_dim_is_accurate(ring: Ring) -> None:
         for dtype in ring.dtypes if ring.name == "gpu" else ("float16", "float32"):
             q, k, v = (2, 2, 66, head_dim), (2, 1, 70, head_dim), (2, 1, 70, head_dim_v)
             ring.check_forward(AttentionProblem(q, k, v, dtype, causal=True))
+
+
+@pytest.mark.parametrize("kept_q", [16, 48, 64])
+def test_any_part_of_q_may_stay_in_registers(ring: Ring, kept_q: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    for key in [key for key in _sm80.FORWARD_TILES if key[:2] == (64, 64)]:
+        monkeypatch.setitem(_sm80.FORWARD_TILES, key, (_sm80.Tile(64, 64, 4, 1, kept_q),))
+    rows = 100 + kept_q  # of which no plan is kept
+    ring.check_forward(AttentionProblem((2, rows, 64), (2, 150, 64), (2, 150, 64), "float16", causal=True))
 
 
 @pytest.mark.parametrize("causal", CAUSALS)

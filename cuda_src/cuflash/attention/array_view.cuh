@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cuflash/common/numbers.cuh>
+#include <cuflash/ptx/global_pointer.cuh>
 
 namespace cuflash {
 
@@ -18,7 +19,7 @@ struct ArrayView {
     long long offset = 0;
 #pragma unroll
     for (int axis = 0; axis < kRank; ++axis) offset += position[axis] * strides[axis];
-    return plain_number(data[offset]);
+    return plain_number(ptx::global_pointer(data)[offset]);
   }
 
  private:
