@@ -224,7 +224,7 @@ struct FwdSm80 {
         for (int m = 0; m < kTilesM; ++m) {
           rows[m].template weigh<kExact>(scores[m], rest[m], factor[m]);
           weights[m].round(scores[m]);
-          drop(options, weights[m], work.first_query + warp_row + 16 * m, first_key);
+          drop(work.options, weights[m], work.first_query + warp_row + 16 * m, first_key);
           grown = grown || factor[m][0] != 1.0f || factor[m][1] != 1.0f;
         }
         if (__any_sync(kFullMask, grown)) {
