@@ -63,7 +63,7 @@ FORWARD_TILES: Tiles = {
     # Output of 32 rows would take 192 registers or more: 16 rows a warp.
     (192, 192, 99): (Tile(64, 64, 4, 1), SMALLEST),
     (192, 192, 163): (Tile(128, 64, 8, 1), Tile(64, 64, 4, 1), SMALLEST),
-    (192, 192, 227): (Tile(128, 64, 8, 2), Tile(128, 64, 8, 1), SMALLEST),
+    (192, 192, 227): (Tile(128, 64, 8, 2, 192), Tile(128, 64, 8, 1), SMALLEST),  # Q wholly in registers
     (256, 256, 99): (Tile(64, 64, 4, 1), SMALLEST),
     (256, 256, 163): (Tile(128, 64, 8, 1), Tile(64, 64, 4, 1), SMALLEST),
     # Two blocks of 4 warps beat one of 8; 13 of 16 factors of Q find room in registers.

@@ -55,7 +55,6 @@ TILES: dict[tuple[int, int], tuple[Tile, ...]] = {
 PAIR_TILES: dict[tuple[int, int], tuple[Tile, ...]] = {
     (64, 64): (
         Tile(192, 128, 2, 2, 4, 2),
-        Tile(192, 96, 2, 4, 4, 2),
         Tile(128, 128, 2, 2, 3, 2),
         Tile(128, 128, 2, 2, 2, 1),
     ),
@@ -67,10 +66,9 @@ PAIR_TILES: dict[tuple[int, int], tuple[Tile, ...]] = {
 }
 LONG_CAUSAL = 2048
 # What options take of the registers of three consumers, roughly, and what so many keys leave. Others take too much.
-COSTS = {"sinks": 0, "alibi": 1, "mask": 1, "packed": 1, "bias": 2, "softcap": 2, "mod": 2, "dropout": 2}
+COSTS = {"sinks": 0, "alibi": 1, "mask": 1, "packed": 1, "softcap": 2, "mod": 2, "dropout": 2}
 LEFT = {128: 1, 96: 6}
 HUNGRY = {"mod"}  # options for which two consumers take the smaller tile
-PAIRS = {"bias", "mask"}  # beside these three consumers have registers for no other
 
 
 def why_not(
@@ -142,7 +140,7 @@ def _suits_three_consumers(problem: Problem, options: Options, tile: Tile) -> bo
     if problem.packed:  # of different lengths the longer half does most of the work
         length = 2 * length // problem.batch
     cost = sum(COSTS.get(name, math.inf) for name in options.names)
-    if PAIRS.intersection(options.names) and len({*options.names} - {"sinks"}) > 1:
+    if "mask" in options.names and not {*options.names} <= {"mask", "sinks"}:  # no registers for others beside it
         return False
     return cost <= LEFT.get(tile.block_n, 0) and (full or length >= LONG_CAUSAL)
 
