@@ -134,7 +134,7 @@ def _sm80_candidates(problem: Problem, chip: Chip) -> Iterator[Tile]:
     dim, dim_v = padded_head_dims(problem)
     shapes = [*((64, 4, keys) for keys in (32, 64, 128)), *((128, 4, keys) for keys in (32, 48, 64, 96, 128))]
     shapes += [(192, 4, 64), (128, 8, 64), (128, 8, 128)]
-    for (block_m, warps, block_n), stages, kept_q in product(shapes, (1, 2), (0, dim - 16, dim)):
+    for (block_m, warps, block_n), stages, kept_q in product(shapes, (1, 2), (0, dim - 48, dim)):
         if block_m // warps // 16 * (block_n + dim_v + kept_q // 2) // 2 <= 220:
             yield block_m, block_n, warps, stages, kept_q
 
