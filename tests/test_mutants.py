@@ -1193,6 +1193,9 @@ MUTANTS += [
         "const bool second = key / 16 % 2;",
         "const bool second = false;",
         DROPOUT,
+        "forward",
+    ),
+    sm80(
         "pairs that a mask hides beside a block mask are one element further on",
         "forward",
         "attention/hidden_pairs.cuh",
