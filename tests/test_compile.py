@@ -148,11 +148,11 @@ RARE_HEAD_DIMS = ("d32x32", "d96x96", "d192x192")
 def is_thorough(kernel: Kernel, arch: int) -> bool:
     """Whether "auto" does not take a kernel on a chip, or it hardly differs from one that is compiled anyway.
 
-    sm_89 has the tiles and registers of sm_86; float16 the code of bfloat16, and one TF32 product less than that of
-    three, so that D 64 is enough.
+    sm_75 takes the code of sm_70, sm_86 and sm_89 the tiles of sm_120; float16 the code of bfloat16, and one TF32
+    product less than that of three, so that D 64 is enough.
     """
     if arch < 80:
-        return False
+        return arch != 70
     has_options = kernel.options is not None and bool(kernel.options.names)
     has_float32 = "f32" in kernel.symbol
     goes_to_sm80 = not has_float32 or any(f"_d{dim}x{dim}" in kernel.symbol for dim in _sm80.FLOAT32_IN_AUTO)
@@ -161,7 +161,8 @@ def is_thorough(kernel: Kernel, arch: int) -> bool:
     rare = (has_options and "sm90" not in kernel.header) or any(dims in kernel.symbol for dims in RARE_HEAD_DIMS)
     if "dbias" in kernel.header:  # whatever the family
         rare, by_name_alone = True, False
-    return by_name_alone or like_another or arch == 89 or (rare and arch != 80)
+    last_step = has_options and "finish" in kernel.header  # few registers, whatever the options
+    return by_name_alone or like_another or last_step or arch in (86, 89) or (rare and arch != 80)
 
 
 def cases() -> list[object]:
