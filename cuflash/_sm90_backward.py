@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -44,7 +45,6 @@ TILES: dict[tuple[int, int], tuple[Tile, ...]] = {
     (256, 256): (Tile(64, 64, 1, 2), Tile(64, 64, 1, 1)),
 }
 HUNGRY = {"softcap", "mod", "dropout", "bias"}  # options for which tiles of 128 queries are too many
-SHORT = 512  # queries for which they are too many: a job has few tiles, and works on none while the first arrives
 
 
 def why_not(problem: Problem, options: Options, chip: Chip) -> str | None:
@@ -81,7 +81,7 @@ def _tile(problem: Problem, options: Options, chip: Chip) -> Tile | None:
             for tile in TILES[dims]
             if options.allows_tile(*tile[:2])
             and _shared_bytes(dims, tile, options) <= chip.shared_memory
-            and (tile.block_m == 64 or not (HUNGRY.intersection(options.names) or problem.seqlen_q <= SHORT))
+            and (tile.block_m == 64 or not HUNGRY.intersection(options.names))
         ),
         None,
     )
@@ -97,7 +97,8 @@ def kernels(
     of_call = "_".join((short, f"d{dims[0]}x{dims[1]}", *options.names))
     wide = dims[0] > 128
     cols = dims[0] if tile.block_m == 128 else min(64, dims[0] // 2)  # of a part of dQ
-    staggered = problem.group_size > 1 and not deterministic  # attention/query_walk.cuh
+    # attention/query_walk.cuh; with options there are no registers for it but where it is worth most
+    staggered = not deterministic and (problem.group_size > 1 or not options.names)
     flags = {"deterministic": deterministic, "staggered": staggered}
     main = Kernel(
         template="BwdSm90Wide" if wide else "BwdSm90",
@@ -105,7 +106,7 @@ def kernels(
         symbol="_".join((f"cuflash_bwd_sm90_{of_call}", *(name for name, is_set in flags.items() if is_set))),
         arguments=(f"cuflash::{name}", options.type, *dims, *tile, *(str(flag).lower() for flag in flags.values())),
         pointers=(
-            *("const float* lse", "const float* delta", "float* dq_sums", "unsigned* turns"),
+            *("const float* lse_log2", "const float* delta", "float* dq_sums", "unsigned* turns"),
             *("unsigned* spoiled", "Element* dk", "Element* dv", "unsigned* counter"),
         ),
         params="BwdSm90Params",
@@ -138,6 +139,7 @@ def plan(call: Call) -> Run:
     device, problem, operands = call.device, call.problem, call.operands
     main, finish, tile = kernels(problem, call.options, call.number, call.chip, deterministic=call.deterministic)
     delta = _wmma.operand_of_delta(problem)
+    num_rows = math.prod(delta.shape)
     key_tiles = ceil_div(problem.seqlen_k, tile.block_n) * problem.batch * problem.num_heads_kv
     query_tiles = ceil_div(problem.seqlen_q, tile.block_m) * problem.batch * problem.num_heads
     if problem.packed:  # attention/packed.cuh
@@ -161,8 +163,8 @@ def plan(call: Call) -> Run:
     ) -> None:
         q, k, v, dout, lse, delta = inputs
         spoiled, turns = workspace[sizes[0] :], workspace[sizes[0] + sizes[1] :]
-        arrays = lse, delta, workspace, turns if sizes[2] else device.null, spoiled, dk, dv
+        arrays = delta[num_rows:], delta, workspace, turns if sizes[2] else device.null, spoiled, dk, dv
         launch(num_blocks, (*arrays, device.counter(), mapped(q, k, v, dout), *options))
         finish_step(q, k, v, dout, lse, delta, workspace, spoiled, dq, dk, dv, options=options)
 
-    return _wmma.plan_gradients(call, products, num_sums)
+    return _wmma.plan_gradients(call, products, num_sums, wants_lse_log2=True)

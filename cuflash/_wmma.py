@@ -235,7 +235,10 @@ def delta(problem: Problem, number: str) -> tuple[Kernel, int]:
         header="bwd_delta",
         symbol=f"cuflash_bwd_delta_{short}",
         arguments=(f"cuflash::{name}", DELTA_ROWS, DELTA_WARPS),
-        pointers=("const Element* out", "const Element* dout", "const float* dlse", "float4* cleared", "float* delta"),
+        pointers=(
+            *("const Element* out", "const Element* dout", "const float* lse", "const float* dlse"),
+            *("float4* cleared", "float* delta", "float* lse_log2"),
+        ),
         params="BwdParams",
         num_threads=32 * DELTA_WARPS,
         shared_bytes=0,
@@ -300,10 +303,13 @@ def operand_of_delta(problem: Problem) -> Operand:
     return Operand((batch, problem.num_heads, problem.seqlen_q, 1), (batch_stride, problem.seqlen_q, 1, 0))
 
 
-def plan_gradients(call: Call, products: Callable[..., None], num_sums: int = 0) -> Run:
+def plan_gradients(
+    call: Call, products: Callable[..., None], num_sums: int = 0, *, wants_lse_log2: bool = False
+) -> Run:
     """What every family does before and after the gradients of Q, K and V, which `products` computes.
 
-    It is called with the inputs, so many floats that are 0, a multiple of 4, dq, dk, dv and the options of the kernels.
+    It is called with the inputs, so many floats that are 0, a multiple of 4, dq, dk, dv and the options of the kernels;
+    behind delta there is lse in powers of two, if it wants that.
     """
     device, problem, operands = call.device, call.problem, call.operands
     delta_operand = operand_of_delta(problem)
@@ -332,11 +338,12 @@ def plan_gradients(call: Call, products: Callable[..., None], num_sums: int = 0)
         dsinks: Array | None = None,
         **extras: Any,
     ) -> None:
-        workspace = device.empty((num_sums + num_rows,), "float32")
+        workspace = device.empty((num_sums + num_rows * (1 + wants_lse_log2),), "float32")
         delta = workspace[num_sums:]
+        lse_log2 = delta[num_rows:] if wants_lse_log2 else device.null
         options = call.options_argument(extras)
         inputs = q, k, v, dout, lse, delta
-        delta_step(out, dout, device.null if dlse is None else dlse, workspace, delta)
+        delta_step(out, dout, lse, device.null if dlse is None else dlse, workspace, delta, lse_log2)
         products(inputs, workspace, dq, dk, dv, options)
         if dbias_step is not None:
             dbias_step(*inputs, dbias, options=options)

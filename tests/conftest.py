@@ -14,7 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 
 import cuflash
-from cuflash import _backends, _launch, _numpy, _plan, _sm90_backward
+from cuflash import _backends, _launch, _numpy, _plan
 from cuflash.testing import (
     assert_attention_accurate,
     assert_attention_varlen_accurate,
@@ -306,8 +306,6 @@ def ring(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
             pytest.skip(reason)
         if kernel == "sm80":  # what "auto" means without Hopper's family
             monkeypatch.setattr(_launch, "AUTO", ("sm80", "wmma"))
-        if kernel == "auto":  # small problems shall meet the tiles of large ones
-            monkeypatch.setattr(_sm90_backward, "SHORT", 0)
         forget_plans()
         yield gpu_ring(kernel)
         forget_plans()

@@ -82,7 +82,7 @@ struct BackwardBlock {
                                       sizeof(TileDs) * kTilesDs + sizeof(TileOfArrays) * kStagesPairs + sizeof(Rings);
 
   struct Arrays {
-    const float *lse, *delta;
+    const float *lse_log2, *delta;  // both with the strides of delta
     float* dq_sums;
     unsigned* turns;    // of each part of the sums, how many blocks have added to it; used by kDeterministic alone
     unsigned* spoiled;  // of each tile of keys, whether its gradients must be computed once more
@@ -104,7 +104,7 @@ struct BackwardBlock {
       ptx::tma_prefetch(&maps.dout);
       const int num_warps = 4 * kNumConsumers;  // wgmma ends warp by warp: each releases what it has read
       shared.rings.kv.init(num_warps);
-      shared.rings.q.init(num_warps, 1 + 32);
+      shared.rings.q.init(num_warps, 1 + 64);  // every lane copies rows
       shared.rings.dout.init(num_warps);
       shared.rings.pairs.init(num_warps_of_pairs, 64);  // every lane copies
       shared.rings.partial.init(1);
@@ -188,16 +188,18 @@ struct BackwardBlock {
     typename Ring::Position at;
     for (Job job; (job = shared.rings.jobs.template take<Options>(job_at, problem)).tile != Job::kNoTile;) {
       for (Walk walk(options, problem, job, band_of(problem, job)); !walk.done(); walk.advance()) {
-        const RowStatistics statistics(arrays.lse, arrays.delta, params, job.sequence, walk.head);
+        const Sequence& sequence = job.sequence;
+        const Matrix<const float> delta(arrays.delta, params.delta, sequence.batch, walk.head, sequence.first_query);
+        const float* const lse_log2 = arrays.lse_log2 + (delta.data - arrays.delta);
         shared.rings.q.wait_empty(at);
         Rows& rows = shared.rows[at.stage()];
 #pragma unroll
-        for (int i = 0; i < kBlockM; i += 32) {
-          const int row = i + threadIdx.x % 32;
-          rows.lse_log2[row] = statistics.lse_of(walk.block * kBlockM + row) * kLog2e;
-          rows.delta[row] = statistics.delta_of(walk.block * kBlockM + row);
+        for (int i = 0; i < kBlockM; i += 32) {  // rows behind the end are hidden: zeros will do
+          const int to = i + threadIdx.x % 32, row = walk.block * kBlockM + to;
+          ptx::cp_async_4(rows.lse_log2 + to, lse_log2 + row, row < sequence.seqlen_q);
+          ptx::cp_async_4(rows.delta + to, delta.data + row, row < sequence.seqlen_q);
         }
-        shared.rings.q.fill(at);
+        shared.rings.q.fill_by_copies(at);
         at.advance();
       }
     }

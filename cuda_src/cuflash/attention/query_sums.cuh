@@ -19,20 +19,21 @@ struct QuerySums {
   long long tile;
   unsigned* turn;
   unsigned before;  // blocks that add earlier
-  int consumer;
+  int consumer, thread;  // of two, and of its 128
 
   template <class Walk>
   __device__ __forceinline__ QuerySums(float* sums, unsigned* turns, const Problem& problem, const Job& job,
-                                       const Band& band, const Walk& walk, int consumer)
+                                       const Band& band, const Walk& walk, int consumer, int thread)
       : sums(sums),
         tile(Options::template query_tile<kBlockM>(problem, job.sequence, walk.head, walk.block)),
-        consumer(consumer) {
+        consumer(consumer),
+        thread(thread) {
     turn = turns + tile * 2 + consumer;
     before = (band.keys_of({walk.block * kBlockM, (walk.block + 1) * kBlockM}).end - 1) / kBlockN - job.tile;
   }
 
   __device__ __forceinline__ void await_turn() const {
-    while (threadIdx.x % 128 == 0 && ptx::load_acquire(turn) != before) {
+    while (thread == 0 && ptx::load_acquire(turn) != before) {
     }
     meet();
   }
@@ -40,7 +41,7 @@ struct QuerySums {
   // Adds pieces of a part, from one to another.
   template <int kBegin = 0, int kEnd = Layout::kPieces>
   __device__ __forceinline__ void add(int part, const typename Layout::Part& dq) const {
-    float4* const pieces = Layout::pieces(sums, tile, part, threadIdx.x % 128);
+    float4* const pieces = Layout::pieces(sums, tile, part, thread);
 #pragma unroll
     for (int i = kBegin; i < kEnd; ++i) {
       ptx::add_16(pieces + i * 128, dq.x[4 * i], dq.x[4 * i + 1], dq.x[4 * i + 2], dq.x[4 * i + 3]);
@@ -49,7 +50,7 @@ struct QuerySums {
 
   __device__ __forceinline__ void pass_turn() const {
     meet();  // all have added
-    if (threadIdx.x % 128 == 0) ptx::add_release(turn, 1);
+    if (thread == 0) ptx::add_release(turn, 1);
   }
 
  private:

@@ -1,8 +1,9 @@
-// Preprocessing of the backward: delta = rowsum(dout * out) - dlse (FlashAttention-2, algorithm 2, line 4), and zeros
-// where other kernels add up.
+// Preprocessing of the backward: delta = rowsum(dout * out) - dlse (FlashAttention-2, algorithm 2, line 4), lse as
+// weights take it, and zeros where other kernels add up.
 #pragma once
 
 #include <cuflash/attention/params.cuh>
+#include <cuflash/attention/recompute.cuh>
 #include <cuflash/common/math.cuh>
 
 namespace cuflash {
@@ -21,9 +22,9 @@ struct BwdDelta {
 
   struct Arrays {
     const Element *out, *dout;
-    const float* dlse;  // may be null
-    float4* cleared;    // all from here to delta becomes 0
-    float* delta;
+    const float *lse, *dlse;  // dlse may be null
+    float4* cleared;          // all from here to delta becomes 0
+    float *delta, *lse_log2;  // lse_log2, in powers of two and as lse_of_value has it, may be null
   };
 
   // Rows know no sequences here: packed arrays count as one. The same rows of all heads follow each other: they may be
@@ -40,6 +41,8 @@ struct BwdDelta {
     const Rows dout(arrays.dout, params.dout, batch, head, first_row, 1, problem.head_dim_v);
     const Matrix<const float> dlse(arrays.dlse, params.dlse, batch, head, first_row);
     const Matrix<float> delta(arrays.delta, params.delta, batch, head, first_row);
+    const Matrix<const float> lse(arrays.lse, params.lse, batch, head, first_row);
+    const Matrix<float> lse_log2(arrays.lse_log2, params.delta, batch, head, first_row);
     int lanes = 1;
     while (lanes < 32 && lanes * kVector < out.cols) lanes *= 2;
     const int lane = threadIdx.x % lanes, step = kNumThreads / lanes,
@@ -70,6 +73,8 @@ struct BwdDelta {
         }
         if (lane != 0 || row(i) >= end) continue;
         *delta.at(row(i), 0) = arrays.dlse == nullptr ? sums[i] : sums[i] - *dlse.at(row(i), 0);
+        if (arrays.lse_log2 == nullptr) continue;
+        *lse_log2.at(row(i), 0) = RowStatistics::lse_of_value(*lse.at(row(i), 0)) * kLog2e;
       }
     }
   }

@@ -51,7 +51,9 @@ struct BwdSm90 {
     const Problem& problem = params.problem;
     typename Block::Rings& rings = shared.rings;
     const int consumer = uniform(threadIdx.x / 128 - 1);
-    const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
+    unsigned thread = threadIdx.x % 128;
+    ptx::make_opaque(thread);  // else the loop reads the special register, which is slow
+    const int warp = thread / 32, lane = thread % 32;
     typename Block::Jobs::Position job_at;
     typename Block::RingKv::Position kv_at;
     typename Block::Ring::Position at;
@@ -122,12 +124,14 @@ struct BwdSm90 {
         ptx::wgmma_wait<1>();
         const Factor dscores = gradients.differentiate(dweights, Gradients::slopes(scores, weights), survives);
         typename Block::TileDs& ds = shared.ds[at.count() % 2];
-        ds.store(dscores, 64 * consumer + 16 * warp);
+        ds.store(dscores, 64 * consumer + 16 * warp, lane);
         ptx::async_proxy_fence();
         ptx::named_barrier_sync(kDsIsThere, 256);
         start_product_across(dq, ds, Sums::Layout::first_query(consumer), k, Sums::Layout::first_col(consumer));
         start_adding_across(dk, dscores, shared.q[stage]);
-        const auto sums_here = [&] { return Sums(arrays.dq_sums, arrays.turns, problem, job, band, walk, consumer); };
+        const auto sums_here = [&] {
+          return Sums(arrays.dq_sums, arrays.turns, problem, job, band, walk, consumer, thread);
+        };
         if constexpr (kDeterministic) sums_here().await_turn();
 
         ptx::wgmma_wait<1>();

@@ -31,17 +31,17 @@ struct BwdSm90Wide {
   struct Slopes {
     uint4 pieces[kBlockM / 16][128];
 
-    __device__ __forceinline__ void store(const Factor& slopes) {
+    __device__ __forceinline__ void store(const Factor& slopes, int thread) {
 #pragma unroll
       for (int i = 0; i < kBlockM / 16; ++i) {
-        pieces[i][threadIdx.x % 128] = make_uint4(slopes.x[i][0], slopes.x[i][1], slopes.x[i][2], slopes.x[i][3]);
+        pieces[i][thread] = make_uint4(slopes.x[i][0], slopes.x[i][1], slopes.x[i][2], slopes.x[i][3]);
       }
     }
-    __device__ __forceinline__ Factor load() const {
+    __device__ __forceinline__ Factor load(int thread) const {
       Factor slopes;
 #pragma unroll
       for (int i = 0; i < kBlockM / 16; ++i) {
-        const uint4 piece = pieces[i][threadIdx.x % 128];
+        const uint4 piece = pieces[i][thread];
         slopes.x[i][0] = piece.x;
         slopes.x[i][1] = piece.y;
         slopes.x[i][2] = piece.z;
@@ -82,7 +82,9 @@ struct BwdSm90Wide {
     typename Block::Rings& rings = tiles.rings;
     constexpr int kFirstPart = kFirst ? 0 : kPartsOfFirst;
     constexpr int kNumParts = kFirst ? kPartsOfFirst : Sums::Layout::kParts - kPartsOfFirst;
-    const int warp_row = threadIdx.x / 32 % 4 * 16, lane = threadIdx.x % 32;
+    unsigned thread = threadIdx.x % 128;
+    ptx::make_opaque(thread);  // else the loop reads the special register, which is slow
+    const int warp_row = thread / 32 * 16, lane = thread % 32;
     typename Block::Jobs::Position job_at;
     typename Block::RingKv::Position kv_at;
     typename Block::Ring::Position at;
@@ -145,11 +147,11 @@ struct BwdSm90Wide {
             pairs_at.advance();
           }
           if constexpr (Gradients::kPlainWeights) {
-            shared.slopes.store(weights);
+            shared.slopes.store(weights, thread);
           } else {
             Factor slopes;
             slopes.round(scores);
-            shared.slopes.store(slopes);
+            shared.slopes.store(slopes, thread);
           }
           ptx::named_barrier_arrive(kSlopesAreThere, 256);
           rings.dout.wait_full(at);
@@ -160,9 +162,9 @@ struct BwdSm90Wide {
           release(rings.dout, at);
           rings.q.wait_full(at);
           ptx::named_barrier_sync(kSlopesAreThere, 256);
-          const Factor slopes = shared.slopes.load();
+          const Factor slopes = shared.slopes.load(thread);
           const Factor dscores = gradients.differentiate(scores, slopes, survives);
-          tiles.ds[0].store(dscores, warp_row);
+          tiles.ds[0].store(dscores, warp_row, lane);
           ptx::async_proxy_fence();
           ptx::named_barrier_sync(kDsIsThere, 256);
           start_adding_across(grad, dscores, tiles.q[stage]);
@@ -171,7 +173,7 @@ struct BwdSm90Wide {
           start_product_across(dq[i], tiles.ds[0], 0, k, Sums::Layout::first_col(kFirstPart + i));
         };
         start_dq(0);
-        const Sums sums(arrays.dq_sums, arrays.turns, problem, job, band, walk, kFirst ? 0 : 1);
+        const Sums sums(arrays.dq_sums, arrays.turns, problem, job, band, walk, kFirst ? 0 : 1, thread);
         if constexpr (kDeterministic) sums.await_turn();
 #pragma unroll
         for (int i = 0; i < kNumParts; ++i) {  // a part of dQ goes to memory beside the next product

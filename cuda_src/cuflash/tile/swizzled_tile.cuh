@@ -41,8 +41,8 @@ struct alignas(1024) SwizzledTile {
   }
 
   // Writes 16 rows from this one on, by the warp that holds them.
-  __device__ __forceinline__ void store(const WarpgroupFactor<Element, kCols>& rows, int first_row) {
-    const int lane = threadIdx.x % 32, row = first_row + lane % 16;
+  __device__ __forceinline__ void store(const WarpgroupFactor<Element, kCols>& rows, int first_row, int lane) {
+    const int row = first_row + lane % 16;
 #pragma unroll
     for (int i = 0; i < kCols / 16; ++i) ptx::stmatrix(piece(row, 16 * i + lane / 16 * 8), rows.x[i]);
   }
