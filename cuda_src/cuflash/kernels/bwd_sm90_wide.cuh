@@ -27,6 +27,11 @@ struct BwdSm90Wide {
   // Parts of dQ of the first consumer; the others are those of the second.
   static constexpr int kPartsOfFirst = ceil_div(Sums::Layout::kParts, 2);
 
+  // Additions take most of a step. These pieces of the first consumer's last part wait in registers, where there is
+  // room, for the next dV: beside it the second computes gradients of scores, and adds nothing.
+  static constexpr bool kHasRoom = Gradients::kPlainWeights && !Options::kSkipsBlocks;
+  static constexpr int kPiecesLate = kHasRoom && !kDeterministic ? Sums::Layout::kPieces / 2 : 0;
+
   // What the first consumer hands to the second: weights times slopes, where the thread with the same keys finds them.
   struct Slopes {
     uint4 pieces[kBlockM / 16][128];
@@ -57,7 +62,7 @@ struct BwdSm90Wide {
   static constexpr int kNumThreads = Block::kNumThreads;
   static constexpr int kSharedBytes = sizeof(Slopes) + Block::kSharedBytes;
 
-  static_assert(kBlockN == 64 && kBlockM == 64);
+  static_assert(kBlockN == 64 && kBlockM == 64 && kPartsOfFirst <= 2);
 
   // Barriers of both consumers: each also tells that the other has done with the array before.
   enum Barrier { kSlopesAreThere = 1, kDsIsThere };
@@ -82,8 +87,10 @@ struct BwdSm90Wide {
     typename Block::Rings& rings = tiles.rings;
     constexpr int kFirstPart = kFirst ? 0 : kPartsOfFirst;
     constexpr int kNumParts = kFirst ? kPartsOfFirst : Sums::Layout::kParts - kPartsOfFirst;
+    constexpr int kPieces = Sums::Layout::kPieces, kPiecesOnTime = kFirst ? kPieces - kPiecesLate : kPieces;
+    // To read the special register again in the loop would cost time.
     unsigned thread = threadIdx.x % 128;
-    ptx::make_opaque(thread);  // else the loop reads the special register, which is slow
+    ptx::make_opaque(thread);
     const int warp_row = thread / 32 * 16, lane = thread % 32;
     typename Block::Jobs::Position job_at;
     typename Block::RingKv::Position kv_at;
@@ -116,7 +123,16 @@ struct BwdSm90Wide {
       if constexpr (Options::kPacked && kFirst) Block::clear_keys(k, sequence, block_key + warp_row, warp_row);
       if constexpr (Options::kPacked && !kFirst) Block::clear_keys(v, sequence, block_key + warp_row, warp_row);
       typename Block::Walk walk(options, problem, job, band);
-      if (walk.done()) {
+      const auto sums_here = [&] {
+        return Sums(arrays.dq_sums, arrays.turns, problem, job, band, walk, kFirst ? 0 : 1, thread);
+      };
+      GradQ dq[kNumParts] = {};  // first late pieces of 0 are added
+      Sums sums = sums_here();
+      const auto add_late = [&] {
+        sums.template add<kPiecesOnTime, kPieces>(kFirstPart + kNumParts - 1, dq[kNumParts - 1]);
+      };
+      const bool empty = walk.done();
+      if (empty) {
         release(rings.kv, kv_at);
       } else {
         wait_for_scores(at);
@@ -136,7 +152,9 @@ struct BwdSm90Wide {
                                  (!Options::kHidesPairs || here.shows_all());
         hides_pairs |= !all_visible;
         const typename Gradients::Survivors survives = gradients.draw();
-        GradQ dq[kNumParts];
+        const auto start_dq = [&](int i) {
+          start_product_across(dq[i], tiles.ds[0], 0, k, Sums::Layout::first_col(kFirstPart + i));
+        };
         ptx::wgmma_wait<0>();
         if constexpr (kFirst) {
           Factor weights;
@@ -156,8 +174,11 @@ struct BwdSm90Wide {
           ptx::named_barrier_arrive(kSlopesAreThere, 256);
           rings.dout.wait_full(at);
           start_adding_across(grad, weights, tiles.dout[stage]);
+          __syncwarp();  // or ptxas puts additions before the products
+          add_late();
           ptx::named_barrier_sync(kDsIsThere, 256);
           release(rings.q, at);  // with the statistics that its other lanes have read
+          start_dq(0);
         } else {
           release(rings.dout, at);
           rings.q.wait_full(at);
@@ -167,36 +188,26 @@ struct BwdSm90Wide {
           tiles.ds[0].store(dscores, warp_row, lane);
           ptx::async_proxy_fence();
           ptx::named_barrier_sync(kDsIsThere, 256);
+          start_dq(0);
           start_adding_across(grad, dscores, tiles.q[stage]);
         }
-        const auto start_dq = [&](int i) {
-          start_product_across(dq[i], tiles.ds[0], 0, k, Sums::Layout::first_col(kFirstPart + i));
-        };
-        start_dq(0);
-        const Sums sums(arrays.dq_sums, arrays.turns, problem, job, band, walk, kFirst ? 0 : 1, thread);
+        sums = sums_here();
         if constexpr (kDeterministic) sums.await_turn();
-#pragma unroll
-        for (int i = 0; i < kNumParts; ++i) {  // a part of dQ goes to memory beside the next product
-          ptx::wgmma_wait<0>();
-          if (i == 0) {
-            release(kFirst ? rings.dout : rings.q, at);
-            at.advance();
-            walk.advance();
-          }
-          if (i + 1 < kNumParts) {
-            start_dq(i + 1);
-          } else {
-            if (walk.done()) {
-              release(rings.kv, kv_at);
-            } else {
-              wait_for_scores(at);
-            }
-            start_scores(at);  // after the last tile nobody asks for them, and K and V may change meanwhile
-          }
-          sums.add(kFirstPart + i, dq[i]);
-        }
+        ptx::wgmma_wait<kFirst ? 0 : 1>();
+        sums.template add<0, (kNumParts > 1 ? kPieces : kPiecesOnTime)>(kFirstPart, dq[0]);
+        ptx::wgmma_wait<0>();
+        release(kFirst ? rings.dout : rings.q, at);
+        at.advance();
+        walk.advance();
+        if constexpr (kNumParts > 1) start_dq(1);
+        if (!walk.done()) wait_for_scores(at);
+        start_scores(at);  // after the last tile nobody asks for them, and K and V may change meanwhile
+        ptx::wgmma_wait<1>();
+        if (walk.done()) release(rings.kv, kv_at);
+        if constexpr (kNumParts > 1) sums.template add<0, kPiecesOnTime>(kFirstPart + 1, dq[1]);
         if constexpr (kDeterministic) sums.pass_turn();
       }
+      if (!empty) add_late();
       ptx::wgmma_wait<0>();
       kv_at.advance();
 
