@@ -64,7 +64,8 @@ def _shared_bytes(dims: tuple[int, int], tile: Tile, options: Options) -> int:
     row = 128 * sum(ceil_div(dim, PANEL) for dim in dims)
     tiles = row * (tile.stages_kv * tile.block_n + tile.stages * tile.block_m)
     gradients = 2 * tile.block_n * 128 * ceil_div(tile.block_m, PANEL)  # of scores, twice or beside weights
-    pairs = tile.stages_pairs * max(options.tile_bytes(tile.block_m, tile.block_n), 16)
+    survivors = tile.block_m * tile.block_n // 8 if "dropout" in options.names else 0
+    pairs = tile.stages_pairs * max(options.tile_bytes(tile.block_m, tile.block_n) + survivors, 16)
     rows = tile.stages * 8 * tile.block_m
     stages_of_jobs = 2 * tile.stages_kv
     stages = tile.stages_kv + 3 * tile.stages + tile.stages_pairs + stages_of_jobs
