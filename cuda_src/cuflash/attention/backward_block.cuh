@@ -33,7 +33,7 @@ template <class Element, class Options, int kHeadDim, int kHeadDimV, int kBlockM
 struct BackwardBlock {
   static constexpr int kNumConsumers = 2, kNumThreads = 128 * (1 + kNumConsumers);
   // Of each thread. The kernel starts with as many for all as fit into the 64 K of a multiprocessor.
-  static constexpr int kProducerRegisters = kHeadDim <= 64 && kBlockM == 64 ? 40 : 24;
+  static constexpr int kProducerRegisters = kHeadDim <= 64 && (kBlockM == 64 || Options::kHasDropout) ? 40 : 24;
   static constexpr int kConsumerRegisters = 256 - (kProducerRegisters + 8) / 2;
 
   using Rows = RowsOfTile<kBlockM>;

@@ -2,7 +2,6 @@
 #pragma once
 
 #include <cuflash/attention/options.cuh>
-#include <cuflash/ptx/opaque.cuh>
 #include <cuflash/ptx/permute.cuh>
 
 namespace cuflash {
