@@ -33,7 +33,7 @@ struct TileOfPairs {
       use_pairs(pairs, scores, [&](const auto& pairs) {
 #pragma unroll
         for (int i = 0; i < Scores::kNumElements; ++i) {
-          scores.x[i] = pairs.score_over_factor(scores.x[i], query(i), neighbour(i));
+          scores.x[i] = pairs.score_over_factor(scores.x[i], query(i), neighbour(i)).value;
         }
         factor = pairs.factor();
       });

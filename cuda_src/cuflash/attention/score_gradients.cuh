@@ -90,14 +90,16 @@ struct ScoreGradients {
       for (int j = 0; j < 2; ++j) {
         const float x = scores.x[i + j], shift = rows.lse_log2[col(i + j)];
         if constexpr (Options::kChangesScores) {
-          const Dual score = pairs.score(x, query(i + j), key(i + j));
-          weight[j] = exp2f(fmaf(score.value, kLog2e, -shift));
+          const Dual score = pairs.score_over_factor(x, query(i + j), key(i + j));
+          weight[j] = exp2f(fmaf(score.value, pairs.factor() * kLog2e, -shift));
           slope[j] = score.slope;
         } else {
           weight[j] = exp2f(fmaf(x, pairs.scale * kLog2e, -shift));
         }
         if (!visible(i + j)) weight[j] = 0.0f;
-        if constexpr (Options::kBendsScores) slope[j] = weight[j] != 0.0f ? weight[j] * slope[j] : 0.0f;
+        if constexpr (Options::kBendsScores) {
+          slope[j] = Options::kBreaksScores && weight[j] == 0.0f ? 0.0f : weight[j] * slope[j];
+        }
       }
       unsigned& both = weights.x[i / 8][i / 2 % 4];
       both = Factor::packed(weight[0], weight[1]);
