@@ -13,6 +13,13 @@ struct RowsOfTile {
   float delta[kBlockM];     // rowsum(dout * out) - dlse
 };
 
+// Whether all pairs of a tile are visible, as far as the band decides and as far as options do.
+struct AllVisible {
+  bool by_band, by_options;
+
+  __device__ __forceinline__ operator bool() const { return by_band && by_options; }
+};
+
 // 64 keys, and all queries of the tile. Of every element there is first a product of query and key, then its weight,
 // and a product of dout and value, then the gradient of the score.
 template <class Element, class Options, int kBlockM>
@@ -30,11 +37,14 @@ struct ScoreGradients {
 
   // From scores to the weights as the factor of dV, and the weights before dropout times the slopes of options: both
   // rounded, to leave room in the registers for a product in flight. With all pairs visible nothing is hidden.
-  __device__ __forceinline__ void weigh(Scores& scores, Factor& weights, Factor& slopes, bool all_visible,
+  __device__ __forceinline__ void weigh(Scores& scores, Factor& weights, Factor& slopes, AllVisible all_visible,
                                         const Survivors& survives) const {
     use_pairs(pairs, scores, [&](const auto& pairs) {
       if (all_visible) {
         weigh(pairs, scores, weights, slopes, survives, [](int) { return true; });
+      } else if (Options::kHidesPairs && all_visible.by_band) {
+        weigh(pairs, scores, weights, slopes, survives,
+              [&](int i) { return pairs.visible_by_options(query(i), key(i)); });
       } else {
         const Range seen[2] = {seen_by(first_key), seen_by(first_key + 8)};
         weigh(pairs, scores, weights, slopes, survives, [&](int i) {

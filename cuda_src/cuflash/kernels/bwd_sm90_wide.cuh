@@ -135,9 +135,10 @@ struct BwdSm90Wide {
         const Gradients gradients = {pairs, first_query + first_col, first_key, tiles.rows[stage], first_col};
         if constexpr (kLooksAtPairs) rings.pairs.wait_full(pairs_at);
         here.template look_at<kBlockM, kBlockN>(tiles.pairs[pairs_at.stage()].memory, first_query, block_key);
-        const bool all_visible = band.all_visible({first_query, first_query + kBlockM}, {block_key, block_key + 64}) &&
-                                 first_query + kBlockM <= sequence.seqlen_q &&
-                                 (!Options::kHidesPairs || here.shows_all());
+        const AllVisible all_visible = {
+            band.all_visible({first_query, first_query + kBlockM}, {block_key, block_key + 64}) &&
+                first_query + kBlockM <= sequence.seqlen_q,
+            !Options::kHidesPairs || here.shows_all()};
         hides_pairs |= !all_visible;
         const typename Gradients::Survivors survives =
             Block::survivors(tiles.pairs[pairs_at.stage()], warp_row);
