@@ -18,7 +18,7 @@ struct KeptElements {
 
   // All ones in the half of one that survives, of elements i and i + 1, i even.
   __device__ __forceinline__ unsigned pair(int i) const {
-    return ptx::permute(words[i / 32] << i / 2 % 8, i % 32 < 16 ? 0x9988 : 0xbbaa);
+    return ptx::permute(words[i / 32] << i / 2 % 8, 0, i % 32 < 16 ? 0x9988 : 0xbbaa);
   }
 };
 
@@ -67,7 +67,7 @@ struct SurvivorTile {
     const int key = threadIdx.x % 32 / 4, query = threadIdx.x % 4 * 2;
     const unsigned even = __shfl_sync(kFullMask, drawn, query * 4 + key / 2);
     const unsigned odd = __shfl_sync(kFullMask, drawn, query * 4 + 4 + key / 2);
-    return __byte_perm(even, odd, key % 2 ? 0x7362 : 0x5140);
+    return ptx::permute(even, odd, key % 2 ? 0x7362 : 0x5140);
   }
 };
 
