@@ -32,10 +32,6 @@ template <class Element, class Options, int kHeadDim, int kHeadDimV, int kBlockM
           int kStages, int kStagesPairs, int kTilesDs, bool kDeterministic, bool kStaggered>
 struct BackwardBlock {
   static constexpr int kNumConsumers = 2, kNumThreads = 128 * (1 + kNumConsumers);
-  // Of each thread. The kernel starts with as many for all as fit into the 64 K of a multiprocessor.
-  static constexpr int kProducerRegisters = kHeadDim <= 64 && (kBlockM == 64 || Options::kHasDropout) ? 40 : 24;
-  static constexpr int kConsumerRegisters = 256 - (kProducerRegisters + 8) / 2;
-
   using Rows = RowsOfTile<kBlockM>;
   using TileQ = SwizzledTile<Element, kBlockM, kHeadDim>;
   using TileDout = SwizzledTile<Element, kBlockM, kHeadDimV>;
@@ -58,6 +54,10 @@ struct BackwardBlock {
   static constexpr int kPairBytes = kArrayBytes + (Options::kHasDropout ? sizeof(Survivors) : 0);
   static constexpr bool kLoadsPairs = kPairBytes > 0;
   static constexpr bool kHelps = kLoadsPairs || Options::kPacked;
+
+  // Of each thread. The kernel starts with as many for all as fit into the 64 K of a multiprocessor.
+  static constexpr int kProducerRegisters = kHeadDim <= 64 && (kBlockM == 64 || kHelps) ? 40 : 24;
+  static constexpr int kConsumerRegisters = 256 - (kProducerRegisters + 8) / 2;
 
   struct alignas(16) TileOfPairs {
     unsigned char memory[larger(kPairBytes, 16)];

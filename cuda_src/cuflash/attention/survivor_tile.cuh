@@ -36,14 +36,17 @@ struct SurvivorTile {
       const int query = part % (kBlockM / 64), key = part / (kBlockM / 64) * 2;
       unsigned drawn[2] = {};  // for the first 16 of 32 keys, and for the others
       unsigned inverse = 0;
-#pragma unroll
+#pragma unroll 1
       for (int row = 0; row < 4; ++row) {
         const Draw<2> draw = options.template draw<2>(first_query + 64 * query + 16 * row, first_key + 16 * key);
         inverse = draw.inverse;
 #pragma unroll
-        for (int i = 0; i < 16; i += 2) {
-          const int bit = row / 2 * 8 + 7 - (row % 2 * 4 + i / 2 % 2 * 2 + i / 4 % 2);
-          drawn[i / 8] |= draw.below(i) & 0x10001u << bit;
+        for (int half = 0; half < 2; ++half) {
+          drawn[half] <<= 4;
+#pragma unroll
+          for (int i = 0; i < 8; i += 2) {
+            drawn[half] |= draw.below(8 * half + i) & 0x10001u << 3 - (i / 2 % 2 * 2 + i / 4 % 2);
+          }
         }
       }
 #pragma unroll
@@ -67,7 +70,7 @@ struct SurvivorTile {
     const int key = threadIdx.x % 32 / 4, query = threadIdx.x % 4 * 2;
     const unsigned even = __shfl_sync(kFullMask, drawn, query * 4 + key / 2);
     const unsigned odd = __shfl_sync(kFullMask, drawn, query * 4 + 4 + key / 2);
-    return ptx::permute(even, odd, key % 2 ? 0x7362 : 0x5140);
+    return ptx::permute(even, odd, key % 2 ? 0x6273 : 0x4051);
   }
 };
 
