@@ -55,8 +55,10 @@ struct BackwardBlock {
   static constexpr bool kLoadsPairs = kPairBytes > 0;
   static constexpr bool kHelps = kLoadsPairs || Options::kPacked;
 
-  // Of each thread. The kernel starts with as many for all as fit into the 64 K of a multiprocessor.
-  static constexpr int kProducerRegisters = kHeadDim <= 64 && (kBlockM == 64 || kHelps) ? 40 : 24;
+  // Of each thread. The kernel starts with as many for all as fit into the 64 K of a multiprocessor. Consumers that
+  // have both dK and dV of 128 columns leave the fewest to the others.
+  static constexpr bool kLeavesFew = kHeadDim > 64 && kBlockN == 128;
+  static constexpr int kProducerRegisters = !kLeavesFew && (kHelps || (kHeadDim <= 64 && kBlockM == 64)) ? 40 : 24;
   static constexpr int kConsumerRegisters = 256 - (kProducerRegisters + 8) / 2;
 
   struct alignas(16) TileOfPairs {
@@ -259,9 +261,9 @@ struct BackwardBlock {
   // ---- For the consumers
 
   // Which weights survive of the pairs of a warp's 16 keys, of the tile at hand.
-  static __device__ __forceinline__ KeptElements<Options, kBlockM> survivors(TileOfPairs& pairs, int warp_row) {
+  static __device__ __forceinline__ KeptElements<kBlockM> survivors(TileOfPairs& pairs, int warp_row) {
     if constexpr (Options::kHasDropout) {
-      return pairs.survivors().template of_keys<Options>(warp_row);
+      return pairs.survivors().of_keys(warp_row);
     } else {
       return {};
     }

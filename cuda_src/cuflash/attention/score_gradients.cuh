@@ -33,7 +33,7 @@ struct ScoreGradients {
   const RowsOfTile<kBlockM>& rows;
   int first_col;  // of this lane
 
-  using Survivors = KeptElements<Options, kBlockM>;
+  using Survivors = KeptElements<kBlockM>;
 
   // From scores to the weights as the factor of dV, and the weights before dropout times the slopes of options: both
   // rounded, to leave room in the registers for a product in flight. With all pairs visible nothing is hidden.

@@ -6,9 +6,9 @@
 
 namespace cuflash {
 
-// Bits of elements that a lane holds of a warp's 16 keys, 64 queries in a word. Element i has bit 7 - i / 2 % 8 of byte
-// i / 16 * 2 + i % 2: a shift puts those of a pair, and of the one 16 further, in front of their bytes.
-template <class Options, int kBlockM>
+// A bit for each element that a lane holds of a warp's 16 keys, 64 queries in a word. Element i has bit 7 - i / 2 % 8
+// of byte i / 16 * 2 + i % 2: one shift puts those of a pair, and of the pair 16 further, in front of their bytes.
+template <int kBlockM>
 struct KeptElements {
   unsigned words[ceil_div(kBlockM, 64)];
 
@@ -55,9 +55,8 @@ struct SurvivorTile {
   }
 
   // Those of this lane, if its warp has keys from this one on.
-  template <class Options>
-  __device__ __forceinline__ KeptElements<Options, kBlockM> of_keys(int first_key) const {
-    KeptElements<Options, kBlockM> kept;
+  __device__ __forceinline__ KeptElements<kBlockM> of_keys(int first_key) const {
+    KeptElements<kBlockM> kept;
 #pragma unroll
     for (int i = 0; i < kBlockM / 64; ++i) kept.words[i] = words[first_key / 16][i][threadIdx.x % 32];
     return kept;

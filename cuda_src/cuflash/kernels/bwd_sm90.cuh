@@ -26,7 +26,7 @@ struct BwdSm90 {
   using Sums = QuerySums<Options, kHeadDim, kBlockM, kBlockN>;
   using GradQ = typename Sums::Layout::Part;
 
-  // With all of dK, dV and float32 weights in registers there is no room for products that start ahead.
+  // Whether the next scores start before the last product of a tile has ended.
   static constexpr bool kStartsAhead = true;
 
   // The pieces of dQ that are added to the sums before the next scores start. Additions wait for each other: the rest

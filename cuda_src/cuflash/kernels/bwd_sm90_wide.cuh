@@ -140,8 +140,7 @@ struct BwdSm90Wide {
                 first_query + kBlockM <= sequence.seqlen_q,
             !Options::kHidesPairs || here.shows_all()};
         hides_pairs |= !all_visible;
-        const typename Gradients::Survivors survives =
-            Block::survivors(tiles.pairs[pairs_at.stage()], warp_row);
+        const typename Gradients::Survivors survives = Block::survivors(tiles.pairs[pairs_at.stage()], warp_row);
         GradQ dq[kNumParts];
         ptx::wgmma_wait<0>();
         if constexpr (kFirst) {
