@@ -198,7 +198,7 @@ MAY_PARK = {
     "bwd_sm90_bf16_d64x64_mod": {90: 116},
     "bwd_sm90_bf16_d64x64_mod_block_mask": {90: 16},
     "bwd_sm90_bf16_d64x64_sinks": {90: 8},
-    "bwd_sm90_bf16_d64x64_softcap": {90: 160},
+    "bwd_sm90_bf16_d64x64_softcap": {90: 176},
     "bwd_sm90_bf16_d64x64_staggered": {90: 16},
     "bwd_sm90_bf16_d128x128_staggered": {90: 16},
     "bwd_sm90_bf16_d192x128_staggered": {90: 16},

@@ -46,10 +46,9 @@ struct ScoreGradients {
         weigh(pairs, scores, weights, slopes, survives,
               [&](int i) { return pairs.visible_by_options(query(i), key(i)); });
       } else {
-        const Range seen[2] = {seen_by(first_key), seen_by(first_key + 8)};
+        const Seen seen[2] = {seen_by(first_key), seen_by(first_key + 8)};
         weigh(pairs, scores, weights, slopes, survives, [&](int i) {
-          const Range& columns = seen[row_of_element(i)];
-          bool visible = columns.begin <= col_of_element(i) & col_of_element(i) < columns.end;
+          bool visible = seen[row_of_element(i)](i);
           if constexpr (Options::kHidesPairs) visible = visible & pairs.visible_by_options(query(i), key(i));
           return visible;
         });
@@ -84,10 +83,24 @@ struct ScoreGradients {
   __device__ __forceinline__ int query(int i) const { return first_query + col_of_element(i); }
   __device__ __forceinline__ int key(int i) const { return first_key + 8 * row_of_element(i); }
 
-  // The queries that the band lets see a key, counted from the first that this lane holds.
-  __device__ __forceinline__ Range seen_by(int key) const {
+  // A bit for each query that this lane holds, if the band lets it see a key.
+  struct Seen {
+    unsigned words[ceil_div(kBlockM, 128)];
+
+    __device__ __forceinline__ bool operator()(int i) const {
+      const int query = i / 4 * 2 + i % 2;
+      return words[query / 32] >> query % 32 & 1;
+    }
+  };
+  __device__ __forceinline__ Seen seen_by(int key) const {
     const Range queries = pairs.band.queries_of({key, key + 1});
-    return {queries.begin - first_query, queries.end - first_query};
+    const int begin = elements_before(queries.begin - first_query), end = elements_before(queries.end - first_query);
+    Seen seen;
+#pragma unroll
+    for (int i = 0; i < ceil_div(kBlockM, 128); ++i) {
+      seen.words[i] = bits_from(begin - 32 * i) & ~bits_from(end - 32 * i);
+    }
+    return seen;
   }
 
   template <class SomePairs, class Visible>
