@@ -217,7 +217,7 @@ def _mod(problem: Problem, operands: Mapping[str, Operand]) -> Feature | None:
         return None
     flags, methods = ["kReadsArrays"] if mod.args else [], {"enter": "mod.enter(sequence, head);"}
     if mod.score_mod is not None:
-        flags += ["kChangesScores", "kBendsScores"]
+        flags += ["kChangesScores", "kBendsScores", "kBreaksScores"]
         methods["score"] = "score = mod.score_mod(score, query, key);"
     if mod.mask_mod is not None:
         flags.append("kHidesPairs")

@@ -103,7 +103,7 @@ class Options:
                 lines += _method("float factor() const", ["return softcap.factor<kSize>();"])
                 lines += ["  template <cuflash::Size kSize>"]
                 lines += _method(
-                    "float over_factor(float product) const", ["return softcap.over_factor<kSize>(product);"]
+                    "cuflash::Dual over_factor(float product) const", ["return softcap.over_factor<kSize>(product);"]
                 )
             lines += ["  template <cuflash::Size kSize>"]
             lines += _method(

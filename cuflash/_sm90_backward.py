@@ -23,27 +23,29 @@ WARPS_OF_FINISH = 8
 
 
 class Tile(NamedTuple):
-    """Queries of a tile, keys of a job, and how many tiles of K and V, of Q and dO, and of arrays of pairs are held."""
+    """Queries of a tile, keys of a job, and how many tiles of K and V, of Q and dO, and of pairs are held."""
 
     block_m: int
     block_n: int
     stages_kv: int
     stages: int
-    stages_pairs: int = 1
+    stages_pairs: int
 
 
 # By head_dim and head_dim_v, the fastest first; the first that fits the shared memory is taken. Measured on an H200
 # (docs/notes/sm90_backward.md). A consumer holds 64 keys: dK and dV of 128 columns leave registers for 64 queries,
 # those of 64 columns for 128; beyond 128 columns both consumers have the same 64 keys. A second place for K and V lets
-# the next job's come beside the epilogue.
+# the next job's come beside the epilogue, one for pairs lets biases, masks and survivors come ahead.
 TILES: dict[tuple[int, int], tuple[Tile, ...]] = {
-    (64, 64): (Tile(128, 128, 2, 2), Tile(64, 128, 2, 4)),
-    (128, 128): (Tile(64, 128, 2, 2), Tile(64, 128, 1, 2)),
-    (192, 128): (Tile(64, 64, 2, 2), Tile(64, 64, 1, 2)),
-    (192, 192): (Tile(64, 64, 2, 2), Tile(64, 64, 1, 2)),
-    (256, 256): (Tile(64, 64, 1, 2), Tile(64, 64, 1, 1)),
+    (64, 64): (
+        *(Tile(128, 128, *stages) for stages in ((2, 2, 2), (1, 2, 2), (1, 2, 1))),
+        *(Tile(64, 128, *stages) for stages in ((2, 4, 2), (2, 2, 2), (1, 2, 1))),
+    ),
+    (128, 128): (Tile(64, 128, 2, 2, 1), Tile(64, 128, 1, 2, 1)),
+    (192, 128): (Tile(64, 64, 2, 2, 2), Tile(64, 64, 1, 2, 2)),
+    (192, 192): (Tile(64, 64, 2, 2, 2), Tile(64, 64, 1, 2, 2), Tile(64, 64, 1, 2, 1)),
+    (256, 256): (Tile(64, 64, 1, 2, 2), Tile(64, 64, 1, 2, 1), Tile(64, 64, 1, 1, 1)),
 }
-HUNGRY = {"softcap", "mod", "dropout", "bias"}  # options for which tiles of 128 queries are too many
 SHORT = 512  # queries for which they are too many: a job has few tiles, and works on none while the first arrives
 
 
@@ -60,11 +62,12 @@ def _dims(problem: Problem) -> tuple[int, int]:
 
 
 def _shared_bytes(dims: tuple[int, int], tile: Tile, options: Options) -> int:
-    """Tiles in panels of 128-byte rows, arrays of pairs, statistics of rows, rings of barriers and jobs."""
+    """Tiles in panels of 128-byte rows, what is known of pairs, statistics of rows, rings of barriers and jobs."""
     row = 128 * sum(ceil_div(dim, PANEL) for dim in dims)
     tiles = row * (tile.stages_kv * tile.block_n + tile.stages * tile.block_m)
     gradients = 2 * tile.block_n * 128 * ceil_div(tile.block_m, PANEL)  # of scores, twice or beside weights
-    pairs = tile.stages_pairs * max(options.tile_bytes(tile.block_m, tile.block_n), 16)
+    survivors = tile.block_m * tile.block_n // 8 if "dropout" in options.names else 0
+    pairs = tile.stages_pairs * max(options.tile_bytes(tile.block_m, tile.block_n) + survivors, 16)
     rows = tile.stages * 8 * tile.block_m
     stages_of_jobs = 2 * tile.stages_kv
     stages = tile.stages_kv + 3 * tile.stages + tile.stages_pairs + stages_of_jobs
@@ -81,7 +84,7 @@ def _tile(problem: Problem, options: Options, chip: Chip) -> Tile | None:
             for tile in TILES[dims]
             if options.allows_tile(*tile[:2])
             and _shared_bytes(dims, tile, options) <= chip.shared_memory
-            and (tile.block_m == 64 or not (HUNGRY.intersection(options.names) or problem.seqlen_q <= SHORT))
+            and (tile.block_m == 64 or problem.seqlen_q > SHORT)
         ),
         None,
     )

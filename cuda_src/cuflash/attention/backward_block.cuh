@@ -32,10 +32,6 @@ template <class Element, class Options, int kHeadDim, int kHeadDimV, int kBlockM
           int kStages, int kStagesPairs, int kTilesDs, bool kDeterministic, bool kStaggered>
 struct BackwardBlock {
   static constexpr int kNumConsumers = 2, kNumThreads = 128 * (1 + kNumConsumers);
-  // Of each thread. The kernel starts with as many for all as fit into the 64 K of a multiprocessor.
-  static constexpr int kProducerRegisters = kHeadDim <= 64 && kBlockM == 64 ? 40 : 24;
-  static constexpr int kConsumerRegisters = 256 - (kProducerRegisters + 8) / 2;
-
   using Rows = RowsOfTile<kBlockM>;
   using TileQ = SwizzledTile<Element, kBlockM, kHeadDim>;
   using TileDout = SwizzledTile<Element, kBlockM, kHeadDimV>;
@@ -51,13 +47,25 @@ struct BackwardBlock {
   // In a fixed order everybody waits for the turn of each tile: none may be left out.
   using Walk = QueryWalk<kBlockM, kBlockN, Options, Options::kSkipsBlocks && !kDeterministic, kStaggered>;
 
-  // Arrays of pairs, which two warps copy ahead of the consumers; and whether those have anything to do.
-  static constexpr int kPairBytes = Options::template kTileBytes<kBlockM, kBlockN>;
+  // What options know of pairs, which two warps bring ahead of the consumers: arrays, and which weights survive; and
+  // whether they have anything to do.
+  using Survivors = SurvivorTile<kBlockM, kBlockN>;
+  static constexpr int kArrayBytes = Options::template kTileBytes<kBlockM, kBlockN>;
+  static constexpr int kPairBytes = kArrayBytes + (Options::kHasDropout ? sizeof(Survivors) : 0);
   static constexpr bool kLoadsPairs = kPairBytes > 0;
   static constexpr bool kHelps = kLoadsPairs || Options::kPacked;
 
-  struct alignas(16) TileOfArrays {
+  // Of each thread. The kernel starts with as many for all as fit into the 64 K of a multiprocessor. Consumers that
+  // have both dK and dV of 128 columns leave the fewest to the others.
+  static constexpr bool kLeavesFew = kHeadDim > 64 && kBlockN == 128;
+  static constexpr int kProducerRegisters = !kLeavesFew && (kHelps || (kHeadDim <= 64 && kBlockM == 64)) ? 40 : 24;
+  static constexpr int kConsumerRegisters = 256 - (kProducerRegisters + 8) / 2;
+
+  struct alignas(16) TileOfPairs {
     unsigned char memory[larger(kPairBytes, 16)];
+
+    // Behind the arrays.
+    __device__ __forceinline__ Survivors& survivors() { return *reinterpret_cast<Survivors*>(memory + kArrayBytes); }
   };
   struct Rings {
     RingKv kv;
@@ -72,14 +80,14 @@ struct BackwardBlock {
     TileQ q[kStages];
     TileDout dout[kStages];
     TileDs ds[kTilesDs];  // gradients of scores, by consumers
-    TileOfArrays pairs[kStagesPairs];
+    TileOfPairs pairs[kStagesPairs];
     Rows rows[kStages];
     Rings rings;
   };
   // Without the padding that makes the struct a multiple of 1024.
   static constexpr int kSharedBytes = (sizeof(TileK) + sizeof(TileV)) * kStagesKv +
                                       (sizeof(TileQ) + sizeof(TileDout) + sizeof(Rows)) * kStages +
-                                      sizeof(TileDs) * kTilesDs + sizeof(TileOfArrays) * kStagesPairs + sizeof(Rings);
+                                      sizeof(TileDs) * kTilesDs + sizeof(TileOfPairs) * kStagesPairs + sizeof(Rings);
 
   struct Arrays {
     const float *lse, *delta;
@@ -106,7 +114,7 @@ struct BackwardBlock {
       shared.rings.kv.init(num_warps);
       shared.rings.q.init(num_warps, 1 + 32);
       shared.rings.dout.init(num_warps);
-      shared.rings.pairs.init(num_warps_of_pairs, 64);  // every lane copies
+      shared.rings.pairs.init(num_warps_of_pairs, 2 * 64);  // every lane copies, and arrives twice
       shared.rings.partial.init(1);
       shared.rings.jobs.init(num_warps + (kHelps ? 3 : 1));
       ptx::barrier_init_fence();
@@ -208,7 +216,8 @@ struct BackwardBlock {
     return Options::kPacked && job.sequence.seqlen_q < (block + 1) * kBlockM;
   }
 
-  // Run by two more warps: they copy arrays of pairs, and the first clears queries that do not belong to a sequence.
+  // Run by two more warps: they bring what options know of pairs, and the first clears queries that do not belong to a
+  // sequence.
   static __device__ __forceinline__ void help(const BwdParams& params, const Options& options, Shared& shared) {
     const Problem& problem = params.problem;
     const bool first_warp = uniform(threadIdx.x / 32) == 0, leader = threadIdx.x % 32 == 0;
@@ -236,11 +245,13 @@ struct BackwardBlock {
           shared.rings.pairs.wait_empty(pairs_at);
           Options here = options;
           here.enter(job.sequence, walk.head);
-          here.template load<kBlockM, kBlockN, 64>(shared.pairs[pairs_at.stage()].memory, walk.block * kBlockM,
-                                                   job.tile * kBlockN);
-          ptx::cp_async_commit();
-          ptx::cp_async_wait<0>();
-          shared.rings.pairs.fill(pairs_at);
+          TileOfPairs& tile = shared.pairs[pairs_at.stage()];
+          const int first_query = walk.block * kBlockM, first_key = job.tile * kBlockN;
+          here.template load<kBlockM, kBlockN, 64>(tile.memory, first_query, first_key);
+          if constexpr (Options::kHasDropout) {
+            tile.survivors().template draw<2>(here, first_query, first_key, uniform(threadIdx.x / 32));
+          }
+          shared.rings.pairs.fill_by_copies(pairs_at);
           pairs_at.advance();
         }
       }
@@ -248,6 +259,15 @@ struct BackwardBlock {
   }
 
   // ---- For the consumers
+
+  // Which weights survive of the pairs of a warp's 16 keys, of the tile at hand.
+  static __device__ __forceinline__ KeptElements<kBlockM> survivors(TileOfPairs& pairs, int warp_row) {
+    if constexpr (Options::kHasDropout) {
+      return pairs.survivors().of_keys(warp_row);
+    } else {
+      return {};
+    }
+  }
 
   // Keys behind those in use are hidden, but 0 times what they and their values hold may be NaN. Each warp clears its
   // own.
@@ -259,7 +279,8 @@ struct BackwardBlock {
     ptx::async_proxy_fence();
   }
 
-  // Writes rows of dK, times the scale of scores; false if this lane's part is not finite.
+  // Writes rows of dK, times the scale of scores, and of dV, times the factor of weights that survive; false if this
+  // lane's part is not finite.
   static __device__ __forceinline__ bool write_dk(const Arrays& arrays, const BwdParams& params, const Job& job,
                                                   const WarpgroupTile<kHeadDim>& dk, int first_key) {
     const Problem& problem = params.problem;
@@ -268,12 +289,12 @@ struct BackwardBlock {
     const float scale[2] = {problem.softmax_scale, problem.softmax_scale};
     return store_rows_16<true>(out, dk, scale, first_key);
   }
-  static __device__ __forceinline__ bool write_dv(const Arrays& arrays, const BwdParams& params, const Job& job,
-                                                  const WarpgroupTile<kHeadDimV>& dv, int first_key) {
+  static __device__ __forceinline__ bool write_dv(const Arrays& arrays, const BwdParams& params, const Options& options,
+                                                  const Job& job, const WarpgroupTile<kHeadDimV>& dv, int first_key) {
     const Matrix<Element> out(arrays.dv, params.dv, job.sequence.batch, job.head, job.sequence.first_key,
                               job.sequence.num_keys, params.problem.head_dim_v);
-    const float one[2] = {1.0f, 1.0f};
-    return store_rows_16(out, dv, one, first_key);
+    const float factor = options.survivor_factor(), factors[2] = {factor, factor};
+    return store_rows_16(out, dv, factors, first_key);
   }
 
   // Gradients that are not finite must be computed once more where pairs are hidden: 0 * NaN is NaN, so queries that

@@ -30,7 +30,13 @@ struct Draw {
   unsigned threshold;  // twice, in float16: what instructions compare in pairs
   unsigned inverse;    // all ones if numbers below the threshold are those that do not survive, 0 if they alone do
 
-  // Of elements i and i + 1, i even: all ones in the half of one that survives.
+  // Of elements i and i + 1, i even: all ones in the half of one whose number is below the threshold.
+  __device__ __forceinline__ unsigned below(int i) const {
+    const unsigned word = random[i / 8 * 2 + i / 2 % 2];
+    return ptx::less_2(i / 4 % 2 ? __funnelshift_l(word, word, 8) : word, threshold);
+  }
+
+  // The same for one that survives.
   __device__ __forceinline__ unsigned pair(int i) const { return below(i) ^ inverse; }
 
   // Of all elements, a bit for each. In the transposed order bits 1 and 2 of i change places.
@@ -43,12 +49,6 @@ struct Draw {
       bits |= below(i) & 0x20001u << position;
     }
     return ((bits | bits >> 16) ^ inverse) & (1u << 8 * kTiles) - 1;
-  }
-
- private:
-  __device__ __forceinline__ unsigned below(int i) const {
-    const unsigned word = random[i / 8 * 2 + i / 2 % 2];
-    return ptx::less_2(i / 4 % 2 ? __funnelshift_l(word, word, 8) : word, threshold);
   }
 };
 

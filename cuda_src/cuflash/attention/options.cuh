@@ -17,6 +17,7 @@ struct PlainOptions : BatchedSequences {
   static constexpr bool kPacked = false;
   static constexpr bool kChangesScores = false;  // score() is not the identity
   static constexpr bool kBendsScores = false;    // the slope of score() is not 1
+  static constexpr bool kBreaksScores = false;   // it may be infinite or NaN where a pair has no weight
   static constexpr bool kHidesPairs = false;     // visible() may be false
   static constexpr bool kReadsArrays = false;    // score() and visible() read arrays at the positions they are given
   static constexpr bool kSkipsBlocks = false;    // hides_all() may be true
@@ -52,8 +53,8 @@ struct PlainOptions : BatchedSequences {
     return 1.0f;
   }
   template <Size kSize>
-  __device__ __forceinline__ float over_factor(float product) const {
-    return product;
+  __device__ __forceinline__ Dual over_factor(float product) const {
+    return {product, 1.0f};
   }
 
   // Whether products up to this magnitude may take the short way of a size.
@@ -107,16 +108,16 @@ struct Pairs {
                          inside(key, band.seqlen_k));
   }
 
-  // The same as a factor of all scores and the rest of this one.
+  // The same as a factor of all scores and the rest of this one; with the slope of the score.
   __device__ __forceinline__ float factor() const {
     return Options::kLeavesFactor && kSize != Size::kAny ? options.template factor<kSize>() : 1.0f;
   }
   template <class Key>
-  __device__ __forceinline__ float score_over_factor(float product, int query, Key key) const {
+  __device__ __forceinline__ Dual score_over_factor(float product, int query, Key key) const {
     if constexpr (Options::kLeavesFactor && kSize != Size::kAny) {
       return options.template over_factor<kSize>(product);
     } else {
-      return score(product, query, key).value;
+      return score(product, query, key);
     }
   }
 

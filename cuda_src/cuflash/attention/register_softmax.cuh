@@ -33,7 +33,7 @@ struct TileOfPairs {
       use_pairs(pairs, scores, [&](const auto& pairs) {
 #pragma unroll
         for (int i = 0; i < Scores::kNumElements; ++i) {
-          scores.x[i] = pairs.score_over_factor(scores.x[i], query(i), neighbour(i));
+          scores.x[i] = pairs.score_over_factor(scores.x[i], query(i), neighbour(i)).value;
         }
         factor = pairs.factor();
       });
@@ -43,7 +43,7 @@ struct TileOfPairs {
     }
   }
 
-  // A bit for each element of a row, of which 7 at once become predicates.
+  // A bit for each element of a row.
   template <Hidden kHidden, class Scores>
   __device__ __forceinline__ void hide_by_band(Scores& scores) const {
     const int begin = elements_before(first_query + pairs.band.begin - first_key);
@@ -83,11 +83,6 @@ struct TileOfPairs {
   }
 
  private:
-  // How many elements of a row are left of a column: 2 of each 8 columns. Negative ones are as good as none.
-  static __device__ __forceinline__ int elements_before(int col) { return (col >> 3) * 2 + min(col & 7, 2); }
-
-  static __device__ __forceinline__ unsigned bits_from(int bit) { return bit >= 32 ? 0 : ~0u << max(bit, 0); }
-
   // Where penalties are a line, that of one pair is left to do, and the others differ from it by a step for each key
   // and query between.
   template <class Scores>

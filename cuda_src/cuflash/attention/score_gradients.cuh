@@ -1,7 +1,7 @@
 // The weights of a tile and the gradients of its scores, in the registers of a warpgroup whose rows are keys.
 #pragma once
 
-#include <cuflash/attention/survivors.cuh>
+#include <cuflash/attention/survivor_tile.cuh>
 #include <cuflash/tile/warpgroup_tile.cuh>
 
 namespace cuflash {
@@ -13,6 +13,13 @@ struct RowsOfTile {
   float delta[kBlockM];     // rowsum(dout * out) - dlse
 };
 
+// Whether all pairs of a tile are visible, as far as the band decides and as far as options do.
+struct AllVisible {
+  bool by_band, by_options;
+
+  __device__ __forceinline__ operator bool() const { return by_band && by_options; }
+};
+
 // 64 keys, and all queries of the tile. Of every element there is first a product of query and key, then its weight,
 // and a product of dout and value, then the gradient of the score.
 template <class Element, class Options, int kBlockM>
@@ -20,52 +27,36 @@ struct ScoreGradients {
   using Scores = WarpgroupTile<kBlockM>;
   using Factor = WarpgroupFactor<Element, kBlockM>;
   static constexpr int kCount = Scores::kNumElements;
-  // Then the rounded weights serve for both gradients, and leave room in the registers for a product in flight.
-  static constexpr bool kPlainWeights = !Options::kBendsScores && !Options::kHasDropout;
 
   const Pairs<Options>& pairs;
   int first_query, first_key;  // of the first element that this lane holds
   const RowsOfTile<kBlockM>& rows;
   int first_col;  // of this lane
 
-  // Which weights survive dropout.
-  using Survivors = cuflash::Survivors<Options, kBlockM, true>;
-  __device__ __forceinline__ Survivors draw() const {
-    return Survivors(pairs.options, first_query - first_col, first_key - threadIdx.x % 32 / 4);
-  }
+  using Survivors = KeptElements<kBlockM>;
 
-  // Scores become weights times the slopes of options (with kPlainWeights they are left), and `weights` the weights as
-  // the factor of dV. With all pairs visible nothing is hidden.
-  __device__ __forceinline__ void weigh(Scores& scores, Factor& weights, bool all_visible,
+  // From scores to the weights as the factor of dV, and the weights before dropout times the slopes of options: both
+  // rounded, to leave room in the registers for a product in flight. With all pairs visible nothing is hidden.
+  __device__ __forceinline__ void weigh(Scores& scores, Factor& weights, Factor& slopes, AllVisible all_visible,
                                         const Survivors& survives) const {
     use_pairs(pairs, scores, [&](const auto& pairs) {
       if (all_visible) {
-        weigh(pairs, scores, weights, survives, [](int) { return true; });
+        weigh(pairs, scores, weights, slopes, survives, [](int, float&) {});
+      } else if (Options::kHidesPairs && all_visible.by_band) {
+        weigh(pairs, scores, weights, slopes, survives, [&](int i, float& weight) { hide_by_options(i, weight); });
       } else {
-        const Range seen[2] = {seen_by(first_key), seen_by(first_key + 8)};
-        weigh(pairs, scores, weights, survives, [&](int i) {
-          const Range& columns = seen[row_of_element(i)];
-          bool visible = columns.begin <= col_of_element(i) & col_of_element(i) < columns.end;
-          if constexpr (Options::kHidesPairs) visible = visible & pairs.visible_by_options(query(i), key(i));
-          return visible;
+        const Seen seen[2] = {seen_by(first_key), seen_by(first_key + 8)};
+        weigh(pairs, scores, weights, slopes, survives, [&](int i, float& weight) {
+          if (!seen[row_of_element(i)](i)) weight = 0.0f;
+          hide_by_options(i, weight);
         });
       }
     });
   }
 
-  // What `weigh` leaves: the weights times the slopes of options.
-  static __device__ __forceinline__ const auto& slopes(const Scores& scores, const Factor& weights) {
-    if constexpr (kPlainWeights) {
-      return weights;
-    } else {
-      return scores;
-    }
-  }
-
-  // The gradients of scores, from those of weights and the slopes, Scores or Factor. Those of hidden pairs are 0, or
-  // NaN where what they meet is not finite: a key's row then, or a query's column, or both.
-  template <class Slopes>
-  __device__ __forceinline__ Factor differentiate(const Scores& dweights, const Slopes& slopes,
+  // The gradients of scores, from those of weights and the slopes. Those of hidden pairs are 0, or NaN where what they
+  // meet is not finite: a key's row then, or a query's column, or both.
+  __device__ __forceinline__ Factor differentiate(const Scores& dweights, const Factor& slopes,
                                                   const Survivors& survives) const {
     Factor dscores;
 #pragma unroll
@@ -73,11 +64,12 @@ struct ScoreGradients {
       float change[2];
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
-        float dweight = dweights.x[i + j];
+        const float dweight = dweights.x[i + j], delta = rows.delta[col(i + j)];
         if constexpr (Options::kHasDropout) {
-          dweight = survives(i + j) ? dweight * pairs.options.survivor_factor() : 0.0f;
+          change[j] = fmaf(survives(i + j) ? dweight : 0.0f, pairs.options.survivor_factor(), -delta);
+        } else {
+          change[j] = dweight - delta;
         }
-        change[j] = dweight - rows.delta[col(i + j)];
       }
       dscores.x[i / 8][i / 2 % 4] = Factor::packed(slopes.at(i) * change[0], slopes.at(i + 1) * change[1]);
     }
@@ -89,38 +81,57 @@ struct ScoreGradients {
   __device__ __forceinline__ int query(int i) const { return first_query + col_of_element(i); }
   __device__ __forceinline__ int key(int i) const { return first_key + 8 * row_of_element(i); }
 
-  // The queries that the band lets see a key, counted from the first that this lane holds.
-  __device__ __forceinline__ Range seen_by(int key) const {
+  // A bit for each query that this lane holds, if the band lets it see a key.
+  struct Seen {
+    unsigned words[ceil_div(kBlockM, 128)];
+
+    __device__ __forceinline__ bool operator()(int i) const {
+      const int query = i / 4 * 2 + i % 2;
+      return words[query / 32] >> query % 32 & 1;
+    }
+  };
+  __device__ __forceinline__ Seen seen_by(int key) const {
     const Range queries = pairs.band.queries_of({key, key + 1});
-    return {queries.begin - first_query, queries.end - first_query};
+    const int begin = elements_before(queries.begin - first_query), end = elements_before(queries.end - first_query);
+    Seen seen;
+#pragma unroll
+    for (int i = 0; i < ceil_div(kBlockM, 128); ++i) {
+      seen.words[i] = bits_from(begin - 32 * i) & ~bits_from(end - 32 * i);
+    }
+    return seen;
   }
 
-  // Scores become weights times the slopes of options.
-  template <class SomePairs, class Visible>
-  __device__ __forceinline__ void weigh(const SomePairs& pairs, Scores& scores, Factor& weights,
-                                        const Survivors& survives, const Visible& visible) const {
+  __device__ __forceinline__ void hide_by_options(int i, float& weight) const {
+    if constexpr (Options::kHidesPairs) {
+      if (!pairs.visible_by_options(query(i), key(i))) weight = 0.0f;
+    }
+  }
+
+  template <class SomePairs, class Hide>
+  __device__ __forceinline__ void weigh(const SomePairs& pairs, const Scores& scores, Factor& weights, Factor& slopes,
+                                        const Survivors& survives, const Hide& hide) const {
 #pragma unroll
     for (int i = 0; i < kCount; i += 2) {
-      float weight[2];
+      float weight[2], slope[2];
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
-        float& x = scores.x[i + j];
-        const float shift = rows.lse_log2[col(i + j)];
-        float slope = 1.0f;
+        const float x = scores.x[i + j], shift = rows.lse_log2[col(i + j)];
         if constexpr (Options::kChangesScores) {
-          const Dual score = pairs.score(x, query(i + j), key(i + j));
-          weight[j] = exp2f(fmaf(score.value, kLog2e, -shift));
-          slope = score.slope;
+          const Dual score = pairs.score_over_factor(x, query(i + j), key(i + j));
+          weight[j] = exp2f(fmaf(score.value, pairs.factor() * kLog2e, -shift));
+          slope[j] = score.slope;
         } else {
           weight[j] = exp2f(fmaf(x, pairs.scale * kLog2e, -shift));
         }
-        if (!visible(i + j)) weight[j] = 0.0f;
-        if constexpr (!kPlainWeights) x = Options::kBendsScores && weight[j] != 0.0f ? weight[j] * slope : weight[j];
-        if constexpr (Options::kHasDropout) {
-          weight[j] = survives(i + j) ? weight[j] * pairs.options.survivor_factor() : 0.0f;
+        hide(i + j, weight[j]);
+        if constexpr (Options::kBendsScores) {
+          slope[j] = Options::kBreaksScores && weight[j] == 0.0f ? 0.0f : weight[j] * slope[j];
         }
       }
-      weights.x[i / 8][i / 2 % 4] = Factor::packed(weight[0], weight[1]);
+      unsigned& both = weights.x[i / 8][i / 2 % 4];
+      both = Factor::packed(weight[0], weight[1]);
+      slopes.x[i / 8][i / 2 % 4] = Options::kBendsScores ? Factor::packed(slope[0], slope[1]) : both;
+      if constexpr (Options::kHasDropout) both &= survives.pair(i);
     }
   }
 };

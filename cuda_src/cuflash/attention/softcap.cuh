@@ -21,30 +21,32 @@ struct Softcap {
   __device__ __forceinline__ Dual score(float product, float scale) const {
     if constexpr (kSize == Size::kAny) {
       const float tanh = tanhf(product * scale * inverse);
-      return capped(cap * tanh, tanh);
+      return {cap * tanh, slope(tanh)};
     } else {
-      const float value = over_factor<kSize>(product) * factor<kSize>();
-      return capped(value, value * inverse);
+      const Dual over = over_factor<kSize>(product);
+      return {over.value * factor<kSize>(), over.slope};
     }
   }
 
-  // The score as a product of two, of which kernels may leave the first one for later.
+  // The score as a product of two, of which kernels may leave the first one for later; with the slope of the score.
   template <Size kSize>
   __device__ __forceinline__ float factor() const {
     return kSize == Size::kSmall ? square[0] : 1.0f;
   }
   template <Size kSize>
-  __device__ __forceinline__ float over_factor(float product) const {
+  __device__ __forceinline__ Dual over_factor(float product) const {
+    float value;
     if constexpr (kSize == Size::kSmall) {
       const float shifted = fmaf(product, product, square[1]);
-      return product * fmaf(shifted, shifted, square[2]);
+      value = product * fmaf(shifted, shifted, square[2]);
     } else {
-      return __fdividef(product, sum(reciprocal, product * product));
+      value = __fdividef(product, sum(reciprocal, product * product));
     }
+    return {value, slope(value * (factor<kSize>() * inverse))};
   }
 
  private:
-  static __device__ __forceinline__ Dual capped(float value, float tanh) { return {value, fmaf(-tanh, tanh, 1.0f)}; }
+  static __device__ __forceinline__ float slope(float tanh) { return fmaf(-tanh, tanh, 1.0f); }
 
   // The sum of coefficients[i] * x^i.
   template <int kCount>

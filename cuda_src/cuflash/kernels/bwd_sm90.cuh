@@ -26,8 +26,8 @@ struct BwdSm90 {
   using Sums = QuerySums<Options, kHeadDim, kBlockM, kBlockN>;
   using GradQ = typename Sums::Layout::Part;
 
-  // With all of dK, dV and float32 weights in registers there is no room for products that start ahead.
-  static constexpr bool kStartsAhead = Gradients::kPlainWeights || kHeadDim <= 64;
+  // Whether the next scores start before the last product of a tile has ended.
+  static constexpr bool kStartsAhead = true;
 
   // The pieces of dQ that are added to the sums before the next scores start. Additions wait for each other: the rest
   // does so beside the product, but the product starts only when those before it are under way.
@@ -94,7 +94,7 @@ struct BwdSm90 {
         here.enter(sequence, walk.head);
         const Pairs<Options> pairs = {here, band, problem.softmax_scale};
         Scores dweights;
-        Factor weights;
+        Factor weights, slopes;
         GradQ dq;
 
         if constexpr (!kStartsAhead) {
@@ -106,13 +106,15 @@ struct BwdSm90 {
         start_product_along<kHeadDimV>(dweights, v, 64 * consumer, shared.dout[stage]);
         if constexpr (Block::kLoadsPairs) rings.pairs.wait_full(pairs_at);
         here.template look_at<kBlockM, kBlockN>(shared.pairs[pairs_at.stage()].memory, first_query, job.tile * kBlockN);
-        const bool all_visible =
+        const AllVisible all_visible = {
             band.all_visible({first_query, first_query + kBlockM}, {warpgroup_key, warpgroup_key + 64}) &&
-            first_query + kBlockM <= sequence.seqlen_q && (!Options::kHidesPairs || here.shows_all());
+                first_query + kBlockM <= sequence.seqlen_q,
+            !Options::kHidesPairs || here.shows_all()};
         hides_pairs |= !all_visible;
         const Gradients gradients = {pairs, first_query + first_col, first_key, shared.rows[stage], first_col};
-        const typename Gradients::Survivors survives = gradients.draw();
-        gradients.weigh(scores, weights, all_visible, survives);
+        const typename Gradients::Survivors survives =
+            Block::survivors(shared.pairs[pairs_at.stage()], 64 * consumer + 16 * warp);
+        gradients.weigh(scores, weights, slopes, all_visible, survives);
         if constexpr (Block::kLoadsPairs) {
           __syncwarp();
           release(rings.pairs, pairs_at);
@@ -120,7 +122,7 @@ struct BwdSm90 {
         }
         start_adding_across(dv, weights, shared.dout[stage]);
         ptx::wgmma_wait<1>();
-        const Factor dscores = gradients.differentiate(dweights, Gradients::slopes(scores, weights), survives);
+        const Factor dscores = gradients.differentiate(dweights, slopes, survives);
         typename Block::TileDs& ds = shared.ds[at.count() % 2];
         ds.store(dscores, 64 * consumer + 16 * warp);
         ptx::async_proxy_fence();
@@ -152,7 +154,7 @@ struct BwdSm90 {
       kv_at.advance();
 
       const bool dk_finite = Block::write_dk(arrays, params, job, dk, first_key);
-      const bool dv_finite = Block::write_dv(arrays, params, job, dv, first_key);
+      const bool dv_finite = Block::write_dv(arrays, params, options, job, dv, first_key);
       if (hides_pairs && !(dk_finite && dv_finite)) Block::note_spoiled(arrays, problem, job);
     }
   }

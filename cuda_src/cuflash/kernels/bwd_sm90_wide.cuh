@@ -64,7 +64,7 @@ struct BwdSm90Wide {
 
   static __device__ __forceinline__ void run(const Arrays& arrays, const BwdSm90Params& params, Options options) {
     Shared& shared = *reinterpret_cast<Shared*>(dynamic_shared_memory());
-    Block::run(arrays, params, options, shared.block, 4, [&] {
+    Block::run(arrays, params, options, shared.block, Options::kHasDropout ? 8 : 4, [&] {
       if (threadIdx.x < 256) {
         consume<true>(arrays, params.bwd, options, shared);
       } else {
@@ -80,6 +80,7 @@ struct BwdSm90Wide {
     const Problem& problem = params.problem;
     typename Block::Shared& tiles = shared.block;
     typename Block::Rings& rings = tiles.rings;
+    constexpr bool kLooksAtPairs = Block::kLoadsPairs && (kFirst || Options::kHasDropout);
     constexpr int kFirstPart = kFirst ? 0 : kPartsOfFirst;
     constexpr int kNumParts = kFirst ? kPartsOfFirst : Sums::Layout::kParts - kPartsOfFirst;
     const int warp_row = threadIdx.x / 32 % 4 * 16, lane = threadIdx.x % 32;
@@ -89,6 +90,11 @@ struct BwdSm90Wide {
     typename Block::RingPairs::Position pairs_at;
     const auto release = [&](auto& ring, const auto& at) {
       if (lane == 0) ring.release(at);
+    };
+    const auto release_pairs = [&] {
+      __syncwarp();
+      release(rings.pairs, pairs_at);
+      pairs_at.advance();
     };
 
     for (Job job; (job = rings.jobs.template take<Options>(job_at, problem)).tile != Job::kNoTile;) {
@@ -127,36 +133,28 @@ struct BwdSm90Wide {
         here.enter(sequence, walk.head);
         const Pairs<Options> pairs = {here, band, problem.softmax_scale};
         const Gradients gradients = {pairs, first_query + first_col, first_key, tiles.rows[stage], first_col};
-        if constexpr (kFirst && Block::kLoadsPairs) rings.pairs.wait_full(pairs_at);
+        if constexpr (kLooksAtPairs) rings.pairs.wait_full(pairs_at);
         here.template look_at<kBlockM, kBlockN>(tiles.pairs[pairs_at.stage()].memory, first_query, block_key);
-        const bool all_visible = band.all_visible({first_query, first_query + kBlockM}, {block_key, block_key + 64}) &&
-                                 first_query + kBlockM <= sequence.seqlen_q &&
-                                 (!Options::kHidesPairs || here.shows_all());
+        const AllVisible all_visible = {
+            band.all_visible({first_query, first_query + kBlockM}, {block_key, block_key + 64}) &&
+                first_query + kBlockM <= sequence.seqlen_q,
+            !Options::kHidesPairs || here.shows_all()};
         hides_pairs |= !all_visible;
-        const typename Gradients::Survivors survives = gradients.draw();
+        const typename Gradients::Survivors survives = Block::survivors(tiles.pairs[pairs_at.stage()], warp_row);
         GradQ dq[kNumParts];
         ptx::wgmma_wait<0>();
         if constexpr (kFirst) {
-          Factor weights;
-          gradients.weigh(scores, weights, all_visible, survives);
-          if constexpr (Block::kLoadsPairs) {
-            __syncwarp();
-            release(rings.pairs, pairs_at);
-            pairs_at.advance();
-          }
-          if constexpr (Gradients::kPlainWeights) {
-            shared.slopes.store(weights);
-          } else {
-            Factor slopes;
-            slopes.round(scores);
-            shared.slopes.store(slopes);
-          }
+          Factor weights, slopes;
+          gradients.weigh(scores, weights, slopes, all_visible, survives);
+          if constexpr (kLooksAtPairs) release_pairs();
+          shared.slopes.store(slopes);
           ptx::named_barrier_arrive(kSlopesAreThere, 256);
           rings.dout.wait_full(at);
           start_adding_across(grad, weights, tiles.dout[stage]);
           ptx::named_barrier_sync(kDsIsThere, 256);
           release(rings.q, at);  // with the statistics that its other lanes have read
         } else {
+          if constexpr (kLooksAtPairs) release_pairs();
           release(rings.dout, at);
           rings.q.wait_full(at);
           ptx::named_barrier_sync(kSlopesAreThere, 256);
@@ -200,7 +198,7 @@ struct BwdSm90Wide {
 
       bool finite;
       if constexpr (kFirst) {
-        finite = Block::write_dv(arrays, params, job, grad, first_key);
+        finite = Block::write_dv(arrays, params, options, job, grad, first_key);
       } else {
         finite = Block::write_dk(arrays, params, job, grad, first_key);
       }

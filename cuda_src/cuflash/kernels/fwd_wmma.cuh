@@ -126,7 +126,7 @@ struct FwdWmma {
         use_pairs(pairs, acc_s, [&](const auto& pairs) {
           acc_s.for_each([&](float& score, int m, int n, int i) {
             const int query = warp_row + 16 * m + map.row(i), key = first_key + 16 * n + map.col(i);
-            score = pairs.score_over_factor(score, query, key);
+            score = pairs.score_over_factor(score, query, key).value;
           });
           unit = pairs.factor();
         });

@@ -11,6 +11,12 @@ namespace cuflash {
 __device__ __forceinline__ constexpr int row_of_element(int i) { return i / 2 % 2; }
 __device__ __forceinline__ constexpr int col_of_element(int i) { return i / 4 * 8 + i % 2; }
 
+// How many elements of a row are left of a column: 2 of each 8 columns. Negative ones are as good as none.
+__device__ __forceinline__ int elements_before(int col) { return (col >> 3) * 2 + min(col & 7, 2); }
+
+// A word of bits, set from this one on: 7 of them at once become predicates.
+__device__ __forceinline__ unsigned bits_from(int bit) { return bit >= 32 ? 0 : ~0u << max(bit, 0); }
+
 template <int kCols>
 struct WarpgroupTile {
   static constexpr int kNumElements = kCols / 2;

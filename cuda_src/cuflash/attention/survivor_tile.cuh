@@ -1,0 +1,76 @@
+// Which weights of a tile survive dropout, drawn by warps that have time, ahead of those whose rows are keys.
+#pragma once
+
+#include <cuflash/attention/options.cuh>
+#include <cuflash/ptx/permute.cuh>
+
+namespace cuflash {
+
+// A bit for each element that a lane holds of a warp's 16 keys, 64 queries in a word. Element i has bit 7 - i / 2 % 8
+// of byte i / 16 * 2 + i % 2: one shift puts those of a pair, and of the pair 16 further, in front of their bytes.
+template <int kBlockM>
+struct KeptElements {
+  unsigned words[ceil_div(kBlockM, 64)];
+
+  __device__ __forceinline__ bool operator()(int i) const {
+    return words[i / 32] >> (i % 32 / 16 * 16 + i % 2 * 8 + 7 - i / 2 % 8) & 1;
+  }
+
+  // All ones in the half of one that survives, of elements i and i + 1, i even.
+  __device__ __forceinline__ unsigned pair(int i) const {
+    return ptx::permute(words[i / 32] << i / 2 % 8, 0, i % 32 < 16 ? 0x9988 : 0xbbaa);
+  }
+};
+
+template <int kBlockM, int kBlockN>
+struct SurvivorTile {
+  static_assert(kBlockM % 64 == 0 && kBlockN % 32 == 0);
+
+  unsigned words[kBlockN / 16][kBlockM / 64][32];
+
+  // Every kNumWarps-th part of the tile, which begins at multiples of its size.
+  template <int kNumWarps, class Options>
+  __device__ __forceinline__ void draw(const Options& options, int first_query, int first_key, int warp) {
+#pragma unroll 1
+    for (int part = warp; part < kBlockN / 32 * (kBlockM / 64); part += kNumWarps) {
+      const int query = part % (kBlockM / 64), key = part / (kBlockM / 64) * 2;
+      unsigned drawn[2] = {};  // for the first 16 of 32 keys, and for the others
+      unsigned inverse = 0;
+#pragma unroll 1
+      for (int row = 0; row < 4; ++row) {
+        const Draw<2> draw = options.template draw<2>(first_query + 64 * query + 16 * row, first_key + 16 * key);
+        inverse = draw.inverse;
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          drawn[half] <<= 4;
+#pragma unroll
+          for (int i = 0; i < 8; i += 2) {
+            drawn[half] |= draw.below(8 * half + i) & 0x10001u << 3 - (i / 2 % 2 * 2 + i / 4 % 2);
+          }
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < 2; ++i) words[key + i][query][threadIdx.x % 32] = transposed(drawn[i] ^ inverse);
+    }
+  }
+
+  // Those of this lane, if its warp has keys from this one on.
+  __device__ __forceinline__ KeptElements<kBlockM> of_keys(int first_key) const {
+    KeptElements<kBlockM> kept;
+#pragma unroll
+    for (int i = 0; i < kBlockM / 64; ++i) kept.words[i] = words[first_key / 16][i][threadIdx.x % 32];
+    return kept;
+  }
+
+ private:
+  // A lane drew for one query and two neighbouring keys where another needs one key and two neighbouring queries: the
+  // upper half of a word is for odd keys.
+  static __device__ __forceinline__ unsigned transposed(unsigned drawn) {
+    const int key = threadIdx.x % 32 / 4, query = threadIdx.x % 4 * 2;
+    const unsigned even = __shfl_sync(kFullMask, drawn, query * 4 + key / 2);
+    const unsigned odd = __shfl_sync(kFullMask, drawn, query * 4 + 4 + key / 2);
+    return ptx::permute(even, odd, key % 2 ? 0x6273 : 0x4051);
+  }
+};
+
+}  // namespace cuflash
