@@ -41,16 +41,14 @@ struct ScoreGradients {
                                         const Survivors& survives) const {
     use_pairs(pairs, scores, [&](const auto& pairs) {
       if (all_visible) {
-        weigh(pairs, scores, weights, slopes, survives, [](int) { return true; });
+        weigh(pairs, scores, weights, slopes, survives, [](int, float&) {});
       } else if (Options::kHidesPairs && all_visible.by_band) {
-        weigh(pairs, scores, weights, slopes, survives,
-              [&](int i) { return pairs.visible_by_options(query(i), key(i)); });
+        weigh(pairs, scores, weights, slopes, survives, [&](int i, float& weight) { hide_by_options(i, weight); });
       } else {
         const Seen seen[2] = {seen_by(first_key), seen_by(first_key + 8)};
-        weigh(pairs, scores, weights, slopes, survives, [&](int i) {
-          bool visible = seen[row_of_element(i)](i);
-          if constexpr (Options::kHidesPairs) visible = visible & pairs.visible_by_options(query(i), key(i));
-          return visible;
+        weigh(pairs, scores, weights, slopes, survives, [&](int i, float& weight) {
+          if (!seen[row_of_element(i)](i)) weight = 0.0f;
+          hide_by_options(i, weight);
         });
       }
     });
@@ -103,9 +101,15 @@ struct ScoreGradients {
     return seen;
   }
 
-  template <class SomePairs, class Visible>
+  __device__ __forceinline__ void hide_by_options(int i, float& weight) const {
+    if constexpr (Options::kHidesPairs) {
+      if (!pairs.visible_by_options(query(i), key(i))) weight = 0.0f;
+    }
+  }
+
+  template <class SomePairs, class Hide>
   __device__ __forceinline__ void weigh(const SomePairs& pairs, const Scores& scores, Factor& weights, Factor& slopes,
-                                        const Survivors& survives, const Visible& visible) const {
+                                        const Survivors& survives, const Hide& hide) const {
 #pragma unroll
     for (int i = 0; i < kCount; i += 2) {
       float weight[2], slope[2] = {};
@@ -119,7 +123,7 @@ struct ScoreGradients {
         } else {
           weight[j] = exp2f(fmaf(x, pairs.scale * kLog2e, -shift));
         }
-        if (!visible(i + j)) weight[j] = 0.0f;
+        hide(i + j, weight[j]);
         if constexpr (Options::kBendsScores) {
           slope[j] = Options::kBreaksScores && weight[j] == 0.0f ? 0.0f : weight[j] * slope[j];
         }
