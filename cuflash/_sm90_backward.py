@@ -33,16 +33,17 @@ class Tile(NamedTuple):
     stages_pairs: int
 
 
-# By head_dim and head_dim_v, the fastest first; the first that fits the shared memory is taken. Measured on an H200
-# (docs/notes/sm90_backward.md). A consumer holds 64 keys: dK and dV of 128 columns leave registers for 64 queries,
-# those of 64 columns for 128; beyond 128 columns both consumers have the same 64 keys. A second place for K and V lets
-# the next job's come beside the epilogue, one for pairs lets biases, masks and survivors come ahead.
+# By head_dim and head_dim_v, the fastest first; the first that fits the shared memory is taken, with pairs the first
+# that has two places for them. Measured on an H200 (docs/notes/sm90_backward.md). A consumer holds 64 keys: dK and dV
+# of 128 columns leave registers for 64 queries, those of 64 columns for 128; beyond 128 columns both consumers have the
+# same 64 keys. A second place for K and V lets the next job's come beside the epilogue, one for pairs lets biases,
+# masks and survivors come ahead.
 TILES: dict[tuple[int, int], tuple[Tile, ...]] = {
     (64, 64): (
         *(Tile(128, 128, *stages) for stages in ((2, 2, 2), (1, 2, 2), (1, 2, 1))),
         *(Tile(64, 128, *stages) for stages in ((2, 4, 2), (2, 2, 2), (1, 2, 1))),
     ),
-    (128, 128): (Tile(64, 128, 2, 2, 1), Tile(64, 128, 1, 2, 1)),
+    (128, 128): tuple(Tile(64, 128, *stages) for stages in ((2, 2, 1), (1, 2, 2), (1, 2, 1))),
     (192, 128): (Tile(64, 64, 2, 2, 2), Tile(64, 64, 1, 2, 2)),
     (192, 192): (Tile(64, 64, 2, 2, 2), Tile(64, 64, 1, 2, 2), Tile(64, 64, 1, 2, 1)),
     (256, 256): (Tile(64, 64, 1, 2, 2), Tile(64, 64, 1, 2, 1), Tile(64, 64, 1, 1, 1)),
@@ -61,13 +62,18 @@ def _dims(problem: Problem) -> tuple[int, int]:
     return next(dims for dims in TILES if problem.head_dim <= dims[0] and problem.head_dim_v <= dims[1])
 
 
+def _pair_bytes(tile: Tile, options: Options) -> int:
+    """Biases, masks and survivors of a tile."""
+    survivors = tile.block_m * tile.block_n // 8 if "dropout" in options.names else 0
+    return options.tile_bytes(tile.block_m, tile.block_n) + survivors
+
+
 def _shared_bytes(dims: tuple[int, int], tile: Tile, options: Options) -> int:
     """Tiles in panels of 128-byte rows, what is known of pairs, statistics of rows, rings of barriers and jobs."""
     row = 128 * sum(ceil_div(dim, PANEL) for dim in dims)
     tiles = row * (tile.stages_kv * tile.block_n + tile.stages * tile.block_m)
     gradients = 2 * tile.block_n * 128 * ceil_div(tile.block_m, PANEL)  # of scores, twice or beside weights
-    survivors = tile.block_m * tile.block_n // 8 if "dropout" in options.names else 0
-    pairs = tile.stages_pairs * max(options.tile_bytes(tile.block_m, tile.block_n) + survivors, 16)
+    pairs = tile.stages_pairs * max(_pair_bytes(tile, options), 16)
     rows = tile.stages * 8 * tile.block_m
     stages_of_jobs = 2 * tile.stages_kv
     stages = tile.stages_kv + 3 * tile.stages + tile.stages_pairs + stages_of_jobs
@@ -78,13 +84,13 @@ def _shared_bytes(dims: tuple[int, int], tile: Tile, options: Options) -> int:
 def _tile(problem: Problem, options: Options, chip: Chip) -> Tile | None:
     """The tile that suits a call, or None if none fits the shared memory."""
     dims = _dims(problem)
+    fitting = [
+        tile
+        for tile in TILES[dims]
+        if options.allows_tile(*tile[:2]) and _shared_bytes(dims, tile, options) <= chip.shared_memory
+    ]
     return next(
-        (
-            tile
-            for tile in TILES[dims]
-            if options.allows_tile(*tile[:2]) and _shared_bytes(dims, tile, options) <= chip.shared_memory
-        ),
-        None,
+        (tile for tile in fitting if tile.stages_pairs > 1 and _pair_bytes(tile, options)), next(iter(fitting), None)
     )
 
 

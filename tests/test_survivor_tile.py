@@ -29,9 +29,9 @@ extern "C" __global__ void kernel(unsigned char* kept, const __grid_constant__ O
   Options here = options;
   here.dropout.batch = 1;
   here.dropout.head = 2;
-  if (warp < 2) tile.draw<2>(here, {first_query}, {first_key}, warp);
+  if (warp < 2) tile.draw<2, 4>(here, {first_query}, {first_key}, warp);
   __syncthreads();
-  const auto survives = tile.of_keys(16 * warp);
+  const auto survives = tile.of_keys(16 * warp, lane);
   for (int i = 0; i < kBlockM / 2; ++i) {{
     const int query = i / 4 * 8 + lane % 4 * 2 + i % 2, key = 16 * warp + i / 2 % 2 * 8 + lane / 4;
     const unsigned half = survives.pair(i / 2 * 2) >> 16 * (i % 2) & 0xffff;

@@ -251,7 +251,8 @@ struct BackwardBlock {
           const int first_query = walk.block * kBlockM, first_key = job.tile * kBlockN;
           here.template load<kBlockM, kBlockN, 64>(tile.memory, first_query, first_key);
           if constexpr (Options::kHasDropout) {
-            tile.survivors().template draw<2>(here, first_query, first_key, uniform(threadIdx.x / 32));
+            constexpr int kAtOnce = kLeavesFew ? 1 : 4;
+            tile.survivors().template draw<2, kAtOnce>(here, first_query, first_key, uniform(threadIdx.x / 32));
           }
           shared.rings.pairs.fill_by_copies(pairs_at);
           pairs_at.advance();
@@ -263,9 +264,9 @@ struct BackwardBlock {
   // ---- For the consumers
 
   // Which weights survive of the pairs of a warp's 16 keys, of the tile at hand.
-  static __device__ __forceinline__ KeptElements<kBlockM> survivors(TileOfPairs& pairs, int warp_row) {
+  static __device__ __forceinline__ KeptElements<kBlockM> survivors(TileOfPairs& pairs, int warp_row, int lane) {
     if constexpr (Options::kHasDropout) {
-      return pairs.survivors().of_keys(warp_row);
+      return pairs.survivors().of_keys(warp_row, lane);
     } else {
       return {};
     }

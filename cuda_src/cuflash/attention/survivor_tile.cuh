@@ -28,15 +28,16 @@ struct SurvivorTile {
 
   unsigned words[kBlockN / 16][kBlockM / 64][32];
 
-  // Every kNumWarps-th part of the tile, which begins at multiples of its size.
-  template <int kNumWarps, class Options>
+  // Every kNumWarps-th part of the tile, which begins at multiples of its size. A draw is one long chain: several at
+  // once, where there are registers.
+  template <int kNumWarps, int kAtOnce, class Options>
   __device__ __forceinline__ void draw(const Options& options, int first_query, int first_key, int warp) {
 #pragma unroll 1
     for (int part = warp; part < kBlockN / 32 * (kBlockM / 64); part += kNumWarps) {
       const int query = part % (kBlockM / 64), key = part / (kBlockM / 64) * 2;
       unsigned drawn[2] = {};  // for the first 16 of 32 keys, and for the others
       unsigned inverse = 0;
-#pragma unroll 1
+#pragma unroll kAtOnce
       for (int row = 0; row < 4; ++row) {
         const Draw<2> draw = options.template draw<2>(first_query + 64 * query + 16 * row, first_key + 16 * key);
         inverse = draw.inverse;
@@ -54,11 +55,11 @@ struct SurvivorTile {
     }
   }
 
-  // Those of this lane, if its warp has keys from this one on.
-  __device__ __forceinline__ KeptElements<kBlockM> of_keys(int first_key) const {
+  // Those of a lane, if its warp has keys from this one on.
+  __device__ __forceinline__ KeptElements<kBlockM> of_keys(int first_key, int lane) const {
     KeptElements<kBlockM> kept;
 #pragma unroll
-    for (int i = 0; i < kBlockM / 64; ++i) kept.words[i] = words[first_key / 16][i][threadIdx.x % 32];
+    for (int i = 0; i < kBlockM / 64; ++i) kept.words[i] = words[first_key / 16][i][lane];
     return kept;
   }
 

@@ -26,13 +26,10 @@ struct BwdSm90 {
   using Sums = QuerySums<Options, kHeadDim, kBlockM, kBlockN>;
   using GradQ = typename Sums::Layout::Part;
 
-  // Whether the next scores start before the last product of a tile has ended.
-  static constexpr bool kStartsAhead = true;
-
   // The pieces of dQ that are added to the sums before the next scores start. Additions wait for each other: the rest
   // does so beside the product, but the product starts only when those before it are under way.
   static constexpr int kPieces = Sums::Layout::kPieces;
-  static constexpr int kPiecesFirst = !kStartsAhead ? kPieces : kHeadDim <= 64 ? kPieces / 4 : kPieces / 4 * 3;
+  static constexpr int kPiecesFirst = kHeadDim <= 64 ? kPieces / 4 : kPieces / 4 * 3;
 
   using Shared = typename Block::Shared;
   static constexpr int kNumThreads = Block::kNumThreads, kSharedBytes = Block::kSharedBytes;
@@ -85,7 +82,7 @@ struct BwdSm90 {
         Block::clear_keys(v, sequence, warp_key, 64 * consumer + 16 * warp);
       }
       typename Block::Walk walk(options, problem, job, band);
-      if (kStartsAhead && !walk.done()) {
+      if (!walk.done()) {
         rings.q.wait_full(at);
         start_scores(at);
       }
@@ -99,10 +96,6 @@ struct BwdSm90 {
         Factor weights, slopes;
         GradQ dq;
 
-        if constexpr (!kStartsAhead) {
-          rings.q.wait_full(at);
-          start_scores(at);
-        }
         ptx::wgmma_wait<0>();
         rings.dout.wait_full(at);
         start_product_along<kHeadDimV>(dweights, v, 64 * consumer, shared.dout[stage]);
@@ -115,7 +108,7 @@ struct BwdSm90 {
         hides_pairs |= !all_visible;
         const Gradients gradients = {pairs, first_query + first_col, first_key, shared.rows[stage], first_col};
         const typename Gradients::Survivors survives =
-            Block::survivors(shared.pairs[pairs_at.stage()], 64 * consumer + 16 * warp);
+            Block::survivors(shared.pairs[pairs_at.stage()], 64 * consumer + 16 * warp, lane);
         gradients.weigh(scores, weights, slopes, all_visible, survives);
         if constexpr (Block::kLoadsPairs) {
           __syncwarp();
@@ -143,13 +136,11 @@ struct BwdSm90 {
         auto next = at;
         next.advance();
         walk.advance();
-        if constexpr (kStartsAhead) {
-          if (!walk.done()) rings.q.wait_full(next);
-          start_scores(next);  // after the last tile nobody asks for them
-        }
+        if (!walk.done()) rings.q.wait_full(next);
+        start_scores(next);  // after the last tile nobody asks for them
         sums.template add<kPiecesFirst>(consumer, dq);
         if constexpr (kDeterministic) sums.pass_turn();
-        ptx::wgmma_wait<kStartsAhead ? 1 : 0>();
+        ptx::wgmma_wait<1>();
         release(rings.q, at);
         at = next;
       }

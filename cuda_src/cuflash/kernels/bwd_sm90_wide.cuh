@@ -157,7 +157,7 @@ struct BwdSm90Wide {
                 first_query + kBlockM <= sequence.seqlen_q,
             !Options::kHidesPairs || here.shows_all()};
         hides_pairs |= !all_visible;
-        const typename Gradients::Survivors survives = Block::survivors(tiles.pairs[pairs_at.stage()], warp_row);
+        const typename Gradients::Survivors survives = Block::survivors(tiles.pairs[pairs_at.stage()], warp_row, lane);
         const auto start_dq = [&](int i) {
           start_product_across(dq[i], tiles.ds[0], 0, k, Sums::Layout::first_col(kFirstPart + i));
         };
