@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ._device import Chip, Device, Launch
@@ -16,17 +16,21 @@ Run = Callable[..., None]
 """A planned pass: a function of its arrays, and of those of the options by name."""
 
 
-@dataclass(frozen=True)
-class Step:
-    """A kernel, ready to be launched on arrays; without a launch where there is nothing to compute."""
+def _launch_nothing(num_blocks: int, arguments: tuple[Any, ...]) -> None:
+    """Where there are no blocks of threads, there is nothing to compute."""
 
-    launch: Launch | None
+
+@dataclass
+class Step:
+    """A kernel, to be launched on arrays once its call is loaded."""
+
+    kernel: Kernel
     num_blocks: int
     params: Any
+    launch: Launch = _launch_nothing
 
     def __call__(self, *arrays: Any, options: tuple[Any, ...] = ()) -> None:
-        if self.launch is not None:
-            self.launch(self.num_blocks, (*arrays, self.params, *options))
+        self.launch(self.num_blocks, (*arrays, self.params, *options))
 
 
 @dataclass(frozen=True)
@@ -55,34 +59,47 @@ class Call:
     operands: Mapping[str, Operand]
     options: Options
     deterministic: bool = False
+    steps: list[Step] = field(default_factory=list, init=False)
 
     @property
     def chip(self) -> Chip:
         return self.device.chip
 
-    def launch(self, kernel: Kernel, num_blocks: int) -> Launch | None:
-        """Compile a kernel, to be launched with so many blocks of threads; None if there are none."""
-        problem = self.problem
-        if max(problem.batch, problem.num_heads) >= 2**31:
-            raise NotImplementedError(f"batch {problem.batch}, heads {problem.num_heads}: kernels count to {2**31 - 1}")
-        if num_blocks >= 2**31:
-            raise NotImplementedError(f"the call needs {num_blocks} blocks of threads; a GPU takes {2**31 - 1}")
-        return self._load(kernel) if num_blocks else None
+    def plan(self, family: Callable[[Call], Run]) -> Run:
+        """What a family plans for the call, ready to run."""
+        run = family(self)
+        self.load()
+        return run
 
-    def step(self, made: tuple[Kernel, int], **workspaces: Operand) -> Step:
-        """The same with its parameters."""
-        kernel, num_blocks = made
-        params = fill(kernel.params, self.problem, {**self.operands, **workspaces})
-        return Step(self.launch(kernel, num_blocks), num_blocks, self.device.struct(params))
-
-    def _load(self, kernel: Kernel) -> Launch:
+    def load(self) -> None:
+        """Compile the kernels of all steps, at the same time."""
+        steps = [step for step in self.steps if step.num_blocks]
         try:
-            return self.device.load(kernel.source)
+            launches = self.device.load([step.kernel.source for step in steps])
         except RuntimeError as error:
             explained = explain(self.problem.mod, str(error))
             if explained is None:
                 raise
             raise ValueError(explained) from error
+        for step, launch in zip(steps, launches, strict=True):
+            step.launch = launch
+
+    def add(self, made: tuple[Kernel, int], params: Any = None) -> Step:
+        """A kernel, to be launched with so many blocks of threads, and with these parameters behind its arrays."""
+        kernel, num_blocks = made
+        problem = self.problem
+        if max(problem.batch, problem.num_heads) >= 2**31:
+            raise NotImplementedError(f"batch {problem.batch}, heads {problem.num_heads}: kernels count to {2**31 - 1}")
+        if num_blocks >= 2**31:
+            raise NotImplementedError(f"the call needs {num_blocks} blocks of threads; a GPU takes {2**31 - 1}")
+        step = Step(kernel, num_blocks, params)
+        self.steps.append(step)
+        return step
+
+    def step(self, made: tuple[Kernel, int], **workspaces: Operand) -> Step:
+        """The same with the parameters that most kernels have: the problem, the operands and these workspaces."""
+        params = fill(made[0].params, self.problem, {**self.operands, **workspaces})
+        return self.add(made, self.device.struct(params))
 
     def options_argument(self, extras: Mapping[str, Any]) -> tuple[Any, ...]:
         """The argument that tells kernels the options of a run; plain kernels have none."""

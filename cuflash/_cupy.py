@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any
 
@@ -71,6 +72,7 @@ class CupyDevice:
             multiprocessors=properties["multiProcessorCount"],
         )
         self.null = np.uint64(0)
+        self._id = device_id
         self._loaded: dict[str, Launch] = {}
         self._counters = Counters()
 
@@ -92,16 +94,21 @@ class CupyDevice:
     def counter(self) -> Any:
         return self._counters.next()
 
-    def load(self, kernel: KernelSource) -> Launch:
-        launch = self._loaded.get(kernel.code)
-        if launch is None:
+    def load(self, kernels: Sequence[KernelSource]) -> list[Launch]:
+        missing = {kernel.code: kernel for kernel in kernels if kernel.code not in self._loaded}
+        if missing:
+            with ThreadPoolExecutor(len(missing)) as pool:  # NVRTC works without Python's lock
+                self._loaded.update(zip(missing, pool.map(self._compile, missing.values()), strict=True))
+        return [self._loaded[kernel.code] for kernel in kernels]
+
+    def _compile(self, kernel: KernelSource) -> Launch:
+        with cupy.cuda.Device(self._id):  # each thread has a current device of its own
             function = compile_kernel(kernel)
-            block, shared_bytes = (kernel.num_threads,), kernel.shared_bytes
+        block, shared_bytes = (kernel.num_threads,), kernel.shared_bytes
 
-            def launch(num_blocks: int, arguments: tuple[Any, ...]) -> None:
-                function((num_blocks,), block, arguments, shared_bytes)
+        def launch(num_blocks: int, arguments: tuple[Any, ...]) -> None:
+            function((num_blocks,), block, arguments, shared_bytes)
 
-            self._loaded[kernel.code] = launch
         return launch
 
 

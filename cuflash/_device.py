@@ -71,5 +71,5 @@ class Device(Protocol):
     def counter(self) -> Any:
         """What to pass for the address of a 0 that the kernel changes back, and that no other uses at the same time."""
 
-    def load(self, kernel: KernelSource) -> Launch:
-        """Compile a kernel, or find it compiled."""
+    def load(self, kernels: Sequence[KernelSource]) -> list[Launch]:
+        """Compile kernels, at the same time, or find them compiled."""

@@ -94,14 +94,14 @@ class LaunchBackend:
     def plan_forward(self, problem: Problem, kernel_name: str, operands: Mapping[str, Operand]) -> Run:
         """A function of (q, k, v, out, lse or None) and the arrays of the options that computes out and lse."""
         call = self._call(*heads_as_rows(problem, operands))
-        return FAMILIES[self.family_name(call, kernel_name)].plan_forward(call)
+        return call.plan(FAMILIES[self.family_name(call, kernel_name)].plan_forward)
 
     def plan_backward(
         self, problem: Problem, kernel_name: str, operands: Mapping[str, Operand], *, deterministic: bool = False
     ) -> Run:
         """A function of (dout, q, k, v, out, lse, dq, dk, dv) and the arrays of the options that computes gradients."""
         call = self._call(problem, operands, deterministic)
-        return FAMILIES[self.family_name(call, kernel_name, backward=True)].plan_backward(call)
+        return call.plan(FAMILIES[self.family_name(call, kernel_name, backward=True)].plan_backward)
 
     def make_block_mask(
         self, mod: Mod, mod_args: Mapping[str, Any], shape: tuple[int, int, int, int]
@@ -112,5 +112,6 @@ class LaunchBackend:
         blocks = (batch, heads, ceil_div(seqlen_q, BLOCK_SIZE), ceil_div(seqlen_k, BLOCK_SIZE))
         visible, full = self.device.empty(blocks, "bool"), self.device.empty(blocks, "bool")
         step = call.step((find_blocks(call.options), math.prod(blocks)))
+        call.load()
         step(visible, full, options=call.options_argument({"mod_args": mod_args}))
         return visible, full

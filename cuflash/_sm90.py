@@ -190,8 +190,7 @@ def plan_forward(call: Call) -> Run:
     if num_jobs >= 2**31 - call.chip.multiprocessors:  # blocks ask once in vain
         raise NotImplementedError(f"the call needs {num_jobs} jobs; the kernel counts to {2**31 - 1}")
     num_blocks = min(num_jobs, call.chip.multiprocessors)
-    launch = call.launch(kernel, num_blocks)
-    assert launch is not None, "there is a query"
+    step = call.add((kernel, num_blocks))
     params = np.zeros(1, PARAMS["FwdSm90Params"])
     params["fwd"] = fill("FwdParams", call.problem, operands)
     rows = {"q": tile.block_m, "k": tile.block_n, "v": tile.block_n}
@@ -199,7 +198,7 @@ def plan_forward(call: Call) -> Run:
 
     def run(q: Array, k: Array, v: Array, out: Array, lse: Array | None, **extras: Any) -> None:
         lse = device.null if lse is None else lse
-        launch(num_blocks, (out, lse, device.counter(), mapped(q, k, v), *call.options_argument(extras)))
+        step.launch(num_blocks, (out, lse, device.counter(), mapped(q, k, v), *call.options_argument(extras)))
 
     return run
 

@@ -155,8 +155,7 @@ def plan(call: Call) -> Run:
     if key_tiles >= 2**31 - call.chip.multiprocessors:  # blocks ask once in vain
         raise NotImplementedError(f"the call needs {key_tiles} jobs; the kernel counts to {2**31 - 1}")
     num_blocks = min(key_tiles, call.chip.multiprocessors)
-    launch = call.launch(main, num_blocks)
-    assert launch is not None, "there is a key"
+    step = call.add((main, num_blocks))
     params = np.zeros(1, PARAMS["BwdSm90Params"])
     params["bwd"] = fill("BwdParams", problem, {**operands, "delta": delta})
     rows = {"q": tile.block_m, "k": tile.block_n, "v": tile.block_n, "dout": tile.block_m}
@@ -171,7 +170,7 @@ def plan(call: Call) -> Run:
         q, k, v, dout, lse, delta = inputs
         spoiled, turns = workspace[sizes[0] :], workspace[sizes[0] + sizes[1] :]
         arrays = delta[num_rows:], delta, workspace, turns if sizes[2] else device.null, spoiled, dk, dv
-        launch(num_blocks, (*arrays, device.counter(), mapped(q, k, v, dout), *options))
+        step.launch(num_blocks, (*arrays, device.counter(), mapped(q, k, v, dout), *options))
         finish_step(q, k, v, dout, lse, delta, workspace, spoiled, dq, dk, dv, options=options)
 
     return _wmma.plan_gradients(call, products, num_sums, wants_lse_log2=True)

@@ -149,7 +149,7 @@ def is_thorough(kernel: Kernel, arch: int) -> bool:
     """Whether "auto" does not take a kernel on a chip, or it hardly differs from one that is compiled anyway.
 
     sm_75 takes the code of sm_70, sm_86 and sm_89 the tiles of sm_120; float16 the code of bfloat16, and one TF32
-    product less than that of three, so that D 64 is enough.
+    product less than that of three, so that D 64 is enough, on sm_80 and sm_90.
     """
     if arch < 80:
         return arch != 70
@@ -157,12 +157,15 @@ def is_thorough(kernel: Kernel, arch: int) -> bool:
     has_float32 = "f32" in kernel.symbol
     goes_to_sm80 = not has_float32 or any(f"_d{dim}x{dim}" in kernel.symbol for dim in _sm80.FLOAT32_IN_AUTO)
     by_name_alone = "wmma" in kernel.header if goes_to_sm80 else "sm80" in kernel.header
-    like_another = ("_f16" in kernel.symbol or "_tf32" in kernel.symbol) and "d64x64" not in kernel.symbol
+    like_another = ("_f16" in kernel.symbol or "_tf32" in kernel.symbol) and (
+        "d64x64" not in kernel.symbol or arch > 90
+    )
     rare = (has_options and "sm90" not in kernel.header) or any(dims in kernel.symbol for dims in RARE_HEAD_DIMS)
     if "dbias" in kernel.header:  # whatever the family
         rare, by_name_alone = True, False
-    last_step = has_options and "finish" in kernel.header  # few registers, whatever the options
-    return by_name_alone or like_another or last_step or arch in (86, 89) or (rare and arch != 80)
+    # The last step needs few registers, whatever the options; parts ask them the same as the whole.
+    same_with_options = has_options and ("finish" in kernel.header or "parts" in kernel.symbol)
+    return by_name_alone or like_another or same_with_options or arch in (86, 89) or (rare and arch != 80)
 
 
 def cases() -> list[object]:

@@ -35,7 +35,8 @@ def kernel(parameters: str, body: str, *, threads: int = 64, shared: int = 0, be
 def launch(device: HostDevice, source: KernelSource, *arguments: Any, blocks: int = 1) -> None:
     if not can_instrument(device.flavour):
         pytest.skip(f"the compiler cannot link {device.flavour}")
-    device.load(source)(blocks, arguments)
+    (launch,) = device.load([source])
+    launch(blocks, arguments)
 
 
 # What CUDA offers
@@ -654,14 +655,14 @@ def test_arguments_are_checked() -> None:
 def test_resources_are_checked() -> None:
     device = HostDevice(chip=Chip("small", (7, 5), 1024))
     with pytest.raises(HostCudaError, match="kernel wants 1025 bytes of shared memory, small has 1024"):
-        device.load(kernel("int* y", "", shared=1025))
+        device.load([kernel("int* y", "", shared=1025)])
     with pytest.raises(HostCudaError, match="a block of 1056 threads"):
-        device.load(kernel("int* y", "", threads=1056))
+        device.load([kernel("int* y", "", threads=1056)])
 
 
 def test_compiler_errors_are_passed_on() -> None:
     with pytest.raises(CompileError, match=r"kernel.cu:1:\d+: error: .*undeclared_name"):
-        HostDevice().load(kernel("int* y", "*y = undeclared_name;"))
+        HostDevice().load([kernel("int* y", "*y = undeclared_name;")])
 
 
 # The cache

@@ -7,7 +7,9 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,10 +18,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cuflash import _params, _wmma
+import cuflash
+from cuflash import _backends, _params, _wmma
 from cuflash._device import KernelSource
 from cuflash._jit import compiler, headers, sources
 from cuflash._kernel import HEAD_DIMS, NUMBERS, Kernel
+from cuflash._launch import LaunchBackend
 from cuflash._options import Options
 from cuflash._problem import Problem
 from tests import cubin
@@ -241,6 +245,110 @@ def test_a_kernel_may_use_the_shared_memory_it_wants(monkeypatch: pytest.MonkeyP
     assert raw_kernel.max_dynamic_shared_size_bytes == (shared_bytes or None)
     assert seen["code"] == source.code
     assert f"-I{ROOT / 'cuda_src'}" in seen["options"]
+
+
+# The kernels of a call
+
+
+class CurrentDevice(threading.local):
+    """CuPy's current device: each thread has its own, and begins with number 0."""
+
+    number = 0
+
+
+class Gpu:
+    """What `cuflash._cupy` asks of CuPy, for a GPU with number 1 and memory of NumPy."""
+
+    def __init__(self) -> None:
+        self.current = CurrentDevice()
+        self.compiled_on: list[int] = []
+        self.launched: list[tuple[str, int]] = []
+        self.empty = np.empty
+        self.ndarray = np.ndarray
+        self.cuda = SimpleNamespace(
+            Device=self.use, runtime=SimpleNamespace(getDeviceProperties=lambda number: self.properties)
+        )
+        self.properties = {
+            "name": b"A100",
+            "major": 8,
+            "minor": 0,
+            "sharedMemPerBlockOptin": 163 * 1024,
+            "multiProcessorCount": 108,
+        }
+
+    @contextmanager
+    def use(self, number: int) -> Iterator[None]:
+        before, self.current.number = self.current.number, number
+        yield
+        self.current.number = before
+
+    def compile(self, kernel: KernelSource) -> Any:
+        self.compiled_on.append(self.current.number)
+        return lambda grid, block, arguments, shared_bytes: self.launched.append((kernel.symbol, *block))
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Gpu:
+    """The GPU that calls on NumPy arrays go to; it compiles and launches nothing."""
+    pytest.importorskip("cupy")
+    from cuflash import _cupy
+
+    gpu = Gpu()
+    monkeypatch.setattr(_cupy, "cupy", gpu)
+    monkeypatch.setattr(_cupy, "compile_kernel", gpu.compile)
+    monkeypatch.setattr(_backends, "numpy_backend", LaunchBackend(_cupy.CupyDevice(1)))
+    return gpu
+
+
+def gradients(rows: int = 64, **options: Any) -> None:
+    x, lse = np.zeros((rows, 64), np.float16), np.zeros(rows, np.float32)
+    cuflash.attention_backward(x, x, x, x, x, lse, kernel="wmma", **options)
+
+
+def test_the_kernels_of_a_call_are_compiled_at_the_same_time(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    from cuflash import _cupy
+
+    all_three = threading.Barrier(3)
+
+    def compile_beside_the_others(kernel: KernelSource) -> Any:
+        all_three.wait(timeout=30)
+        return gpu.compile(kernel)
+
+    monkeypatch.setattr(_cupy, "compile_kernel", compile_beside_the_others)
+    gradients()
+    delta, dkdv, dq = kernels()[3], *kernels()[1:3]
+    assert gpu.launched == [(kernel.symbol, kernel.num_threads) for kernel in (delta, dkdv, dq)]
+    gradients(rows=32)  # has the same kernels
+    assert gpu.launched[3:] == gpu.launched[:3]
+    assert gpu.compiled_on == [1, 1, 1]
+
+
+def test_one_kernel_that_does_not_compile_stops_the_call(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is launched, and nothing of the failure is kept: the remedy may need no new process."""
+    from cuflash import _cupy
+
+    def compile_all_but_one(kernel: KernelSource) -> Any:
+        if "dq" in kernel.symbol:
+            raise RuntimeError(f"no header for {kernel.symbol}")
+        return gpu.compile(kernel)
+
+    monkeypatch.setattr(_cupy, "compile_kernel", compile_all_but_one)
+    with pytest.raises(RuntimeError, match="no header for cuflash_bwd_wmma_dq"):
+        gradients()
+    assert gpu.launched == []
+    monkeypatch.setattr(_cupy, "compile_kernel", gpu.compile)
+    gradients()
+    assert len(gpu.launched) == 3
+
+
+def test_the_error_of_a_compiler_in_a_thread_shows_the_expression(
+    gpu: Gpu, monkeypatch: pytest.MonkeyPatch, cupy_cache: Path
+) -> None:
+    from cuflash import _cupy
+
+    monkeypatch.setattr(_cupy, "compile_kernel", compiler.compile_kernel)
+    with pytest.raises(ValueError, match=r"score_mod: 'score \+ typo' does not compile(?s:.*)typo.* is undefined"):
+        gradients(score_mod="score + typo")
 
 
 # Without CuPy, and without a GPU

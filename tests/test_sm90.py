@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -76,8 +77,11 @@ class Notebook:
     def counter(self) -> str:
         return "counter"
 
-    def load(self, kernel: KernelSource) -> Launch:
-        return lambda num_blocks, arguments: self.launches.append((kernel, num_blocks, arguments))
+    def load(self, kernels: Sequence[KernelSource]) -> list[Launch]:
+        return [partial(self._note, kernel) for kernel in kernels]
+
+    def _note(self, kernel: KernelSource, num_blocks: int, arguments: tuple[Any, ...]) -> None:
+        self.launches.append((kernel, num_blocks, arguments))
 
     @property
     def symbols(self) -> list[str]:

@@ -314,8 +314,8 @@ def _call(machine: Any, family: Family, tile: Tile, problem: Problem, inputs: li
     out, lse = device.empty(q.shape, q.dtype), device.empty(q.shape[:3], "float32")
     with family.only(tile, problem, device.chip):
         if family.op == "forward":
-            return Contender(partial(FAMILIES[family.name].plan_forward(call), q, k, v, out, None))
-        backward = FAMILIES[family.name].plan_backward(call)
+            return Contender(partial(call.plan(FAMILIES[family.name].plan_forward), q, k, v, out, None))
+        backward = call.plan(FAMILIES[family.name].plan_backward)
     lse[...] = 0  # any numbers do: no time depends on them
     gradients = [device.empty(q.shape, q.dtype) for _ in range(3)]
     return Contender(partial(backward, dout, q, k, v, dout, lse, *gradients))

@@ -88,8 +88,11 @@ class HostDevice:
     def counter(self) -> Any:
         raise HostCudaError("persistent kernels are not emulated")
 
-    def load(self, kernel: KernelSource) -> Launch:
-        """Compile a kernel, or find it compiled."""
+    def load(self, kernels: Sequence[KernelSource]) -> list[Launch]:
+        """Compile kernels, or find them compiled."""
+        return [self._load(kernel) for kernel in kernels]
+
+    def _load(self, kernel: KernelSource) -> Launch:
         self._check_resources(kernel)
         library = _library(kernel, self.flavour, self._arch, self.cuda_src, self.flags)
 

@@ -1,4 +1,4 @@
-"""Compiling the kernels of the variants before they are measured, in many processes: NVRTC has one thread in each."""
+"""Compiling the kernels of the variants before they are measured, in many processes."""
 
 from __future__ import annotations
 

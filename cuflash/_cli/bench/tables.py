@@ -104,12 +104,11 @@ def compilation(results: Results) -> Table:
             record.get("variant", "plain"),
             str(record["num_kernels"]),
             f"{record['cold_s']:.2f}",
-            f"{record['cold_s_per_kernel']:.2f}",
             f"{record['warm_s']:.2f}",
         ]
         for record in results.get("compile", [])
     ]
-    columns = ["op", "kernel", "dtype", "D", "options", "kernels built", "empty cache", "per kernel", "warm cache"]
+    columns = ["op", "kernel", "dtype", "D", "options", "kernels built", "empty cache", "warm cache"]
     return Table("First call of a process, seconds", columns, rows)
 
 
