@@ -863,6 +863,7 @@ MUTANTS += [
         "//",
         replace(ROW_BIAS, q=(70, 64), k=(200, 64), v=(200, 64)),  # the last panel is in the first stage
         "greedy",
+        "tsan",
     ),
     sm80(
         "no barrier before the job is looked at",
@@ -1022,6 +1023,15 @@ MUTANTS += [
         "}\n      }",
         BIAS_OF_HEADS,
         "forward",
+    ),
+    sm80(
+        "a bias is read behind its end",
+        "backward",
+        "attention/pairs.cuh",
+        "seqlen_q, seqlen_k - first_key)",
+        "seqlen_q, seqlen_k)",
+        BIAS_OF_HEADS,
+        "asan",
     ),
     sm80(
         "a tile of the gradient of a bias that nobody sees is not written",
@@ -1265,9 +1275,8 @@ def run(
 
 
 def run_plain(direction: str, problem: Problem, way: str, cuda_src: Path, family: str) -> None:
-    # Arrays behind the pointers of options do not travel to a process of its own.
     chip = replace(HOST_CHIP, multiprocessors=100 if problem.in_parts else 1)
-    device = HostDevice(chip, **WAYS[way], isolated=not problem.masked, timeout=60, cuda_src=cuda_src)
+    device = HostDevice(chip, **WAYS[way], isolated=True, timeout=60, cuda_src=cuda_src)
     if not can_instrument(device.flavour):
         pytest.skip(f"the compiler cannot link {device.flavour}")
     dout, q, k, v = problem.arrays()
