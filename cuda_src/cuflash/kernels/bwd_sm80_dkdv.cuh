@@ -31,9 +31,11 @@ struct BwdSm80DkDv {
   // As far as the registers hold the factors.
   static constexpr int kUnroll = unroll_along<Number>(kTilesN, kWarpM, kHeadDim == 64 ? 2 : 4);
   static constexpr int kUnrollGradients = unroll_across<Number>(kHeadDim + kHeadDimV, kWarpM / 16);
+  static constexpr int kUnrollShared = unroll_across<Number>(kCols + kColsV, 4);
 
   using Scores = WarpgroupTile<kWarpM>;
   using Weights = WarpgroupFactor<Element, kWarpM>;
+  static constexpr int kWords = sizeof(Weights) / 4;
   using TileK = LdmatrixTile<Number, kBlockN, kHeadDim>;
   using TileV = LdmatrixTile<Number, kBlockN, kHeadDimV>;
   using TileQ = LdmatrixTile<Number, kBlockM, kHeadDim>;
@@ -200,8 +202,8 @@ struct BwdSm80DkDv {
         const TileWriter ds_writer(shared.ds, kSharesDs ? warp_row : 0, kSharesDs ? warp_col : 0);
         const auto share = [&](const Weights& weights, const Weights& dscores, int n) {
 #pragma unroll
-          for (int i = 0; i < kWarpM / 4; ++i) {
-            const int row = 16 * n + i % 2 * 8, col = i / 2 * 8;
+          for (int i = 0; i < kWords; ++i) {
+            const int row = 16 * n + i % 2 * 8, col = i / 2 * TileDs::kPiece;
             if (kSharesWeights) weights_writer.store(row, col, weights.x[i / 4][i % 4]);
             if (kSharesDs) ds_writer.store(row, col, dscores.x[i / 4][i % 4]);
           }
@@ -250,9 +252,9 @@ struct BwdSm80DkDv {
       }
       if constexpr (kSplits > 1) {
         __syncthreads();  // P and dS are there
-        add_product_across<kBlockM, 4>(dv, RowsOf(shared.weights, keys_of_warp), shared.dout[stage],
+        add_product_across<kBlockM, kUnrollShared>(dv, RowsOf(shared.weights, keys_of_warp), shared.dout[stage],
                                        Corner{0, split * kColsV});
-        add_product_across<kBlockM, 4>(dk, RowsOf(shared.ds, keys_of_warp), shared.q[stage], Corner{0, split * kCols});
+        add_product_across<kBlockM, kUnrollShared>(dk, RowsOf(shared.ds, keys_of_warp), shared.q[stage], Corner{0, split * kCols});
       }
       if (kStages == 1 || (kAddsDq && kSplits == 1)) {
         __syncthreads();  // dS is there, and the only stage is no longer read

@@ -21,9 +21,9 @@ struct BwdSm80Dq {
   static constexpr int kWarpM = kBlockM / kNumWarps;
   static constexpr int kTilesM = kWarpM / 16;
 
-  // As far as the registers hold the factors.
+  // As far as the registers hold the factors; of few keys dO V^T has less room than Q K^T, since scores are there.
   static constexpr int kUnrollScores = unroll_along<Number>(kTilesM, kBlockN, kHeadDim / 16);
-  static constexpr int kUnrollV = unroll_along<Number>(kTilesM, kBlockN, kHeadDimV / 16);
+  static constexpr int kUnrollV = unroll_along<Number>(larger(kTilesM, 32 / kBlockN), kBlockN, kHeadDimV / 16);
   static constexpr int kUnrollDq = unroll_across<Number>(kHeadDim, kBlockN / 16);
 
   using Scores = WarpgroupTile<kBlockN>;
@@ -112,8 +112,10 @@ struct BwdSm80Dq {
     const auto load = [&](int stage, int n_block) {
       shared.k[stage].template load<kNumThreads>(work.k, n_block * kBlockN);
       shared.v[stage].template load<kNumThreads>(work.v, n_block * kBlockN);
+      unsigned thread = threadIdx.x;
+      ptx::make_opaque(thread);  // as in LdmatrixTile::load
       options.template load<kBlockM, kBlockN, kNumThreads>(shared.pairs[stage].memory, work.first_query,
-                                                           n_block * kBlockN);
+                                                           n_block * kBlockN, static_cast<int>(thread));
     };
 
     float lse[kTilesM][2], delta[kTilesM][2];
