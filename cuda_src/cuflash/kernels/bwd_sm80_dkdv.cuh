@@ -253,8 +253,9 @@ struct BwdSm80DkDv {
       if constexpr (kSplits > 1) {
         __syncthreads();  // P and dS are there
         add_product_across<kBlockM, kUnrollShared>(dv, RowsOf(shared.weights, keys_of_warp), shared.dout[stage],
-                                       Corner{0, split * kColsV});
-        add_product_across<kBlockM, kUnrollShared>(dk, RowsOf(shared.ds, keys_of_warp), shared.q[stage], Corner{0, split * kCols});
+                                                   Corner{0, split * kColsV});
+        add_product_across<kBlockM, kUnrollShared>(dk, RowsOf(shared.ds, keys_of_warp), shared.q[stage],
+                                                   Corner{0, split * kCols});
       }
       if (kStages == 1 || (kAddsDq && kSplits == 1)) {
         __syncthreads();  // dS is there, and the only stage is no longer read
