@@ -89,7 +89,9 @@ def _dkdv_bytes(size: int, dims: tuple[int, int], tile: DkDvTile, options: Optio
 
 def _dq_bytes(size: int, dims: tuple[int, int], tile: DqTile, options: Options) -> int:
     stage = size * tile.block_n * sum(dims) + max(options.tile_bytes(*tile[:2]), 16)
-    return size * tile.block_m * sum(dims) + tile.stages * stage + _careful_bytes(tile.warps, options) + DQ_WORK_BYTES
+    dscores = size * tile.block_m * tile.block_n if tile.splits > 1 else 16
+    tiles = size * tile.block_m * sum(dims) + dscores + tile.stages * stage
+    return tiles + _careful_bytes(tile.warps, options) + DQ_WORK_BYTES
 
 
 def _careful_bytes(warps: int, options: Options) -> int:

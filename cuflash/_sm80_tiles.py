@@ -31,12 +31,13 @@ class DkDvTile(NamedTuple):
 
 
 class DqTile(NamedTuple):
-    """Queries of a block of threads, keys of a step, warps, stages of K and V."""
+    """Queries of a block of threads, keys of a step, warps, stages of K and V, warps that share their queries."""
 
     block_m: int
     block_n: int
     warps: int
     stages: int
+    splits: int = 1
 
 
 # By head_dim, head_dim_v, and the KiB of shared memory that a block may use: those of the largest class that a chip
@@ -126,14 +127,14 @@ FLOAT32_DQ_TILES: Tiles = {
     (64, 64, 99): (DqTile(128, 32, 4, 1), DqTile(64, 16, 4, 1)),
     (96, 96, 99): (DqTile(64, 32, 4, 1), DqTile(64, 16, 4, 1)),
     (128, 128, 99): (DqTile(64, 32, 4, 1), DqTile(64, 16, 4, 1)),
-    (192, 128, 99): (DqTile(32, 32, 2, 1), DqTile(32, 16, 2, 1)),
-    (192, 128, 163): (DqTile(64, 32, 4, 1), DqTile(32, 16, 2, 1)),
+    # Memory for few queries: two warps have the same ones.
+    (192, 128, 99): (DqTile(32, 32, 4, 1, 2), DqTile(32, 16, 2, 1)),
+    (192, 128, 163): (DqTile(64, 32, 8, 1, 2), DqTile(32, 16, 2, 1)),
     (192, 192, 99): (DqTile(32, 32, 2, 1), DqTile(32, 16, 2, 1)),
-    (192, 192, 163): (DqTile(64, 32, 4, 1), DqTile(32, 16, 2, 1)),
-    (192, 192, 227): (DqTile(128, 16, 8, 1), DqTile(64, 16, 4, 1)),
+    (192, 192, 163): (DqTile(64, 32, 8, 1, 2), DqTile(32, 16, 2, 1)),
     (256, 256, 99): (DqTile(32, 16, 2, 1),),
-    (256, 256, 163): (DqTile(64, 16, 4, 1), DqTile(32, 16, 2, 1)),
-    (256, 256, 227): (DqTile(64, 32, 4, 1), DqTile(32, 16, 2, 1)),
+    (256, 256, 163): (DqTile(32, 32, 4, 1, 2), DqTile(32, 16, 2, 1)),
+    (256, 256, 227): (DqTile(64, 32, 8, 1, 2), DqTile(32, 16, 2, 1)),
 }
 # Gradients of K and V. A warp holds its keys' dK and dV, and their scores and gradients of weights of a step.
 DKDV_TILES: Tiles = {

@@ -104,3 +104,16 @@ def test_long_rows_by_sm80(monkeypatch: pytest.MonkeyPatch, head_dim: int, head_
         arrays = problem.dout(), *problem.arrays()
         gradients = cuflash.attention_backward(*arrays, out, lse, causal=causal, kernel="sm80")
         assert_gradients_accurate(*arrays, *gradients, causal=causal)
+
+
+@pytest.mark.host
+@pytest.mark.parametrize("name", ["dout", "q", "k", "v"])
+def test_nan_in_long_rows_by_sm80(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """It reaches the queries and keys that see it, and no others, whichever of two warps has met it."""
+    monkeypatch.setattr(_backends, "numpy_backend", LaunchBackend(HostDevice()))
+    problem = AttentionProblem((2, 66, 256), (1, 70, 256), (1, 70, 256), "float32", causal=True)
+    arrays = dict(zip(("dout", "q", "k", "v"), (problem.dout(), *problem.arrays()), strict=True))
+    arrays[name][0, 40, 200] = np.nan
+    out, lse = cuflash.attention(*list(arrays.values())[1:], causal=True, return_lse=True, kernel="sm80")
+    gradients = cuflash.attention_backward(*arrays.values(), out, lse, causal=True, kernel="sm80")
+    assert_gradients_accurate(*arrays.values(), *gradients, causal=True)

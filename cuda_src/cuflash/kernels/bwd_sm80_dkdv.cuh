@@ -35,7 +35,6 @@ struct BwdSm80DkDv {
 
   using Scores = WarpgroupTile<kWarpM>;
   using Weights = WarpgroupFactor<Element, kWarpM>;
-  static constexpr int kWords = sizeof(Weights) / 4;
   using TileK = LdmatrixTile<Number, kBlockN, kHeadDim>;
   using TileV = LdmatrixTile<Number, kBlockN, kHeadDimV>;
   using TileQ = LdmatrixTile<Number, kBlockM, kHeadDim>;
@@ -201,12 +200,8 @@ struct BwdSm80DkDv {
         const TileWriter weights_writer(shared.weights, kSharesWeights ? warp_row : 0, kSharesWeights ? warp_col : 0);
         const TileWriter ds_writer(shared.ds, kSharesDs ? warp_row : 0, kSharesDs ? warp_col : 0);
         const auto share = [&](const Weights& weights, const Weights& dscores, int n) {
-#pragma unroll
-          for (int i = 0; i < kWords; ++i) {
-            const int row = 16 * n + i % 2 * 8, col = i / 2 * TileDs::kPiece;
-            if (kSharesWeights) weights_writer.store(row, col, weights.x[i / 4][i % 4]);
-            if (kSharesDs) ds_writer.store(row, col, dscores.x[i / 4][i % 4]);
-          }
+          if (kSharesWeights) weights_writer.store(weights, 16 * n);
+          if (kSharesDs) ds_writer.store(dscores, 16 * n);
         };
         const Range queries = {first_query, first_query + kWarpM}, keys = {first_key, first_key + kWarpN};
         if (!work.band.any_visible(queries, keys)) {

@@ -97,6 +97,14 @@ struct alignas(128) LdmatrixTile {
   }
 };
 
+// A tile that not all kernels have.
+template <bool kIsThere, class Tile>
+struct TileIf : Tile {};
+template <class Tile>
+struct alignas(16) TileIf<false, Tile> {
+  unsigned char nothing[16];
+};
+
 // The order in which ldmatrix loads four matrices, 8 rows of 16 bytes each, of 16 rows: by columns, so that x[1] is the
 // lower left one, or by rows, so that it is the upper right one. mma takes registers in a row: a first factor along the
 // rows of memory and a second factor across them come by columns, the other two by rows. ldmatrix transposes 16-bit
@@ -171,6 +179,15 @@ struct TileWriter {
   // Rows are multiples of 8, columns whole pieces.
   __device__ __forceinline__ void store(int row, int col, unsigned word) const {
     *reinterpret_cast<unsigned*>(reinterpret_cast<unsigned char*>(tile.data) + Tile::moved(start, row, col)) = word;
+  }
+
+  // All words of 16 rows.
+  template <class Factor>
+  __device__ __forceinline__ void store(const Factor& factor, int first_row) const {
+#pragma unroll
+    for (int i = 0; i < static_cast<int>(sizeof(factor) / 4); ++i) {
+      store(first_row + i % 2 * 8, i / 2 * Tile::kPiece, factor.x[i / 4][i % 4]);
+    }
   }
 };
 
