@@ -181,13 +181,6 @@ def cases() -> list[object]:
 # in memory, by kernel and chip. Plain kernels park nothing anywhere, but for the backward on sm_90: its producer has 24
 # registers a thread, and parks a few bytes. With 128 columns and a softcap or score_mod, its consumers do.
 MAY_PARK = {
-    "bwd_sm80_bf16_d128x128_dropout": {100: 16},
-    "bwd_sm80_bf16_d128x128_mask": {100: 16},
-    "bwd_sm80_bf16_d128x128_mod": {80: 16, 90: 16},
-    "bwd_sm80_dkdv_bf16_d128x128_bias": {100: 32},
-    "bwd_sm80_dkdv_bf16_d128x128_dropout": {100: 16},
-    "bwd_sm80_dkdv_bf16_d128x128_mod": {80: 16, 100: 16},
-    "bwd_sm80_dkdv_bf16_d128x128_softcap": {100: 32},
     "bwd_sm80_dq_bf16_d128x128_mod": {90: 16, 100: 16},
     "bwd_sm90_bf16_d64x64": {90: 8},
     "bwd_sm90_bf16_d64x64_alibi": {90: 8},
