@@ -38,9 +38,9 @@ AUTO = ("sm90", "sm80", "wmma")
 """What ``kernel="auto"`` chooses from: the first that can do it, or the next where that is faster."""
 
 
-def fastest_first(problem: Problem) -> list[str]:
+def fastest_first(problem: Problem, chip: Chip) -> list[str]:
     """What ``kernel="auto"`` tries for a problem."""
-    return sorted(AUTO, key=lambda name: name == "sm80" and _sm80.is_slower_than_wmma(problem))
+    return sorted(AUTO, key=lambda name: name == "sm80" and _sm80.leaves_to_wmma(problem, chip))
 
 
 class LaunchBackend:
@@ -75,7 +75,7 @@ class LaunchBackend:
 
     def family_name(self, call: Call, kernel: str, *, backward: bool = False) -> str:
         """The family that `kernel` names; for "auto" the fastest that can do it."""
-        names = fastest_first(call.problem) if kernel == "auto" else [kernel]
+        names = fastest_first(call.problem, call.chip) if kernel == "auto" else [kernel]
         reasons = {name: self._why_not(call, name, backward) for name in names}
         able = [name for name, reason in reasons.items() if reason is None]
         if able:

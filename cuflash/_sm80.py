@@ -15,6 +15,7 @@ from ._kernel import BACKWARD_INPUTS, NUMBERS, Kernel, num_places, padded_head_d
 from ._options import PLAIN, Options
 from ._problem import Operand, Problem, ceil_div
 from ._sm80_tiles import (
+    BACKWARD_FRUGAL_TILES,
     DKDV_TILES,
     DQ_FRUGAL_TILES,
     DQ_TILES,
@@ -36,10 +37,6 @@ CAPABILITY = (8, 0)
 WORK_BYTES, DKDV_WORK_BYTES, DQ_WORK_BYTES = 240, 80, 224  # what a block knows of its job
 MIN_SCALE = float(np.finfo(np.float32).tiny)  # less is 0 for kernels, and maxima of products are not those of scores
 
-# The head_dims, padded, of the float32 calls that kernel="auto" gives to this family: of those with gradients
-# the ones that were measured to be faster than with wmma: 1.6 to 2.1 times on an H200 (docs/notes/sm80.md).
-FLOAT32_IN_AUTO = frozenset({32, 64, 96, 128})
-
 
 def why_not(
     problem: Problem, number: str, chip: Chip, options: Options = PLAIN, operands: Mapping[str, Operand] | None = None
@@ -54,13 +51,18 @@ def why_not(
         return f"it takes scales from {MIN_SCALE:.3g}, not {problem.softmax_scale}"
     kernels = (forward, backward, backward_dkdv, backward_dq) if _size(problem) == 2 else (forward,)
     if any(kernel.tile(problem, options, chip) is None for kernel in kernels):
-        return f"{chip.name} has too little shared memory for a tile with {', '.join(options.arguments)}"
+        return _too_little_memory(problem, options, chip)
     return None
 
 
-def is_slower_than_wmma(problem: Problem) -> bool:
-    """Whether kernel="auto" asks wmma first."""
-    return problem.dtype == "float32" and padded_head_dims(problem)[0] not in FLOAT32_IN_AUTO
+def leaves_to_wmma(problem: Problem, chip: Chip) -> bool:
+    """Whether kernel="auto" asks wmma first: one family computes both passes of float32, and so it must have both."""
+    return problem.dtype == "float32" and why_no_backward(problem, chip) is not None
+
+
+def _too_little_memory(problem: Problem, options: Options, chip: Chip) -> str:
+    with_what = ", ".join((f"head_dim {problem.head_dim}", *options.arguments))
+    return f"{chip.name} has too little shared memory for a tile with {with_what}"
 
 
 def _size(problem: Problem) -> int:
@@ -87,7 +89,9 @@ def _dkdv_bytes(size: int, dims: tuple[int, int], tile: DkDvTile, options: Optio
 
 def _dq_bytes(size: int, dims: tuple[int, int], tile: DqTile, options: Options) -> int:
     stage = size * tile.block_n * sum(dims) + max(options.tile_bytes(*tile[:2]), 16)
-    return size * tile.block_m * sum(dims) + tile.stages * stage + _careful_bytes(tile.warps, options) + DQ_WORK_BYTES
+    dscores = size * tile.block_m * tile.block_n if tile.splits > 1 else 16
+    tiles = size * tile.block_m * sum(dims) + dscores + tile.stages * stage
+    return tiles + _careful_bytes(tile.warps, options) + DQ_WORK_BYTES
 
 
 def _careful_bytes(warps: int, options: Options) -> int:
@@ -189,7 +193,12 @@ backward_dkdv = _TiledKernel(
     pointers=(*BACKWARD_INPUTS, "Element* dk", "Element* dv", "float* dq_sums"),
     params="BwdParams",
 )
-backward = replace(backward_dkdv, name="bwd_sm80", change=lambda tile: tile._replace(adds_dq=True))
+backward = replace(
+    backward_dkdv,
+    name="bwd_sm80",
+    frugal_tiles={2: BACKWARD_FRUGAL_TILES},
+    change=lambda tile: tile._replace(adds_dq=True),
+)
 backward_dq = _TiledKernel(
     template="BwdSm80Dq",
     header="bwd_sm80_dq",
@@ -224,10 +233,8 @@ def why_no_backward(problem: Problem, chip: Chip, options: Options = PLAIN) -> s
     """The reason why it cannot compute gradients, or None if it can."""
     if problem.dtype != "float32":
         return None
-    if max(padded_head_dims(problem)) > 128:
-        return f"it computes gradients of float32 up to head_dim 128, not {max(problem.head_dim, problem.head_dim_v)}"
     if any(kernel.tile(problem, options, chip) is None for kernel in (backward_dkdv, backward_dq)):
-        return f"{chip.name} has too little shared memory for a tile with {', '.join(options.arguments)}"
+        return _too_little_memory(problem, options, chip)
     return None
 
 

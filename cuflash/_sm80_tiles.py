@@ -31,12 +31,13 @@ class DkDvTile(NamedTuple):
 
 
 class DqTile(NamedTuple):
-    """Queries of a block of threads, keys of a step, warps, stages of K and V."""
+    """Queries of a block of threads, keys of a step, warps, stages of K and V, warps that share their queries."""
 
     block_m: int
     block_n: int
     warps: int
     stages: int
+    splits: int = 1
 
 
 # By head_dim, head_dim_v, and the KiB of shared memory that a block may use: those of the largest class that a chip
@@ -94,16 +95,15 @@ FLOAT32_FORWARD_TILES: Tiles = {
     (256, 256, 227): (Tile(128, 32, 8, 1), Tile(64, 16, 4, 1)),
 }
 # What calls take first if one of these options takes more registers than the first tiles leave.
-MOST_HUNGRY = {"bias", "mask", "mod", "dropout"}
 FRUGAL_TILES: dict[tuple[int, int], dict[Tile, set[str]]] = {
-    (64, 64): {Tile(128, 64, 4, 2): MOST_HUNGRY},
+    (64, 64): {Tile(128, 64, 4, 2): {"mod"}, Tile(128, 96, 4, 1): {"dropout"}},
     (128, 128): {Tile(128, 48, 4, 2): {"softcap", "alibi", "bias", "mask", "mod"}},
 }
-FLOAT32_FRUGAL_TILES = {(64, 64): {Tile(128, 32, 4, 1): MOST_HUNGRY | {"softcap", "alibi"}}}
+FLOAT32_FRUGAL_TILES = {(64, 64): {Tile(128, 32, 4, 1): {"softcap", "alibi", "bias", "mask", "mod", "dropout"}}}
 # What calls with so few queries take first: memory decides, and copies have two stages.
 SHORT_TILES = {(64, 64): Tile(64, 128, 4, 2), (128, 128): Tile(64, 64, 4, 2)}
 
-# Of float32, by two kernels, up to 128 columns: a warp would not hold more of dK and dV.
+# Of float32, by two kernels.
 FLOAT32_DKDV_TILES: Tiles = {
     # 32 keys a warp up to 64 columns, then 16. As long as memory allows: barriers are few.
     (32, 32, 99): (DkDvTile(64, 128, 4, 1, 2, 1), DkDvTile(16, 64, 4, 1, 1, 1)),
@@ -112,6 +112,14 @@ FLOAT32_DKDV_TILES: Tiles = {
     (96, 96, 99): (DkDvTile(32, 64, 4, 1, 2, 1), DkDvTile(16, 64, 4, 1, 1, 1)),
     (128, 128, 99): (DkDvTile(16, 64, 4, 1, 1, 1),),
     (128, 128, 163): (DkDvTile(32, 64, 4, 1, 2, 1), DkDvTile(16, 64, 4, 1, 1, 1)),
+    # A warp would not hold more of dK and dV of 16 keys: two warps have the same ones.
+    (192, 128, 99): (DkDvTile(32, 32, 4, 2, 1, 1), DkDvTile(32, 16, 2, 2, 1, 1)),
+    (192, 128, 163): (DkDvTile(32, 64, 8, 2, 1, 1), DkDvTile(32, 32, 4, 2, 1, 1), DkDvTile(32, 16, 2, 2, 1, 1)),
+    (192, 192, 99): (DkDvTile(32, 16, 2, 2, 1, 1),),
+    (192, 192, 163): (DkDvTile(32, 64, 8, 2, 1, 1), DkDvTile(32, 16, 2, 2, 1, 1)),
+    (256, 256, 99): (DkDvTile(32, 16, 2, 2, 1, 1),),  # which wants 2 KiB more than chips have
+    (256, 256, 163): (DkDvTile(32, 32, 4, 2, 1, 1), DkDvTile(32, 16, 2, 2, 1, 1)),
+    (256, 256, 227): (DkDvTile(32, 64, 8, 2, 1, 1), DkDvTile(32, 16, 2, 2, 1, 1)),
 }
 FLOAT32_DQ_TILES: Tiles = {
     # 32 queries a warp up to 64 columns; more do not fit the memory.
@@ -119,6 +127,14 @@ FLOAT32_DQ_TILES: Tiles = {
     (64, 64, 99): (DqTile(128, 32, 4, 1), DqTile(64, 16, 4, 1)),
     (96, 96, 99): (DqTile(64, 32, 4, 1), DqTile(64, 16, 4, 1)),
     (128, 128, 99): (DqTile(64, 32, 4, 1), DqTile(64, 16, 4, 1)),
+    # Memory for few queries: two warps have the same ones.
+    (192, 128, 99): (DqTile(32, 32, 4, 1, 2), DqTile(32, 16, 2, 1)),
+    (192, 128, 163): (DqTile(64, 32, 8, 1, 2), DqTile(32, 16, 2, 1)),
+    (192, 192, 99): (DqTile(32, 32, 2, 1), DqTile(32, 16, 2, 1)),
+    (192, 192, 163): (DqTile(64, 32, 8, 1, 2), DqTile(32, 16, 2, 1)),
+    (256, 256, 99): (DqTile(32, 16, 2, 1),),
+    (256, 256, 163): (DqTile(32, 32, 4, 1, 2), DqTile(32, 16, 2, 1)),
+    (256, 256, 227): (DqTile(64, 32, 8, 1, 2), DqTile(32, 16, 2, 1)),
 }
 # Gradients of K and V. A warp holds its keys' dK and dV, and their scores and gradients of weights of a step.
 DKDV_TILES: Tiles = {
@@ -142,6 +158,8 @@ DKDV_TILES: Tiles = {
     (256, 256, 163): (DkDvTile(64, 64, 8, 4, 1, 1), DkDvTile(32, 32, 4, 2, 1, 1)),
     (256, 256, 227): (DkDvTile(128, 64, 8, 4, 1, 1), DkDvTile(64, 64, 8, 4, 1, 1), DkDvTile(32, 32, 4, 2, 1, 1)),
 }
+# In one pass, tiles of pairs beside the first tiles leave memory for one block instead of two.
+BACKWARD_FRUGAL_TILES = {(64, 64): {DkDvTile(64, 128, 4, 1, 2, 1): {"bias", "mask"}}}
 # Gradient of Q.
 DQ_TILES: Tiles = {
     (32, 32, 99): (DqTile(128, 64, 4, 2), DqTile(64, 32, 4, 1)),

@@ -91,10 +91,11 @@ def sm80_passes(options: Options, number: str, head_dims: tuple[int, int], arch:
 
 def sm80_float32_passes(number: str, head_dims: tuple[int, int], arch: int) -> Iterator[Kernel]:
     """The forward, whole and in parts, and the two kernels of the backward."""
-    has_gradients = (*head_dims, 99) in _sm80_tiles.FLOAT32_DKDV_TILES
+    of_float32 = replace(problem(*head_dims), dtype="float32")
+    has_gradients = _sm80.why_no_backward(of_float32, CHIPS[arch]) is None
     gradients = (_sm80.backward_dkdv, _sm80.backward_dq) if has_gradients else ()
     for make in (_sm80.forward, _sm80.forward_parts, *gradients):
-        yield make(replace(problem(*head_dims), dtype="float32"), Options(), number, CHIPS[arch])[0]
+        yield make(of_float32, Options(), number, CHIPS[arch])[0]
 
 
 def plain_kernels(arch: int) -> Iterator[Kernel]:
@@ -154,9 +155,7 @@ def is_thorough(kernel: Kernel, arch: int) -> bool:
     if arch < 80:
         return arch != 70
     has_options = kernel.options is not None and bool(kernel.options.names)
-    has_float32 = "f32" in kernel.symbol
-    goes_to_sm80 = not has_float32 or any(f"_d{dim}x{dim}" in kernel.symbol for dim in _sm80.FLOAT32_IN_AUTO)
-    by_name_alone = "wmma" in kernel.header if goes_to_sm80 else "sm80" in kernel.header
+    by_name_alone = "wmma" in kernel.header
     like_another = ("_f16" in kernel.symbol or "_tf32" in kernel.symbol) and (
         "d64x64" not in kernel.symbol or arch > 90
     )
@@ -185,14 +184,6 @@ def cases() -> list[object]:
 # in memory, by kernel and chip. Plain kernels park nothing anywhere, but for the backward on sm_90: its producer has 24
 # registers a thread, and parks a few bytes. With 128 columns and a softcap or score_mod, its consumers do.
 MAY_PARK = {
-    "bwd_sm80_bf16_d128x128_dropout": {100: 16},
-    "bwd_sm80_bf16_d128x128_mask": {100: 16},
-    "bwd_sm80_bf16_d128x128_mod": {80: 16, 90: 16},
-    "bwd_sm80_dkdv_bf16_d128x128_bias": {100: 32},
-    "bwd_sm80_dkdv_bf16_d128x128_dropout": {100: 16},
-    "bwd_sm80_dkdv_bf16_d128x128_mod": {80: 16, 100: 16},
-    "bwd_sm80_dkdv_bf16_d128x128_softcap": {100: 32},
-    "bwd_sm80_dq_bf16_d128x128_bias": {90: 16},
     "bwd_sm80_dq_bf16_d128x128_mod": {90: 16, 100: 16},
     "bwd_sm90_bf16_d64x64": {90: 8},
     "bwd_sm90_bf16_d64x64_alibi": {90: 8},

@@ -366,6 +366,18 @@ def test_read_only_and_broadcast_inputs() -> None:
         np.testing.assert_array_equal(y, 3 + frozen)
 
 
+@pytest.mark.parametrize("settings", [{"isolated": True}, {"flavour": "asan"}, {"flavour": "tsan"}], ids=str)
+def test_arrays_behind_pointers_of_structs_travel_too(settings: dict[str, Any]) -> None:
+    device, x = HostDevice(**settings), np.arange(64, dtype=np.float32)
+    view, y = x[32:], np.zeros(32, np.float32)
+    params = np.zeros(1, np.dtype([("factor", "f4"), ("view", "u8"), ("null", "u8")], align=True))
+    params["factor"], params["view"] = 2, device.pointer(view)
+    body = "y[threadIdx.x] = params.null ? 0 : params.factor * params.view[threadIdx.x];"
+    before = "struct Params { float factor; const float *view, *null; };"
+    launch(device, kernel("float* y, Params params", body, threads=32, before=before), y, params)
+    np.testing.assert_array_equal(y, 2 * view)
+
+
 # What CUDA forbids: barriers
 
 

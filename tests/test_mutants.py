@@ -863,6 +863,7 @@ MUTANTS += [
         "//",
         replace(ROW_BIAS, q=(70, 64), k=(200, 64), v=(200, 64)),  # the last panel is in the first stage
         "greedy",
+        "tsan",
     ),
     sm80(
         "no barrier before the job is looked at",
@@ -1022,6 +1023,15 @@ MUTANTS += [
         "}\n      }",
         BIAS_OF_HEADS,
         "forward",
+    ),
+    sm80(
+        "a bias is read behind its end",
+        "backward",
+        "attention/pairs.cuh",
+        "seqlen_q, seqlen_k - first_key)",
+        "seqlen_q, seqlen_k)",
+        BIAS_OF_HEADS,
+        "asan",
     ),
     sm80(
         "a tile of the gradient of a bias that nobody sees is not written",
@@ -1246,7 +1256,8 @@ def numpy_arrays_on(device: HostDevice, family: str, *, one_stage: bool = False)
             patch.setitem(_dbias.SM80_TILES, kib, (_dbias.Sm80Tile(64, 64, 4, 2, 32, 3),))
         for table, tile in (TILES_OF_ONE_STAGE if one_stage else TILES).items():
             patch.setitem(getattr(_wmma, table), (2, 64), [tile])
-        patch.delitem(_sm80_tiles.SHORT_TILES, (64, 64))
+        for own in (_sm80_tiles.SHORT_TILES, _sm80_tiles.FRUGAL_TILES, _sm80_tiles.BACKWARD_FRUGAL_TILES):
+            patch.delitem(own, (64, 64))
         for table, sm80_tile in (SM80_TILES_OF_ONE_STAGE if one_stage else SM80_TILES).items():
             tiles = getattr(_sm80_tiles, table)
             for key in [key for key in tiles if key[:2] == (64, 64)]:
@@ -1265,9 +1276,8 @@ def run(
 
 
 def run_plain(direction: str, problem: Problem, way: str, cuda_src: Path, family: str) -> None:
-    # Arrays behind the pointers of options do not travel to a process of its own.
     chip = replace(HOST_CHIP, multiprocessors=100 if problem.in_parts else 1)
-    device = HostDevice(chip, **WAYS[way], isolated=not problem.masked, timeout=60, cuda_src=cuda_src)
+    device = HostDevice(chip, **WAYS[way], isolated=True, timeout=60, cuda_src=cuda_src)
     if not can_instrument(device.flavour):
         pytest.skip(f"the compiler cannot link {device.flavour}")
     dout, q, k, v = problem.arrays()

@@ -1,7 +1,7 @@
 """Launches in a process of their own: under sanitizers, and of kernels that may crash.
 
-The arrays travel to the child and back. Each buffer that owns memory becomes one allocation there, so that
-its ends are known; views of one buffer share it, as they do here.
+The arrays travel to the child and back, also those behind pointers in structs. Each buffer that owns memory becomes one
+allocation there, so that its ends are known; views of one buffer share it, as they do here.
 """
 
 from __future__ import annotations
@@ -10,13 +10,14 @@ import ctypes
 import os
 import struct
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from tests.hostcuda.errors import HostCudaError
-from tests.hostcuda.launch import LaunchOptions, address, is_value
+from tests.hostcuda.launch import LaunchOptions, address, array_at, is_value
 
 KIND_POINTER, KIND_VALUE = 0, 1
 ALIGNMENT = 512  # as in runner.cpp
@@ -105,9 +106,20 @@ def _encode_region(buffer: np.ndarray[Any, Any]) -> tuple[bytes, bytes]:
 
 def _encode(argument: Any, regions: _Regions) -> bytes:
     if is_value(argument):
-        return struct.pack(f"<qq{argument.nbytes}s", KIND_VALUE, argument.nbytes, argument.tobytes())
+        value = argument.tobytes()
+        pointers = list(_pointers_in(value, regions))
+        places = b"".join(struct.pack("<qqq", *pointer) for pointer in pointers)
+        return struct.pack(f"<qq{len(value)}sq", KIND_VALUE, len(value), value, len(pointers)) + places
     region, offset = (-1, 0) if isinstance(argument, int) else regions.locate(argument)
     return struct.pack("<qqq", KIND_POINTER, region, offset)
+
+
+def _pointers_in(value: bytes, regions: _Regions) -> Iterator[tuple[int, int, int]]:
+    """Where pointers to arrays are in a struct, and the buffer and the offset of what they point to."""
+    for place in range(0, len(value) - 7, 8):
+        array = array_at(*struct.unpack_from("<Q", value, place))
+        if array is not None:
+            yield place, *regions.locate(array)
 
 
 _libc = ctypes.CDLL(None)

@@ -14,7 +14,7 @@ from cuflash._device import Chip, KernelSource, Launch, TensorBox
 from tests.hostcuda import build, child, fences, in_process
 from tests.hostcuda.build import Flavour
 from tests.hostcuda.errors import HostCudaError
-from tests.hostcuda.launch import SCHEDULES, LaunchOptions, Schedule, check_argument
+from tests.hostcuda.launch import SCHEDULES, LaunchOptions, Schedule, check_argument, pointer_to
 from tests.hostcuda.sources import CUDA_SRC
 
 HOST_CHIP = Chip("hostcuda", (8, 0), 227 * 1024)  # Hopper has instructions that are not emulated
@@ -73,7 +73,7 @@ class HostDevice:
 
     def pointer(self, array: np.ndarray[Any, Any]) -> int:
         """The address of an array's first element."""
-        return array.ctypes.data
+        return pointer_to(array)
 
     def struct(self, params: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         """What to pass for a struct, given as a structured array of size 1."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import weakref
 from typing import Any, Literal
 
 import numpy as np
@@ -39,3 +40,17 @@ def check_argument(argument: Any) -> None:
 def address(array: np.ndarray[Any, Any]) -> int:
     """Where element [0, ..., 0] is."""
     return int(array.__array_interface__["data"][0])
+
+
+_arrays: weakref.WeakValueDictionary[int, np.ndarray[Any, Any]] = weakref.WeakValueDictionary()
+
+
+def pointer_to(array: np.ndarray[Any, Any]) -> int:
+    """The address of an array for a struct; who finds it there finds the array again, if that still exists."""
+    _arrays[address(array)] = array
+    return address(array)
+
+
+def array_at(place: int) -> np.ndarray[Any, Any] | None:
+    """The array of which a struct has the address."""
+    return _arrays.get(place)

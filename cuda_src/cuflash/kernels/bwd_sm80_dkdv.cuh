@@ -31,6 +31,7 @@ struct BwdSm80DkDv {
   // As far as the registers hold the factors.
   static constexpr int kUnroll = unroll_along<Number>(kTilesN, kWarpM, kHeadDim == 64 ? 2 : 4);
   static constexpr int kUnrollGradients = unroll_across<Number>(kHeadDim + kHeadDimV, kWarpM / 16);
+  static constexpr int kUnrollShared = unroll_across<Number>(kCols + kColsV, 4);
 
   using Scores = WarpgroupTile<kWarpM>;
   using Weights = WarpgroupFactor<Element, kWarpM>;
@@ -199,12 +200,8 @@ struct BwdSm80DkDv {
         const TileWriter weights_writer(shared.weights, kSharesWeights ? warp_row : 0, kSharesWeights ? warp_col : 0);
         const TileWriter ds_writer(shared.ds, kSharesDs ? warp_row : 0, kSharesDs ? warp_col : 0);
         const auto share = [&](const Weights& weights, const Weights& dscores, int n) {
-#pragma unroll
-          for (int i = 0; i < kWarpM / 4; ++i) {
-            const int row = 16 * n + i % 2 * 8, col = i / 2 * 8;
-            if (kSharesWeights) weights_writer.store(row, col, weights.x[i / 4][i % 4]);
-            if (kSharesDs) ds_writer.store(row, col, dscores.x[i / 4][i % 4]);
-          }
+          if (kSharesWeights) weights_writer.store(weights, 16 * n);
+          if (kSharesDs) ds_writer.store(dscores, 16 * n);
         };
         const Range queries = {first_query, first_query + kWarpM}, keys = {first_key, first_key + kWarpN};
         if (!work.band.any_visible(queries, keys)) {
@@ -250,9 +247,10 @@ struct BwdSm80DkDv {
       }
       if constexpr (kSplits > 1) {
         __syncthreads();  // P and dS are there
-        add_product_across<kBlockM, 4>(dv, RowsOf(shared.weights, keys_of_warp), shared.dout[stage],
-                                       Corner{0, split * kColsV});
-        add_product_across<kBlockM, 4>(dk, RowsOf(shared.ds, keys_of_warp), shared.q[stage], Corner{0, split * kCols});
+        add_product_across<kBlockM, kUnrollShared>(dv, RowsOf(shared.weights, keys_of_warp), shared.dout[stage],
+                                                   Corner{0, split * kColsV});
+        add_product_across<kBlockM, kUnrollShared>(dk, RowsOf(shared.ds, keys_of_warp), shared.q[stage],
+                                                   Corner{0, split * kCols});
       }
       if (kStages == 1 || (kAddsDq && kSplits == 1)) {
         __syncthreads();  // dS is there, and the only stage is no longer read

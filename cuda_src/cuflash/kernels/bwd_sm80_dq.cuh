@@ -12,26 +12,31 @@ namespace cuflash {
 // A block owns kBlockM queries of one head and walks over the keys they see, in tiles of kBlockN. A warp has
 // kBlockM / kNumWarps queries; its gradients of scores are in registers the first factor of dS K. Apart from the
 // gradients of K and V, so that no sum is spread over blocks and the result is bitwise the same in every run.
+// Where memory has room for few queries, kSplits warps share the same ones: each has scores of a part of the keys, and
+// a part of the columns of dQ; gradients of scores go through shared memory.
 template <class Number, class Options, int kHeadDim, int kHeadDimV, int kBlockM, int kBlockN, int kNumWarps,
-          int kStages>
+          int kStages, int kSplits>
 struct BwdSm80Dq {
   using Element = typename Number::Element;
 
   static constexpr int kNumThreads = 32 * kNumWarps;
-  static constexpr int kWarpM = kBlockM / kNumWarps;
+  static constexpr int kWarpM = kBlockM / (kNumWarps / kSplits);
   static constexpr int kTilesM = kWarpM / 16;
+  static constexpr int kWarpN = kBlockN / kSplits;
+  static constexpr int kCols = kHeadDim / kSplits;
 
   // As far as the registers hold the factors.
-  static constexpr int kUnrollScores = unroll_along<Number>(kTilesM, kBlockN, kHeadDim / 16);
-  static constexpr int kUnrollV = unroll_along<Number>(kTilesM, kBlockN, kHeadDimV / 16);
-  static constexpr int kUnrollDq = unroll_across<Number>(kHeadDim, kBlockN / 16);
+  static constexpr int kUnrollScores = unroll_along<Number>(kTilesM, kWarpN, kHeadDim / 16);
+  static constexpr int kUnrollV = unroll_along<Number>(kTilesM, kWarpN, kHeadDimV / 16);
+  static constexpr int kUnrollDq = unroll_across<Number>(kCols, kBlockN / 16);
 
-  using Scores = WarpgroupTile<kBlockN>;
-  using Dscores = WarpgroupFactor<Element, kBlockN>;
+  using Scores = WarpgroupTile<kWarpN>;
+  using Dscores = WarpgroupFactor<Element, kWarpN>;
   using TileQ = LdmatrixTile<Number, kBlockM, kHeadDim>;
   using TileDout = LdmatrixTile<Number, kBlockM, kHeadDimV>;
   using TileK = LdmatrixTile<Number, kBlockN, kHeadDim>;
   using TileV = LdmatrixTile<Number, kBlockN, kHeadDimV>;
+  using TileDs = TileIf<(kSplits > 1), LdmatrixTile<Number, kBlockM, larger(kBlockN, 32)>>;
   using Gradients = GradientTile<Options, false, sizeof(Element) == 4>;
   using Careful = CarefulGradients<Element, Options>;
 
@@ -76,16 +81,18 @@ struct BwdSm80Dq {
     TileDout dout;
     TileK k[kStages];
     TileV v[kStages];
+    TileDs ds;
     TileOfArrays pairs[kStages];
     typename Careful::Memory careful[kNumWarps];
     Work work;
   };
   // Without the padding at the end of the struct.
-  static constexpr int kSharedBytes = sizeof(TileQ) + sizeof(TileDout) +
+  static constexpr int kSharedBytes = sizeof(TileQ) + sizeof(TileDout) + sizeof(TileDs) +
                                       kStages * (sizeof(TileK) + sizeof(TileV) + sizeof(TileOfArrays)) +
                                       sizeof(Shared::careful) + sizeof(Work);
 
-  static_assert(kBlockM % (16 * kNumWarps) == 0 && kBlockN % 16 == 0 && (kStages == 1 || kStages == 2));
+  static_assert(kNumWarps % kSplits == 0 && kBlockM % (16 * (kNumWarps / kSplits)) == 0 && kWarpN % 16 == 0);
+  static_assert(kCols % 32 == 0 && (kStages == 1 || kStages == 2));
 
   static __device__ __forceinline__ void run(const Arrays& arrays, const BwdParams& params, const Options& of_call) {
     const Problem& problem = params.problem;
@@ -98,7 +105,8 @@ struct BwdSm80Dq {
     __syncthreads();
     const Work& work = shared.work;
     const Pairs<Options> pairs = {options, work.band, problem.softmax_scale};
-    const int warp = threadIdx.x / 32, warp_row = warp * kWarpM;
+    const int warp = threadIdx.x / 32, warp_row = warp / kSplits * kWarpM, split = warp % kSplits;
+    const int warp_col = split * kWarpN;  // of scores
 
     const auto skip_hidden = [&](int n_block) {
       if constexpr (Options::kSkipsBlocks) {
@@ -112,12 +120,14 @@ struct BwdSm80Dq {
     const auto load = [&](int stage, int n_block) {
       shared.k[stage].template load<kNumThreads>(work.k, n_block * kBlockN);
       shared.v[stage].template load<kNumThreads>(work.v, n_block * kBlockN);
+      unsigned thread = threadIdx.x;
+      ptx::make_opaque(thread);  // as in LdmatrixTile::load
       options.template load<kBlockM, kBlockN, kNumThreads>(shared.pairs[stage].memory, work.first_query,
-                                                           n_block * kBlockN);
+                                                           n_block * kBlockN, static_cast<int>(thread));
     };
 
     float lse[kTilesM][2], delta[kTilesM][2];
-    WarpgroupTile<kHeadDim> dq[kTilesM];
+    WarpgroupTile<kCols> dq[kTilesM];
 #pragma unroll
     for (int m = 0; m < kTilesM; ++m) {
       dq[m].clear();
@@ -156,16 +166,17 @@ struct BwdSm80Dq {
         scores[m].clear();
         dweights[m].clear();
       }
-      add_product_along<kHeadDim, kUnrollScores>(scores, RowsOf(shared.q, warp_row), shared.k[stage]);
-      add_product_along<kHeadDimV, kUnrollV>(dweights, RowsOf(shared.dout, warp_row), shared.v[stage]);
+      add_product_along<kHeadDim, kUnrollScores>(scores, RowsOf(shared.q, warp_row), shared.k[stage], warp_col);
+      add_product_along<kHeadDimV, kUnrollV>(dweights, RowsOf(shared.dout, warp_row), shared.v[stage], warp_col);
       Dscores dscores[kTilesM];
 #pragma unroll
       for (int m = 0; m < kTilesM; ++m) {
         unsigned lane = threadIdx.x % 32;
         ptx::make_opaque(lane);  // as in TileReader
         const int row = work.first_query + warp_row + 16 * m;
-        const Gradients tile = {pairs, row + static_cast<int>(lane / 4), first_key + static_cast<int>(lane % 4 * 2)};
-        const Survivors<Options, kBlockN, false> survives(options, row, first_key);
+        const Gradients tile = {pairs, row + static_cast<int>(lane / 4),
+                                first_key + warp_col + static_cast<int>(lane % 4 * 2)};
+        const Survivors<Options, kWarpN, false> survives(options, row, first_key + warp_col);
         tile.differentiate(
             scores[m], dweights[m], [&](int i) { return lse[m][row_of_element(i)]; },
             [&](int i) { return delta[m][row_of_element(i)]; }, survives);
@@ -173,7 +184,16 @@ struct BwdSm80Dq {
         tile.hide_by_options(scores[m], dweights[m]);
         dscores[m].round(dweights[m]);
       }
-      add_product_across<kBlockN, kUnrollDq>(dq, RegistersOf(dscores), shared.k[stage]);
+      if constexpr (kSplits > 1) {
+        const TileWriter writer(shared.ds, warp_row, warp_col);
+#pragma unroll
+        for (int m = 0; m < kTilesM; ++m) writer.store(dscores[m], 16 * m);
+        __syncthreads();  // dS is there
+        add_product_across<kBlockN, kUnrollDq>(dq, RowsOf(shared.ds, warp_row), shared.k[stage],
+                                               Corner{0, split * kCols});
+      } else {
+        add_product_across<kBlockN, kUnrollDq>(dq, RegistersOf(dscores), shared.k[stage]);
+      }
       if (kStages == 1) {
         __syncthreads();  // the only stage is no longer read
         load_following(0);
@@ -188,15 +208,24 @@ struct BwdSm80Dq {
         Options::kHidesPairs ||
         !work.band.all_visible({work.first_query, work.first_query + kBlockM}, {0, work.band.seqlen_k});
     const float scale[2] = {problem.softmax_scale, problem.softmax_scale};
+    bool all_finite = true;
 #pragma unroll
     for (int m = 0; m < kTilesM; ++m) {
       const int first_row = work.first_query + warp_row + 16 * m;
-      const bool finite = store_rows(target, dq[m], scale, first_row + threadIdx.x % 32 / 4);
+      const bool finite = store_rows(target, dq[m], scale, first_row + threadIdx.x % 32 / 4, split * kCols);
       // 0 * NaN is NaN: each key meets all queries, if only with weight 0, and may have spoiled those that do not see
       // it.
-      if (hides_pairs && __any_sync(kFullMask, !finite)) {
+      if (kSplits == 1 && hides_pairs && __any_sync(kFullMask, !finite)) {
         __syncwarp();  // others write again what this lane wrote
         Careful::template write_queries<kHeadDim>(arrays, params, of_call, job, {first_row, first_row + 16}, 1,
+                                                  shared.careful[warp]);
+      }
+      all_finite = all_finite && finite;
+    }
+    if constexpr (kSplits > 1) {  // others have the same rows
+      if (hides_pairs && __syncthreads_or(!all_finite) && split == 0) {
+        const int first = work.first_query + warp_row;
+        Careful::template write_queries<kHeadDim>(arrays, params, of_call, job, {first, first + kWarpM}, 1,
                                                   shared.careful[warp]);
       }
     }

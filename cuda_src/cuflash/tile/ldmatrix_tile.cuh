@@ -97,6 +97,14 @@ struct alignas(128) LdmatrixTile {
   }
 };
 
+// A tile that not all kernels have.
+template <bool kIsThere, class Tile>
+struct TileIf : Tile {};
+template <class Tile>
+struct alignas(16) TileIf<false, Tile> {
+  unsigned char nothing[16];
+};
+
 // The order in which ldmatrix loads four matrices, 8 rows of 16 bytes each, of 16 rows: by columns, so that x[1] is the
 // lower left one, or by rows, so that it is the upper right one. mma takes registers in a row: a first factor along the
 // rows of memory and a second factor across them come by columns, the other two by rows. ldmatrix transposes 16-bit
@@ -154,8 +162,9 @@ struct TileReader<Tile, kOrder, Corner> {
   __device__ __forceinline__ ptx::SharedAddress at(int row, int col) const { return Tile::moved(start, row, col); }
 };
 
-// How a lane writes the pairs of neighbours that it has of a product (WarpgroupTile), from a row on that is a multiple
-// of 16, and a column that is one of what is written.
+// How a lane writes the words that it has of a product (WarpgroupFactor), one of each row of 16-byte pieces, from a row
+// on that is a multiple of 16, and a column that is one of what is written. Columns of float32 stay in the order that
+// those words have.
 template <class Tile>
 struct TileWriter {
   Tile& tile;
@@ -164,12 +173,21 @@ struct TileWriter {
   __device__ __forceinline__ TileWriter(Tile& tile, int first_row, int first_col) : tile(tile) {
     unsigned lane = threadIdx.x % 32;
     ptx::make_opaque(lane);
-    start = Tile::moved(2 * Tile::offset(lane / 4, lane % 4 * 2), first_row, first_col);
+    start = Tile::moved(Tile::kSize * Tile::offset(lane / 4, 0) ^ lane % 4 * 4, first_row, first_col);
   }
 
-  // Rows and columns are multiples of 8.
-  __device__ __forceinline__ void store(int row, int col, unsigned pair) const {
-    *reinterpret_cast<unsigned*>(reinterpret_cast<unsigned char*>(tile.data) + Tile::moved(start, row, col)) = pair;
+  // Rows are multiples of 8, columns whole pieces.
+  __device__ __forceinline__ void store(int row, int col, unsigned word) const {
+    *reinterpret_cast<unsigned*>(reinterpret_cast<unsigned char*>(tile.data) + Tile::moved(start, row, col)) = word;
+  }
+
+  // All words of 16 rows.
+  template <class Factor>
+  __device__ __forceinline__ void store(const Factor& factor, int first_row) const {
+#pragma unroll
+    for (int i = 0; i < static_cast<int>(sizeof(factor) / 4); ++i) {
+      store(first_row + i % 2 * 8, i / 2 * Tile::kPiece, factor.x[i / 4][i % 4]);
+    }
   }
 };
 

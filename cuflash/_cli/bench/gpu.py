@@ -75,7 +75,7 @@ class Gpu:
 
     def kernels(self, op: Op, cell: Cell) -> list[str]:
         reasons = obstacles(cell.dtype, self._chip, head_dim=cell.head_dim, backward=op == "backward")
-        ordered = fastest_first(problem_of(cell.dtype, cell.head_dim))
+        ordered = fastest_first(problem_of(cell.dtype, cell.head_dim), self._chip)
         return [family for family in ordered if reasons[family] is None] or ["auto"]  # which will say why not
 
     def kernel_name(self, op: Op, cell: Cell, kernel: str) -> str:

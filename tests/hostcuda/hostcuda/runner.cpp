@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <vector>
 
 #include "hostcuda/options.h"
@@ -54,6 +55,11 @@ Region read_region() {
 
 enum class Kind : int64_t { kPointer, kValue };
 
+char* read_pointer(const std::vector<Region>& regions) {
+  const int64_t region = read<int64_t>(), offset = read<int64_t>();
+  return region < 0 ? nullptr : regions[region].data + offset;
+}
+
 }  // namespace
 
 int main(int, char** arguments) {
@@ -64,13 +70,17 @@ int main(int, char** arguments) {
   std::vector<std::vector<char>> values(read<int64_t>());
   for (std::vector<char>& value : values) {
     if (read<Kind>() == Kind::kPointer) {
-      const int64_t region = read<int64_t>(), offset = read<int64_t>();
-      char* const pointer = region < 0 ? nullptr : regions[region].data + offset;
+      char* const pointer = read_pointer(regions);
       const char* const bytes = reinterpret_cast<const char*>(&pointer);
       value.assign(bytes, bytes + sizeof pointer);
     } else {
       value.resize(read<int64_t>());
       read_exactly(value.data(), value.size());
+      for (auto left = read<int64_t>(); left > 0; --left) {  // pointers that it holds
+        const int64_t place = read<int64_t>();
+        char* const pointer = read_pointer(regions);
+        memcpy(value.data() + place, &pointer, sizeof pointer);
+      }
     }
   }
   std::vector<size_t> sizes;
