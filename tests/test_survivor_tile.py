@@ -49,7 +49,8 @@ def test_survivors_drawn_ahead_are_those_of_the_documentation(dropout_p: float, 
     places = {"block_m": block_m, "block_n": block_n, "first_query": first_query, "first_key": first_key}
     source = KernelSource("kernel", SOURCE.format(options=options.code, **places), 2 * block_n, 0)
     kept = np.full((block_m, block_n), 9, np.uint8)
-    HostDevice().load(source)(1, (kept, options.fill({"seed": seed}, lambda _: 0)))
+    (launch,) = HostDevice().load([source])
+    launch(1, (kept, options.fill({"seed": seed}, lambda _: 0)))
     expected = cuflash.dropout_mask((2, 3, 512, 512), dropout_p, seed)[1, 2]
     tile = expected[first_query : first_query + block_m, first_key : first_key + block_n]
     np.testing.assert_array_equal(kept, np.where(tile, 3, 0))

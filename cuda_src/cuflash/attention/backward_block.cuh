@@ -194,18 +194,25 @@ struct BackwardBlock {
     const Problem& problem = params.problem;
     typename Jobs::Position job_at;
     typename Ring::Position at;
+    const auto copy = [](float* to, const float* from, bool inside) {
+      if constexpr (Options::kSkipsBlocks) {  // else ptxas keeps positions of all warps out of uniform registers
+        *to = inside ? *from : 0.0f;
+      } else {
+        ptx::cp_async_4(to, from, inside);
+      }
+    };
     for (Job job; (job = shared.rings.jobs.template take<Options>(job_at, problem)).tile != Job::kNoTile;) {
       for (Walk walk(options, problem, job, band_of(problem, job)); !walk.done(); walk.advance()) {
         const Sequence& sequence = job.sequence;
-        const Matrix<const float> delta(arrays.delta, params.delta, sequence.batch, walk.head, sequence.first_query);
-        const float* const lse_log2 = arrays.lse_log2 + (delta.data - arrays.delta);
         shared.rings.q.wait_empty(at);
         Rows& rows = shared.rows[at.stage()];
+        const long long first =
+            sequence.batch * params.delta.batch + walk.head * params.delta.head + sequence.first_query;
 #pragma unroll
         for (int i = 0; i < kBlockM; i += 32) {  // rows behind the end are hidden: zeros will do
           const int to = i + threadIdx.x % 32, row = walk.block * kBlockM + to;
-          ptx::cp_async_4(rows.lse_log2 + to, lse_log2 + row, row < sequence.seqlen_q);
-          ptx::cp_async_4(rows.delta + to, delta.data + row, row < sequence.seqlen_q);
+          copy(rows.lse_log2 + to, arrays.lse_log2 + first + row, row < sequence.seqlen_q);
+          copy(rows.delta + to, arrays.delta + first + row, row < sequence.seqlen_q);
         }
         shared.rings.q.fill_by_copies(at);
         at.advance();

@@ -18,7 +18,7 @@ struct QuerySums {
   float* sums;
   long long tile;
   unsigned* turn;
-  unsigned before;  // blocks that add earlier
+  unsigned before;       // blocks that add earlier
   int consumer, thread;  // of two, and of its 128
 
   template <class Walk>
