@@ -185,7 +185,6 @@ def cases() -> list[object]:
 # registers a thread, and parks a few bytes. With 128 columns and a softcap or score_mod, its consumers do.
 MAY_PARK = {
     "bwd_sm80_dq_bf16_d128x128_mod": {90: 16, 100: 16},
-    "bwd_sm90_bf16_d64x64": {90: 8},
     "bwd_sm90_bf16_d64x64_dropout": {90: 72},
     "bwd_sm90_bf16_d64x64_mod": {90: 48},
     "bwd_sm90_bf16_d64x64_mod_block_mask": {90: 16},
@@ -202,7 +201,6 @@ MAY_PARK = {
     "bwd_sm90_bf16_d128x128_packed": {90: 64},
     "bwd_sm90_bf16_d256x256_dropout": {90: 84},
     "bwd_sm90_bf16_d256x256_mod_block_mask": {90: 16},
-    "bwd_sm90_f16_d64x64": {90: 8},
     "bwd_wmma_dkdv_bf16_d128x128_mod": {80: 96, 90: 64, 100: 32},
     "bwd_wmma_dq_bf16_d128x128_mask": {80: 64},
     "bwd_wmma_dq_bf16_d128x128_mod": {100: 64},
