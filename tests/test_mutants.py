@@ -1163,7 +1163,7 @@ MUTANTS += [
     sm80(
         "a window begins with the first of two neighbours, or behind both",
         "forward",
-        "attention/register_softmax.cuh",
+        "tile/warpgroup_tile.cuh",
         "(col >> 3) * 2 + min(col & 7, 2)",
         "(col >> 3) * 2 + min(col & 6, 2)",
         CAUSAL,
