@@ -31,7 +31,7 @@ from ._sm80_tiles import (
     Tile,
     Tiles,
 )
-from ._wmma import Inputs, num_jobs, operand_of_delta, plan_gradients
+from ._wmma import Inputs, Workspace, num_jobs, operand_of_delta, plan_gradients
 
 CAPABILITY = (8, 0)
 WORK_BYTES, DKDV_WORK_BYTES, DQ_WORK_BYTES = 240, 80, 224  # what a block knows of its job
@@ -273,7 +273,7 @@ def plan_backward(call: Call) -> Run:
     if call.deterministic or problem.dtype == "float32":
         dkdv_step, dq_step = (call.step(make(*of_call), delta=delta) for make in (backward_dkdv, backward_dq))
 
-        def apart(inputs: Inputs, _: Array, dq: Array, dk: Array, dv: Array, options: tuple[Any, ...]) -> None:
+        def apart(inputs: Inputs, _: Workspace, dq: Array, dk: Array, dv: Array, options: tuple[Any, ...]) -> None:
             dkdv_step(*inputs, dk, dv, device.null, options=options)
             dq_step(*inputs, dq, options=options)
 
@@ -283,8 +283,10 @@ def plan_backward(call: Call) -> Run:
     tile = backward.tile(problem, call.options, call.chip)
     num_sums = _blocks_of_sums(problem, tile) * _rows_of_sums(problem, tile) * padded_head_dims(problem)[0]
 
-    def in_one_pass(inputs: Inputs, sums: Array, dq: Array, dk: Array, dv: Array, options: tuple[Any, ...]) -> None:
-        step(*inputs, dk, dv, sums, options=options)
-        finish_step(*inputs, dq, sums, options=options)
+    def in_one_pass(
+        inputs: Inputs, workspace: Workspace, dq: Array, dk: Array, dv: Array, options: tuple[Any, ...]
+    ) -> None:
+        step(*inputs, dk, dv, workspace.sums, options=options)
+        finish_step(*inputs, dq, workspace.sums, options=options)
 
     return plan_gradients(call, in_one_pass, num_sums)

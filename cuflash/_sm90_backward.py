@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -104,14 +103,11 @@ def kernels(
     of_call = "_".join((short, f"d{dims[0]}x{dims[1]}", *options.names))
     wide = dims[0] > 128
     cols = dims[0] if tile.block_m == 128 else min(64, dims[0] // 2)  # of a part of dQ
-    # attention/query_walk.cuh; with options there are no registers for it but where it is worth most
-    staggered = not deterministic and (problem.group_size > 1 or not options.names)
-    flags = {"deterministic": deterministic, "staggered": staggered}
     main = Kernel(
         template="BwdSm90Wide" if wide else "BwdSm90",
         header="bwd_sm90_wide" if wide else "bwd_sm90",
-        symbol="_".join((f"cuflash_bwd_sm90_{of_call}", *(name for name, is_set in flags.items() if is_set))),
-        arguments=(f"cuflash::{name}", options.type, *dims, *tile, *(str(flag).lower() for flag in flags.values())),
+        symbol=f"cuflash_bwd_sm90_{of_call}" + ("_deterministic" if deterministic else ""),
+        arguments=(f"cuflash::{name}", options.type, *dims, *tile, str(deterministic).lower()),
         pointers=(
             *("const float* lse_log2", "const float* delta", "float* dq_sums", "unsigned* turns"),
             *("unsigned* spoiled", "Element* dk", "Element* dv", "unsigned* counter"),
@@ -146,7 +142,6 @@ def plan(call: Call) -> Run:
     device, problem, operands = call.device, call.problem, call.operands
     main, finish, tile = kernels(problem, call.options, call.number, call.chip, deterministic=call.deterministic)
     delta = _wmma.operand_of_delta(problem)
-    num_rows = math.prod(delta.shape)
     key_tiles = ceil_div(problem.seqlen_k, tile.block_n) * problem.batch * problem.num_heads_kv
     query_tiles = ceil_div(problem.seqlen_q, tile.block_m) * problem.batch * problem.num_heads
     if problem.packed:  # attention/packed.cuh
@@ -165,12 +160,12 @@ def plan(call: Call) -> Run:
     num_sums = ceil_div(sum(sizes), 4) * 4
 
     def products(
-        inputs: _wmma.Inputs, workspace: Array, dq: Array, dk: Array, dv: Array, options: tuple[Any, ...]
+        inputs: _wmma.Inputs, workspace: _wmma.Workspace, dq: Array, dk: Array, dv: Array, options: tuple[Any, ...]
     ) -> None:
-        q, k, v, dout, lse, delta = inputs
-        spoiled, turns = workspace[sizes[0] :], workspace[sizes[0] + sizes[1] :]
-        arrays = delta[num_rows:], delta, workspace, turns if sizes[2] else device.null, spoiled, dk, dv
+        (q, k, v, dout, _, delta), (sums, lse_log2) = inputs, workspace
+        spoiled, turns = sums[sizes[0] :], sums[sizes[0] + sizes[1] :]
+        arrays = lse_log2, delta, sums, turns if sizes[2] else device.null, spoiled, dk, dv
         step.launch(num_blocks, (*arrays, device.counter(), mapped(q, k, v, dout), *options))
-        finish_step(q, k, v, dout, lse, delta, workspace, spoiled, dq, dk, dv, options=options)
+        finish_step(*inputs, sums, spoiled, dq, dk, dv, options=options)
 
     return _wmma.plan_gradients(call, products, num_sums, wants_lse_log2=True)

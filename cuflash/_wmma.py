@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from ._call import Call, Run
 from ._dbias import backward_dbias
@@ -286,7 +286,7 @@ def plan_backward(call: Call) -> Run:
     dkdv_step = call.step(backward_dkdv(*of_call), delta=delta_operand)
     dq_step = call.step(backward_dq(*of_call), delta=delta_operand)
 
-    def products(arrays: Inputs, _: Array, dq: Array, dk: Array, dv: Array, options: tuple[Any, ...]) -> None:
+    def products(arrays: Inputs, _: Workspace, dq: Array, dk: Array, dv: Array, options: tuple[Any, ...]) -> None:
         dkdv_step(*arrays, dk, dv, options=options)
         dq_step(*arrays, dq, options=options)
 
@@ -295,6 +295,13 @@ def plan_backward(call: Call) -> Run:
 
 Inputs = tuple[Array, Array, Array, Array, Array, Array]
 """q, k, v, dout, lse and delta."""
+
+
+class Workspace(NamedTuple):
+    """As many floats that are 0 as were asked for, and lse in powers of two, or null."""
+
+    sums: Array
+    lse_log2: Array
 
 
 def operand_of_delta(problem: Problem) -> Operand:
@@ -308,8 +315,7 @@ def plan_gradients(
 ) -> Run:
     """What every family does before and after the gradients of Q, K and V, which `products` computes.
 
-    It is called with the inputs, so many floats that are 0, a multiple of 4, dq, dk, dv and the options of the kernels;
-    behind delta there is lse in powers of two, if it wants that.
+    It is called with the inputs, a workspace with so many sums, a multiple of 4, dq, dk, dv and the options of kernels.
     """
     device, problem, operands = call.device, call.problem, call.operands
     delta_operand = operand_of_delta(problem)
@@ -344,7 +350,7 @@ def plan_gradients(
         options = call.options_argument(extras)
         inputs = q, k, v, dout, lse, delta
         delta_step(out, dout, lse, device.null if dlse is None else dlse, workspace, delta, lse_log2)
-        products(inputs, workspace, dq, dk, dv, options)
+        products(inputs, Workspace(workspace, lse_log2), dq, dk, dv, options)
         if dbias_step is not None:
             dbias_step(*inputs, dbias, options=options)
         elif dbias is not None:

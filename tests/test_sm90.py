@@ -198,7 +198,7 @@ def test_other_chips(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int
 def test_gradients_have_kernels_of_their_own(notebook: Notebook) -> None:
     q, k, v = arrays()
     main = "cuflash_bwd_sm90_bf16_d64x64"
-    expected = ["cuflash_bwd_delta_bf16", main + "_staggered", "cuflash_bwd_sm90_finish_bf16_d64x64"]
+    expected = ["cuflash_bwd_delta_bf16", main, "cuflash_bwd_sm90_finish_bf16_d64x64"]
     for kernel in ("auto", "sm90"):
         backward(q, k, v, kernel=kernel)
         assert notebook.symbols[-3:] == expected
@@ -224,7 +224,7 @@ def test_gradients_have_kernels_of_their_own(notebook: Notebook) -> None:
 )
 def test_gradients_of_other_widths_are_padded(notebook: Notebook, head_dims: tuple[int, int], name: str) -> None:
     backward(*arrays(64, *head_dims), kernel="sm90")
-    assert notebook.symbols[-2:] == [f"cuflash_bwd_sm90_bf16_{name}_staggered", f"cuflash_bwd_sm90_finish_bf16_{name}"]
+    assert notebook.symbols[-2:] == [f"cuflash_bwd_sm90_bf16_{name}", f"cuflash_bwd_sm90_finish_bf16_{name}"]
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ struct BwdSm90Params {
 // queries that see them, in tiles of kBlockM, of every query head of the group. Warps of their own copy what is needed
 // to shared memory, ahead of two consumers.
 template <class Element, class Options, int kHeadDim, int kHeadDimV, int kBlockM, int kBlockN, int kStagesKv,
-          int kStages, int kStagesPairs, int kTilesDs, bool kDeterministic, bool kStaggered>
+          int kStages, int kStagesPairs, int kTilesDs, bool kDeterministic>
 struct BackwardBlock {
   static constexpr int kNumConsumers = 2, kNumThreads = 128 * (1 + kNumConsumers);
   using Rows = RowsOfTile<kBlockM>;
@@ -45,7 +45,7 @@ struct BackwardBlock {
   using RingPairs = Pipeline<kStagesPairs, true>;
   using Jobs = JobRing<2 * kStagesKv, true>;
   // In a fixed order everybody waits for the turn of each tile: none may be left out.
-  using Walk = QueryWalk<kBlockM, kBlockN, Options, Options::kSkipsBlocks && !kDeterministic, kStaggered>;
+  using Walk = QueryWalk<kBlockM, kBlockN, Options, Options::kSkipsBlocks && !kDeterministic, !kDeterministic>;
 
   // What options know of pairs, which two warps bring ahead of the consumers: arrays, and which weights survive; and
   // whether they have anything to do.

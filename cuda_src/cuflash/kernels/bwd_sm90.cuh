@@ -13,11 +13,11 @@ namespace cuflash {
 // consumer computes a half and adds it to sums in global memory. The next Q K^T starts before the last product of a
 // tile has ended.
 template <class Number, class Options, int kHeadDim, int kHeadDimV, int kBlockM, int kBlockN, int kStagesKv,
-          int kStages, int kStagesPairs, bool kDeterministic, bool kStaggered>
+          int kStages, int kStagesPairs, bool kDeterministic>
 struct BwdSm90 {
   using Element = typename Number::Element;
   using Block = BackwardBlock<Element, Options, kHeadDim, kHeadDimV, kBlockM, kBlockN, kStagesKv, kStages, kStagesPairs,
-                              2, kDeterministic, kStaggered>;
+                              2, kDeterministic>;
   using Arrays = typename Block::Arrays;
 
   using Gradients = ScoreGradients<Element, Options, kBlockM>;

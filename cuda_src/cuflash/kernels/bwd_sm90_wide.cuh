@@ -12,11 +12,11 @@ namespace cuflash {
 // and of scores, and dK; of dQ each computes a part of the columns. Weights go from the first to the second, gradients
 // of scores to both.
 template <class Number, class Options, int kHeadDim, int kHeadDimV, int kBlockM, int kBlockN, int kStagesKv,
-          int kStages, int kStagesPairs, bool kDeterministic, bool kStaggered>
+          int kStages, int kStagesPairs, bool kDeterministic>
 struct BwdSm90Wide {
   using Element = typename Number::Element;
   using Block = BackwardBlock<Element, Options, kHeadDim, kHeadDimV, kBlockM, kBlockN, kStagesKv, kStages, kStagesPairs,
-                              1, kDeterministic, kStaggered>;
+                              1, kDeterministic>;
   using Arrays = typename Block::Arrays;
 
   using Gradients = ScoreGradients<Element, Options, kBlockM>;
