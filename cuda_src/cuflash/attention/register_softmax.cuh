@@ -11,14 +11,17 @@ namespace cuflash {
 // Where a tile may have pairs that the band hides: only behind its end, or anywhere.
 enum class Hidden { kBehind, kAround };
 
-// What is left to do of scores: x * scale - penalty.
-struct Rest {
-  float scale, penalty;
+// What is left to do of scores: x * scale - penalty; with kIsBounded, those of this lane are then not above the bound.
+template <bool kIsBounded>
+struct RestOfScores {
+  float scale, penalty, bound;
 };
 
 // The tile at hand: what its pairs are asked, and the positions of the first element that this lane holds.
 template <class Options>
 struct TileOfPairs {
+  using Rest = RestOfScores<Options::kLeavesFactor>;
+
   const Pairs<Options>& pairs;
   int first_query, first_key;
 
@@ -27,17 +30,18 @@ struct TileOfPairs {
   __device__ __forceinline__ Rest change(Scores& scores) const {
     if constexpr (Options::kHasPenalties) {
       return penalize(scores);
+    } else if constexpr (Options::kLeavesFactor) {
+      return bend(scores);
     } else if constexpr (Options::kChangesScores) {
-      if (has_no_keys()) return {1.0f, 0.0f};
-      float factor = 1.0f;
-      use_pairs(pairs, scores, [&](const auto& pairs) {
+      if (!has_no_keys()) {
+        use_pairs(pairs, scores, [&](const auto& pairs) {
 #pragma unroll
-        for (int i = 0; i < Scores::kNumElements; ++i) {
-          scores.x[i] = pairs.score_over_factor(scores.x[i], query(i), neighbour(i)).value;
-        }
-        factor = pairs.factor();
-      });
-      return {factor, 0.0f};
+          for (int i = 0; i < Scores::kNumElements; ++i) {
+            scores.x[i] = pairs.score(scores.x[i], query(i), neighbour(i)).value;
+          }
+        });
+      }
+      return {1.0f, 0.0f};
     } else {
       return {pairs.scale, 0.0f};
     }
@@ -83,6 +87,21 @@ struct TileOfPairs {
   }
 
  private:
+  // Scores rise with the magnitudes of products, which the choice of a short way has found the largest of.
+  template <class Scores>
+  __device__ __forceinline__ Rest bend(Scores& scores) const {
+    Rest rest = {};
+    use_pairs(pairs, scores, [&](const auto& pairs) {
+      rest.scale = pairs.factor();
+      rest.bound = fabsf(pairs.score_over_factor(scores.largest(), first_query, first_key).value * rest.scale);
+#pragma unroll
+      for (int i = 0; i < Scores::kNumElements; ++i) {
+        scores.x[i] = pairs.score_over_factor(scores.x[i], query(i), neighbour(i)).value;
+      }
+    });
+    return rest;
+  }
+
   // Where penalties are a line, that of one pair is left to do, and the others differ from it by a step for each key
   // and query between.
   template <class Scores>
@@ -118,19 +137,38 @@ struct RowPair {
   OnlineSoftmax softmax[2];
   float sum[2] = {0.0f, 0.0f};  // of this lane's part
 
-  // Turns scores into weights, once the rest is done; `factor` is what earlier sums must be multiplied by. With kExact,
-  // for float32, a score that is the shift weighs 1; else a multiplication is saved, and scores are rounded by log2(e).
-  template <bool kExact = false, class Scores>
-  __device__ __forceinline__ void weigh(Scores& scores, const Rest& rest, float (&factor)[2]) {
+  // Lets the bases follow the scores of the warp. Where they must, `factor` is what earlier sums must be multiplied by.
+  // That is rare: a vote finds out before the lanes of a row exchange their maxima.
+  template <class Scores, bool kIsBounded>
+  __device__ __forceinline__ bool follow(const Scores& scores, const RestOfScores<kIsBounded>& rest,
+                                         float (&factor)[2]) {
+    if (kIsBounded && !exceeded_by(rest.bound, rest.bound)) return false;
+    float largest[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      float maxima[2] = {-infinity(), -infinity()}, sums[2] = {0.0f, 0.0f};  // two chains are done in half the time
+      float maxima[2] = {-infinity(), -infinity()};  // two chains are done in half the time
 #pragma unroll
       for (int i = 0; i < Scores::kNumElements; ++i) {
         if (row_of_element(i) == r) maxima[i % 2] = fmaxf(maxima[i % 2], scores.x[i]);
       }
-      const float lane_max = fmaf(fmaxf(maxima[0], maxima[1]), rest.scale, -rest.penalty);
-      factor[r] = softmax[r].rescale(reduce(lane_max, [](float x, float y) { return fmaxf(x, y); }));
+      largest[r] = fmaf(fmaxf(maxima[0], maxima[1]), rest.scale, -rest.penalty);
+    }
+    if (!exceeded_by(largest[0], largest[1])) return false;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      factor[r] = softmax[r].rescale(reduce(largest[r], [](float x, float y) { return fmaxf(x, y); }));
+      sum[r] *= factor[r];
+    }
+    return true;
+  }
+
+  // Turns scores into weights, once the rest is done. With kExact, for float32, a score that is the shift weighs 1;
+  // else a multiplication is saved, and scores are rounded by log2(e).
+  template <bool kExact = false, class Scores, class Rest>
+  __device__ __forceinline__ void weigh(Scores& scores, const Rest& rest) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      float sums[2] = {0.0f, 0.0f};  // two chains, as above
       const float shift = softmax[r].shift(), shift_log2 = (-shift - rest.penalty) * kLog2e;
 #pragma unroll
       for (int i = 0; i < Scores::kNumElements; ++i) {
@@ -139,7 +177,7 @@ struct RowPair {
                              : exp2f(fmaf(scores.x[i], rest.scale * kLog2e, shift_log2));
         sums[i % 2] += scores.x[i];
       }
-      sum[r] = sum[r] * factor[r] + (sums[0] + sums[1]);
+      sum[r] += sums[0] + sums[1];
     }
   }
 
@@ -149,6 +187,10 @@ struct RowPair {
   }
 
  private:
+  __device__ __forceinline__ bool exceeded_by(float score_0, float score_1) const {
+    return __any_sync(kFullMask, softmax[0].exceeded_by(score_0) || softmax[1].exceeded_by(score_1));
+  }
+
   // Of what the four lanes of a row hold.
   template <class Operation>
   static __device__ __forceinline__ float reduce(float x, Operation operation) {

@@ -17,12 +17,15 @@ struct OnlineSoftmax {
 
   float base = -infinity();
 
+  // Whether a score is so large, or the first one, that the base must follow it.
+  __device__ __forceinline__ bool exceeded_by(float score) const { return score > base + kSlack; }
+
   // Takes note of the largest score of a new tile; returns the factor by which earlier sums must be scaled.
   __device__ __forceinline__ float rescale(float tile_max) {
-    if (!(tile_max > base + kSlack || base == -infinity())) return 1.0f;
+    if (!exceeded_by(tile_max)) return 1.0f;
     const float factor = softmax_weight(base, tile_max);
     base = tile_max;
-    return base == -infinity() ? 1.0f : factor;
+    return factor;
   }
 
   // What to subtract from scores: finite as long as no score was seen, so that hidden scores get weight 0, not NaN.

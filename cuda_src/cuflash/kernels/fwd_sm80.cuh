@@ -141,7 +141,6 @@ struct FwdSm80 {
     Weights weights[kTilesM];
     Output output[kTilesM];
     RowPair rows[kTilesM];
-    float factor[kTilesM][2];
 #pragma unroll
     for (int m = 0; m < kTilesM; ++m) output[m].clear();
 
@@ -189,7 +188,7 @@ struct FwdSm80 {
         load_values(0, block);
         ptx::cp_async_commit();
       }
-      Rest rest[kTilesM];
+      typename TileOfPairs<Options>::Rest rest[kTilesM];
 #pragma unroll
       for (int m = 0; m < kTilesM; ++m) rest[m] = {pairs.scale, 0.0f};
       if (sees) {
@@ -219,20 +218,16 @@ struct FwdSm80 {
         load(0, following);
       }
       if (sees) {
-        bool grown = false;
 #pragma unroll
         for (int m = 0; m < kTilesM; ++m) {
-          rows[m].template weigh<kExact>(scores[m], rest[m], factor[m]);
+          float factor[2];
+          if (rows[m].follow(scores[m], rest[m], factor)) {
+#pragma unroll
+            for (int i = 0; i < Output::kNumElements; ++i) output[m].x[i] *= factor[row_of_element(i)];
+          }
+          rows[m].template weigh<kExact>(scores[m], rest[m]);
           weights[m].round(scores[m]);
           drop(work.options, weights[m], work.first_query + warp_row + 16 * m, first_key);
-          grown = grown || factor[m][0] != 1.0f || factor[m][1] != 1.0f;
-        }
-        if (__any_sync(kFullMask, grown)) {
-#pragma unroll
-          for (int m = 0; m < kTilesM; ++m) {
-#pragma unroll
-            for (int i = 0; i < Output::kNumElements; ++i) output[m].x[i] *= factor[m][row_of_element(i)];
-          }
         }
         add_product_across<kBlockN, kUnrollOutput>(output, RegistersOf(weights), shared.v[stage]);
       }

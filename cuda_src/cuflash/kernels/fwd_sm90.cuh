@@ -99,6 +99,7 @@ struct FwdSm90 {
 
       RowPair rows;
       float factor[2];
+      bool rescales;
       int block = uniform(blocks.end - 1);
       const auto release_pairs = [&] {
         if constexpr (Block::kLoadsPairs) {
@@ -113,10 +114,11 @@ struct FwdSm90 {
         if constexpr (Block::kLoadsPairs) shared.rings.pairs.wait_full(pairs_at);
         here.template look_at<kBlockM, kBlockN>(shared.pairs[pairs_at.stage()].memory, job_query, block * kBlockN);
         const TileOfPairs<Options> tile = {pairs, first_query, block * kBlockN + first_col};
-        const Rest rest = tile.change(scores);
+        const typename TileOfPairs<Options>::Rest rest = tile.change(scores);
         hide(tile);
         release_pairs();
-        rows.weigh(scores, rest, factor);
+        rescales = rows.follow(scores, rest, factor);
+        rows.weigh(scores, rest);
       };
       const auto round_weights = [&] {
         weights.round(scores);
@@ -166,7 +168,7 @@ struct FwdSm90 {
         ptx::wgmma_wait<0>();
         release(shared.rings.v, v_at);
         round_weights();
-        if (__any_sync(kFullMask, factor[0] != 1.0f || factor[1] != 1.0f)) {
+        if (rescales) {
 #pragma unroll
           for (int i = 0; i < Output::kNumElements; ++i) output.x[i] *= factor[row_of_element(i)];
         }
