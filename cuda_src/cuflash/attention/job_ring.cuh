@@ -32,12 +32,6 @@ struct JobRing {
     return job;
   }
 
-  // Whether the next job is none, without taking it.
-  __device__ __forceinline__ bool is_over(const Position& at) {
-    ring.wait_full(at);
-    return uniform(jobs[at.stage()].tile) == Job::kNoTile;
-  }
-
   // Hands on a job.
   __device__ __forceinline__ void put(Position& at, const Job& job) {
     if (threadIdx.x % 32 == 0) {

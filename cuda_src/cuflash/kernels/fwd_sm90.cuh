@@ -210,7 +210,8 @@ struct FwdSm90 {
 
       // The last product of this job; and with Block::kOverlapsJobs the first of the next one, which runs beside the
       // epilogue.
-      const bool last = shared.rings.jobs.is_over(job_at);
+      const Job next = shared.rings.jobs.template take<Options>(job_at, problem);
+      const bool last = next.tile == Job::kNoTile;
       const auto await_next = [&] {
         shared.rings.q.wait_full(q_at);
         shared.rings.k.wait_full(k_at);
@@ -247,7 +248,7 @@ struct FwdSm90 {
              shared.careful[4 * consumer + warp]);
       }
       if (last) break;
-      job = shared.rings.jobs.template take<Options>(job_at, problem);
+      job = next;
       if constexpr (!Block::kOverlapsJobs) {
         await_next();
         turn.begin();

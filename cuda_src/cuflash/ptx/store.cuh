@@ -8,6 +8,11 @@ __device__ __forceinline__ void store_16(void* global, unsigned x, unsigned y, u
   asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(global), "r"(x), "r"(y), "r"(z), "r"(w) : "memory");
 }
 
+// 8 bytes.
+__device__ __forceinline__ void store_8(void* global, unsigned x, unsigned y) {
+  asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(global), "r"(x), "r"(y) : "memory");
+}
+
 // Adds four floats to those at an aligned address (sm_90).
 __device__ __forceinline__ void add_16(float4* global, float x, float y, float z, float w) {
   asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(global), "f"(x), "f"(y), "f"(z), "f"(w)

@@ -1,15 +1,16 @@
 // Tiles in registers to rows of a matrix in global memory.
 #pragma once
 
+#include <cuflash/ptx/opaque.cuh>
 #include <cuflash/ptx/store.cuh>
 #include <cuflash/tile/matrix.cuh>
 #include <cuflash/tile/warpgroup_tile.cuh>
 
 namespace cuflash {
 
-// One of two lanes gives its x for the other's y.
-__device__ __forceinline__ void exchange(unsigned& x, unsigned& y, bool second, int distance) {
-  const unsigned other = __shfl_xor_sync(kFullMask, second ? x : y, distance);
+// One of two neighbouring lanes gives its x for the other's y.
+__device__ __forceinline__ void exchange(unsigned& x, unsigned& y, bool second) {
+  const unsigned other = __shfl_xor_sync(kFullMask, second ? x : y, 1);
   if (second) {
     x = other;
   } else {
@@ -18,34 +19,32 @@ __device__ __forceinline__ void exchange(unsigned& x, unsigned& y, bool second, 
 }
 
 // Writes a tile times a factor for each of the two rows of which this lane has a part: the first is out's `first_row`,
-// the second 8 further. Four lanes exchange their pairs, so that each writes 16 bytes. Returns whether this lane's part
+// the second 8 further. Two lanes exchange their pairs, so that each writes 8 bytes. Returns whether this lane's part
 // of the first row is finite, or of both: one is enough where whatever spoils a row spoils all (V in out, dO in dV).
 // The matrix must be `vectorized`.
 template <bool kLooksAtBoth = false, class Element, int kCols>
 __device__ __forceinline__ bool store_rows_16(const Matrix<Element>& out, const WarpgroupTile<kCols>& tile,
                                               const float (&factor)[2], int first_row, int first_col = 0) {
   const int lane = threadIdx.x % 4;
-  const bool odd = lane & 1, high = lane & 2;
+  const bool odd = lane & 1;
   unsigned zeros = 0;
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    const int row = first_row + 8 * r;
-    Element* const target = out.at(row, first_col) + 8 * lane;
+    const int row = first_row + 8 * r, lane_col = odd * 8 + lane / 2 * 4;
+    Element* target = out.at(row, first_col) + lane_col;
+    ptx::make_opaque(target);  // else each store has an address of its own
 #pragma unroll
-    for (int col = 0; col < kCols; col += 32) {
-      unsigned word[4];
+    for (int col = 0; col < kCols; col += 16) {
+      unsigned word[2];
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {
+      for (int j = 0; j < 2; ++j) {
         const int i = (col / 8 + j) * 4 + 2 * r;
         word[j] = WarpgroupFactor<Element, 16>::packed(tile.x[i] * factor[r], tile.x[i + 1] * factor[r]);
         if (r == 0 || kLooksAtBoth) note_non_finite<Element>(zeros, word[j]);
       }
-#pragma unroll
-      for (int j = 0; j < 4; j += 2) exchange(word[j], word[j + 1], odd, 1);
-#pragma unroll
-      for (int j = 0; j < 2; ++j) exchange(word[j], word[j + 2], high, 2);
-      if (row < out.rows && first_col + col + 8 * lane < out.cols) {
-        ptx::store_16(target + col, word[0], word[1], word[2], word[3]);
+      exchange(word[0], word[1], odd);
+      if (row < out.rows && first_col + col + lane_col < out.cols) {
+        ptx::store_8(target + col, word[0], word[1]);
       }
     }
   }
