@@ -74,10 +74,11 @@ def _shared_bytes(dims: tuple[int, int], tile: Tile, options: Options) -> int:
     gradients = 2 * tile.block_n * 128 * ceil_div(tile.block_m, PANEL)  # of scores, twice or beside weights
     pairs = tile.stages_pairs * max(_pair_bytes(tile, options), 16)
     rows = tile.stages * 8 * tile.block_m
+    round_keys = 56  # attention/dropout.cuh
     stages_of_jobs = 2 * tile.stages_kv
     stages = tile.stages_kv + 3 * tile.stages + tile.stages_pairs + stages_of_jobs
     rings = 16 * stages + ceil_div(JOB_BYTES * stages_of_jobs, 8) * 8
-    return tiles + gradients + pairs + rows + rings
+    return tiles + gradients + pairs + rows + round_keys + rings
 
 
 def _tile(problem: Problem, options: Options, chip: Chip) -> Tile | None:

@@ -82,12 +82,13 @@ struct BackwardBlock {
     TileDs ds[kTilesDs];  // gradients of scores, by consumers
     TileOfPairs pairs[kStagesPairs];
     Rows rows[kStages];
+    RoundKeys round_keys;
     Rings rings;
   };
   // Without the padding that makes the struct a multiple of 1024.
-  static constexpr int kSharedBytes = (sizeof(TileK) + sizeof(TileV)) * kStagesKv +
-                                      (sizeof(TileQ) + sizeof(TileDout) + sizeof(Rows)) * kStages +
-                                      sizeof(TileDs) * kTilesDs + sizeof(TileOfPairs) * kStagesPairs + sizeof(Rings);
+  static constexpr int kSharedBytes =
+      (sizeof(TileK) + sizeof(TileV)) * kStagesKv + (sizeof(TileQ) + sizeof(TileDout) + sizeof(Rows)) * kStages +
+      sizeof(TileDs) * kTilesDs + sizeof(TileOfPairs) * kStagesPairs + sizeof(RoundKeys) + sizeof(Rings);
 
   struct Arrays {
     const float *lse_log2, *delta;  // both with the strides of delta
@@ -117,6 +118,11 @@ struct BackwardBlock {
       shared.rings.pairs.init(num_warps_of_pairs, 2 * 64);  // every lane copies, and arrives twice
       shared.rings.partial.init(1);
       shared.rings.jobs.init(num_warps + (kHelps ? 3 : 1));
+      if constexpr (Options::kHasDropout) {
+        Options here = options;
+        here.enter({}, 0);
+        shared.round_keys.fill(here.dropout.key_of_seed());
+      }
       ptx::barrier_init_fence();
     }
     __syncthreads();
@@ -259,7 +265,8 @@ struct BackwardBlock {
           here.template load<kBlockM, kBlockN, 64>(tile.memory, first_query, first_key);
           if constexpr (Options::kHasDropout) {
             constexpr int kAtOnce = kLeavesFew ? 1 : 4;
-            tile.survivors().template draw<2, kAtOnce>(here, first_query, first_key, uniform(threadIdx.x / 32));
+            tile.survivors().template draw<2, kAtOnce>(here.dropout, shared.round_keys, first_query, first_key,
+                                                       uniform(threadIdx.x / 32));
           }
           shared.rings.pairs.fill_by_copies(pairs_at);
           pairs_at.advance();
