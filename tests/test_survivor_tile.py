@@ -25,11 +25,14 @@ SOURCE = """\
 extern "C" __global__ void kernel(unsigned char* kept, const __grid_constant__ Options options) {{
   constexpr int kBlockM = {block_m}, kBlockN = {block_n};
   __shared__ cuflash::SurvivorTile<kBlockM, kBlockN> tile;
+  __shared__ cuflash::RoundKeys keys;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   Options here = options;
   here.dropout.batch = 1;
   here.dropout.head = 2;
-  if (warp < 2) tile.draw<2, 4>(here, {first_query}, {first_key}, warp);
+  if (threadIdx.x == 0) keys.fill(here.dropout.key_of_seed());
+  __syncthreads();
+  if (warp < 2) tile.draw<2, {at_once}>(here.dropout, keys, {first_query}, {first_key}, warp);
   __syncthreads();
   const auto survives = tile.of_keys(16 * warp, lane);
   for (int i = 0; i < kBlockM / 2; ++i) {{
@@ -42,11 +45,19 @@ extern "C" __global__ void kernel(unsigned char* kept, const __grid_constant__ O
 
 
 @pytest.mark.parametrize("dropout_p", [0.3, 0.83])  # survivors are above the threshold, and below it
-@pytest.mark.parametrize(("block_m", "block_n"), [(64, 64), (64, 128), (128, 128)])
-def test_survivors_drawn_ahead_are_those_of_the_documentation(dropout_p: float, block_m: int, block_n: int) -> None:
+@pytest.mark.parametrize(("block_m", "block_n", "at_once"), [(64, 64, 4), (64, 128, 1), (128, 128, 4)])
+def test_survivors_drawn_ahead_are_those_of_the_documentation(
+    dropout_p: float, block_m: int, block_n: int, at_once: int
+) -> None:
     problem = Problem("float16", 2, 3, 3, 512, 512, 64, 64, 1.0, dropout_p=dropout_p)
     options, seed, first_query, first_key = Options.of(problem, {}), 2**40 + 7, 2 * block_m, 3 * block_n
-    places = {"block_m": block_m, "block_n": block_n, "first_query": first_query, "first_key": first_key}
+    places = {
+        "block_m": block_m,
+        "block_n": block_n,
+        "first_query": first_query,
+        "first_key": first_key,
+        "at_once": at_once,
+    }
     source = KernelSource("kernel", SOURCE.format(options=options.code, **places), 2 * block_n, 0)
     kept = np.full((block_m, block_n), 9, np.uint8)
     (launch,) = HostDevice().load([source])
