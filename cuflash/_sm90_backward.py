@@ -18,6 +18,7 @@ from ._wgmma import wgmma
 
 ARCH = "sm_90a"
 JOB_BYTES = 36  # attention/sequence.cuh
+ROUND_KEYS_BYTES = 64  # attention/dropout.cuh
 NUM_THREADS = 384
 WARPS_OF_FINISH = 8
 
@@ -63,7 +64,7 @@ def _dims(problem: Problem) -> tuple[int, int]:
 
 def _pair_bytes(tile: Tile, options: Options) -> int:
     """Biases, masks and survivors of a tile."""
-    survivors = tile.block_m * tile.block_n // 8 if "dropout" in options.names else 0
+    survivors = tile.block_m * tile.block_n // 8 + ROUND_KEYS_BYTES if "dropout" in options.names else 0
     return options.tile_bytes(tile.block_m, tile.block_n) + survivors
 
 
@@ -74,11 +75,10 @@ def _shared_bytes(dims: tuple[int, int], tile: Tile, options: Options) -> int:
     gradients = 2 * tile.block_n * 128 * ceil_div(tile.block_m, PANEL)  # of scores, twice or beside weights
     pairs = tile.stages_pairs * max(_pair_bytes(tile, options), 16)
     rows = tile.stages * 8 * tile.block_m
-    round_keys = 56  # attention/dropout.cuh
     stages_of_jobs = 2 * tile.stages_kv
     stages = tile.stages_kv + 3 * tile.stages + tile.stages_pairs + stages_of_jobs
     rings = 16 * stages + ceil_div(JOB_BYTES * stages_of_jobs, 8) * 8
-    return tiles + gradients + pairs + rows + round_keys + rings
+    return tiles + gradients + pairs + rows + rings
 
 
 def _tile(problem: Problem, options: Options, chip: Chip) -> Tile | None:

@@ -25,14 +25,13 @@ SOURCE = """\
 extern "C" __global__ void kernel(unsigned char* kept, const __grid_constant__ Options options) {{
   constexpr int kBlockM = {block_m}, kBlockN = {block_n};
   __shared__ cuflash::SurvivorTile<kBlockM, kBlockN> tile;
-  __shared__ cuflash::RoundKeys keys;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   Options here = options;
   here.dropout.batch = 1;
   here.dropout.head = 2;
-  if (threadIdx.x == 0) keys.fill(here.dropout.key_of_seed());
+  if (threadIdx.x == 0) tile.keys.fill(here.dropout.key_of_seed());
   __syncthreads();
-  if (warp < 2) tile.draw<2, {at_once}>(here.dropout, keys, {first_query}, {first_key}, warp);
+  if (warp < 2) tile.draw<2, {at_once}>(here.dropout, {first_query}, {first_key}, warp);
   __syncthreads();
   const auto survives = tile.of_keys(16 * warp, lane);
   for (int i = 0; i < kBlockM / 2; ++i) {{
@@ -58,7 +57,7 @@ def test_survivors_drawn_ahead_are_those_of_the_documentation(
         "first_key": first_key,
         "at_once": at_once,
     }
-    source = KernelSource("kernel", SOURCE.format(options=options.code, **places), 2 * block_n, 0)
+    source = KernelSource("kernel", SOURCE.format(options=options.code, at_once=at_once, **places), 2 * block_n, 0)
     kept = np.full((block_m, block_n), 9, np.uint8)
     (launch,) = HostDevice().load([source])
     launch(1, (kept, options.fill({"seed": seed}, lambda _: 0)))

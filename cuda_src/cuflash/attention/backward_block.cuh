@@ -82,13 +82,12 @@ struct BackwardBlock {
     TileDs ds[kTilesDs];  // gradients of scores, by consumers
     TileOfPairs pairs[kStagesPairs];
     Rows rows[kStages];
-    RoundKeys round_keys;
     Rings rings;
   };
   // Without the padding that makes the struct a multiple of 1024.
-  static constexpr int kSharedBytes =
-      (sizeof(TileK) + sizeof(TileV)) * kStagesKv + (sizeof(TileQ) + sizeof(TileDout) + sizeof(Rows)) * kStages +
-      sizeof(TileDs) * kTilesDs + sizeof(TileOfPairs) * kStagesPairs + sizeof(RoundKeys) + sizeof(Rings);
+  static constexpr int kSharedBytes = (sizeof(TileK) + sizeof(TileV)) * kStagesKv +
+                                      (sizeof(TileQ) + sizeof(TileDout) + sizeof(Rows)) * kStages +
+                                      sizeof(TileDs) * kTilesDs + sizeof(TileOfPairs) * kStagesPairs + sizeof(Rings);
 
   struct Arrays {
     const float *lse_log2, *delta;  // both with the strides of delta
@@ -122,7 +121,7 @@ struct BackwardBlock {
       if constexpr (Options::kHasDropout) {
         Options here = options;
         here.enter({}, 0);
-        shared.round_keys.fill(here.dropout.key_of_seed());
+        for (TileOfPairs& tile : shared.pairs) tile.survivors().keys.fill(here.dropout.key_of_seed());
       }
       ptx::barrier_init_fence();
     }
@@ -285,9 +284,8 @@ struct BackwardBlock {
     Options here = options;
     here.dropout.batch = job.sequence.batch;
     here.dropout.head = walk.head;
-    shared.pairs[at.stage()].survivors().template draw<4, kAtOnce>(here.dropout, shared.round_keys,
-                                                                   walk.block * kBlockM, job.tile * kBlockN,
-                                                                   uniform(threadIdx.x / 32));
+    shared.pairs[at.stage()].survivors().template draw<4, kAtOnce>(here.dropout, walk.block * kBlockM,
+                                                                   job.tile * kBlockN, uniform(threadIdx.x / 32));
   }
 
   // By one that also loads.

@@ -35,7 +35,7 @@ struct Philox {
 };
 
 // Its keys of all rounds, in shared memory, for warps that draw much and have few registers.
-struct RoundKeys {
+struct alignas(16) RoundKeys {
   unsigned long long keys[Philox::kRounds];
 
   // By one thread.

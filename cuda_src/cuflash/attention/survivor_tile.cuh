@@ -17,6 +17,9 @@ struct KeptElements {
     return words[i / 32] >> (i % 32 / 16 * 16 + i % 2 * 8 + 7 - i / 2 % 8) & 1;
   }
 
+  // The element of a bit.
+  static constexpr __host__ __device__ int element(int bit) { return bit / 16 * 16 + (7 - bit % 8) * 2 + bit / 8 % 2; }
+
   // All ones in the half of one that survives, of elements i and i + 1, i even.
   __device__ __forceinline__ unsigned pair(int i) const {
     return ptx::permute(words[i / 32] << i / 2 % 8, 0, i % 32 < 16 ? 0x9988 : 0xbbaa);
@@ -28,12 +31,12 @@ struct SurvivorTile {
   static_assert(kBlockM % 64 == 0 && kBlockN % 32 == 0);
 
   unsigned words[kBlockN / 16][kBlockM / 64][32];
+  RoundKeys keys;  // for those who draw
 
   // Every kNumWarps-th part of the tile, which begins at multiples of its size. A draw is one long chain: several at
   // once.
   template <int kNumWarps, int kAtOnce>
-  __device__ __forceinline__ void draw(const Dropout& dropout, const RoundKeys& keys, int first_query, int first_key,
-                                       int warp) {
+  __device__ __forceinline__ void draw(const Dropout& dropout, int first_query, int first_key, int warp) {
     unsigned thread = threadIdx.x;
     ptx::make_opaque(thread);  // else the loops read the special register, which is slow
     const unsigned lane = thread % 32;
