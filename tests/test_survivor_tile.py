@@ -50,13 +50,7 @@ def test_survivors_drawn_ahead_are_those_of_the_documentation(
 ) -> None:
     problem = Problem("float16", 2, 3, 3, 512, 512, 64, 64, 1.0, dropout_p=dropout_p)
     options, seed, first_query, first_key = Options.of(problem, {}), 2**40 + 7, 2 * block_m, 3 * block_n
-    places = {
-        "block_m": block_m,
-        "block_n": block_n,
-        "first_query": first_query,
-        "first_key": first_key,
-        "at_once": at_once,
-    }
+    places = {"block_m": block_m, "block_n": block_n, "first_query": first_query, "first_key": first_key}
     source = KernelSource("kernel", SOURCE.format(options=options.code, at_once=at_once, **places), 2 * block_n, 0)
     kept = np.full((block_m, block_n), 9, np.uint8)
     (launch,) = HostDevice().load([source])

@@ -119,9 +119,9 @@ struct BackwardBlock {
       shared.rings.partial.init(1);
       shared.rings.jobs.init(num_warps + (kHelps ? 3 : 1));
       if constexpr (Options::kHasDropout) {
-        Options here = options;
-        here.enter({}, 0);
-        for (TileOfPairs& tile : shared.pairs) tile.survivors().keys.fill(here.dropout.key_of_seed());
+        Dropout dropout = options.dropout;
+        dropout.enter({}, 0);
+        for (TileOfPairs& tile : shared.pairs) tile.survivors().keys.fill(dropout.key_of_seed());
       }
       ptx::barrier_init_fence();
     }
@@ -281,11 +281,11 @@ struct BackwardBlock {
   static __device__ __forceinline__ void draw_survivors(const Options& options, const Job& job, const Walk& walk,
                                                         Shared& shared, const typename RingPairs::Position& at) {
     constexpr int kAtOnce = kLeavesFew ? 1 : 4;
-    Options here = options;
-    here.dropout.batch = job.sequence.batch;
-    here.dropout.head = walk.head;
-    shared.pairs[at.stage()].survivors().template draw<4, kAtOnce>(here.dropout, walk.block * kBlockM,
-                                                                   job.tile * kBlockN, uniform(threadIdx.x / 32));
+    Dropout dropout = options.dropout;
+    dropout.batch = job.sequence.batch;
+    dropout.head = walk.head;
+    shared.pairs[at.stage()].survivors().template draw<4, kAtOnce>(dropout, walk.block * kBlockM, job.tile * kBlockN,
+                                                                   uniform(threadIdx.x / 32));
   }
 
   // By one that also loads.
