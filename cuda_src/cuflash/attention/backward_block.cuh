@@ -47,8 +47,8 @@ struct BackwardBlock {
   // In a fixed order everybody waits for the turn of each tile: none may be left out.
   using Walk = QueryWalk<kBlockM, kBlockN, Options, Options::kSkipsBlocks && !kDeterministic, !kDeterministic>;
 
-  // What options know of pairs, which two warps bring ahead of the consumers: arrays, and which weights survive; and
-  // whether they have anything to do.
+  // What options know of pairs, which is brought ahead of the consumers: arrays by two warps, and which weights survive
+  // by all four that do not compute; and whether those two have anything to do.
   using Survivors = SurvivorTile<kBlockM, kBlockN>;
   static constexpr int kArrayBytes = Options::template kTileBytes<kBlockM, kBlockN>;
   static constexpr int kPairBytes = kArrayBytes + (Options::kHasDropout ? sizeof(Survivors) : 0);
@@ -277,18 +277,17 @@ struct BackwardBlock {
     }
   }
 
-  // By a warp of four.
+  // Which weights survive: the part of one of four warps.
   static __device__ __forceinline__ void draw_survivors(const Options& options, const Job& job, const Walk& walk,
                                                         Shared& shared, const typename RingPairs::Position& at) {
-    constexpr int kAtOnce = kLeavesFew ? 1 : 4;
     Dropout dropout = options.dropout;
     dropout.batch = job.sequence.batch;
     dropout.head = walk.head;
-    shared.pairs[at.stage()].survivors().template draw<4, kAtOnce>(dropout, walk.block * kBlockM, job.tile * kBlockN,
-                                                                   uniform(threadIdx.x / 32));
+    shared.pairs[at.stage()].survivors().template draw<4>(dropout, walk.block * kBlockM, job.tile * kBlockN,
+                                                          uniform(threadIdx.x / 32));
   }
 
-  // By one that also loads.
+  // The same for a warp that loads: each has time for it while the copies it started are under way.
   static __device__ __forceinline__ void draw_survivors_too(const Options& options, const Job& job, const Walk& walk,
                                                             Shared& shared, typename RingPairs::Position& at) {
     if constexpr (Options::kHasDropout) {

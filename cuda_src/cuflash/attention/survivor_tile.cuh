@@ -33,9 +33,8 @@ struct SurvivorTile {
   unsigned words[kBlockN / 16][kBlockM / 64][32];
   RoundKeys keys;  // for those who draw
 
-  // Every kNumWarps-th part of the tile, which begins at multiples of its size. A draw is one long chain: several at
-  // once.
-  template <int kNumWarps, int kAtOnce>
+  // Every kNumWarps-th part of the tile, which begins at multiples of its size. A draw is one long chain: two at once.
+  template <int kNumWarps>
   __device__ __forceinline__ void draw(const Dropout& dropout, int first_query, int first_key, int warp) {
     unsigned thread = threadIdx.x;
     ptx::make_opaque(thread);  // else the loops read the special register, which is slow
@@ -46,7 +45,8 @@ struct SurvivorTile {
       const unsigned row = (first_query + 64 * query) / 2 + lane / 4;
       const PhiloxColumn column(keys, row, (first_key + 16 * key) / 8 + lane % 4, dropout.head, dropout.batch);
       unsigned drawn[2] = {};  // for the first 16 of 32 keys, and for the others
-#pragma unroll
+      constexpr int kAtOnce = 2;
+#pragma unroll 1
       for (int i = 0; i < 4; i += kAtOnce) {
         unsigned changes[kAtOnce];
         uint4 random[kAtOnce];
