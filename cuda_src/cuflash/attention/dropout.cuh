@@ -59,10 +59,8 @@ struct PhiloxColumn {
   const RoundKeys& keys;
   unsigned x1, x3, z2, z3, w3;  // what counters have in common after so many rounds, but for what the row adds
 
-  __device__ __forceinline__ PhiloxColumn(const RoundKeys& keys, unsigned row, unsigned column, unsigned head,
-                                          unsigned batch)
-      : keys(keys) {
-    const uint4 first = Philox::round(keys[0], make_uint4(column, row, head, batch));
+  __device__ __forceinline__ PhiloxColumn(const RoundKeys& keys, uint4 counter) : keys(keys) {
+    const uint4 first = Philox::round(keys[0], counter);
     const uint2 second_key = keys[1], third_key = keys[2];
     x1 = first.x;
     z2 = first.w ^ second_key.y;

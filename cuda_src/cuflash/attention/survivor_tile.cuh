@@ -43,7 +43,8 @@ struct SurvivorTile {
     for (int part = warp; part < kBlockN / 32 * (kBlockM / 64); part += kNumWarps) {
       const int query = part % (kBlockM / 64), key = part / (kBlockM / 64) * 2;
       const unsigned row = (first_query + 64 * query) / 2 + lane / 4;
-      const PhiloxColumn column(keys, row, (first_key + 16 * key) / 8 + lane % 4, dropout.head, dropout.batch);
+      const unsigned column_of_lane = (first_key + 16 * key) / 8 + lane % 4;
+      const PhiloxColumn column(keys, make_uint4(column_of_lane, row, dropout.head, dropout.batch));
       unsigned drawn[2] = {};  // for the first 16 of 32 keys, and for the others
       constexpr int kAtOnce = 2;
 #pragma unroll 1
