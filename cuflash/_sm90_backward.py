@@ -18,6 +18,7 @@ from ._wgmma import wgmma
 
 ARCH = "sm_90a"
 JOB_BYTES = 36  # attention/sequence.cuh
+ROUND_KEYS_BYTES = 64  # attention/dropout.cuh
 NUM_THREADS = 384
 WARPS_OF_FINISH = 8
 
@@ -63,7 +64,7 @@ def _dims(problem: Problem) -> tuple[int, int]:
 
 def _pair_bytes(tile: Tile, options: Options) -> int:
     """Biases, masks and survivors of a tile."""
-    survivors = tile.block_m * tile.block_n // 8 if "dropout" in options.names else 0
+    survivors = tile.block_m * tile.block_n // 8 + ROUND_KEYS_BYTES if "dropout" in options.names else 0
     return options.tile_bytes(tile.block_m, tile.block_n) + survivors
 
 

@@ -186,7 +186,7 @@ def cases() -> list[object]:
 # draw for dropout; with 64 columns and a softcap or score_mod its consumers do too.
 MAY_PARK = {
     "bwd_sm80_dq_bf16_d128x128_mod": {90: 16, 100: 16},
-    "bwd_sm90_bf16_d64x64_dropout": {90: 72},
+    "bwd_sm90_bf16_d64x64_dropout": {90: 236},
     "bwd_sm90_bf16_d64x64_mod": {90: 48},
     "bwd_sm90_bf16_d64x64_mod_block_mask": {90: 16},
     "bwd_sm90_bf16_d64x64_softcap": {90: 160},
@@ -196,11 +196,11 @@ MAY_PARK = {
     "bwd_sm90_f16_d192x128_deterministic": {90: 8},
     "bwd_sm90_bf16_d128x128_softcap": {90: 8},
     "bwd_sm90_bf16_d128x128_bias": {90: 32},
-    "bwd_sm90_bf16_d128x128_dropout": {90: 148},
+    "bwd_sm90_bf16_d128x128_dropout": {90: 612},
     "bwd_sm90_bf16_d128x128_mask": {90: 32},
     "bwd_sm90_bf16_d128x128_mod_block_mask": {90: 16},
     "bwd_sm90_bf16_d128x128_packed": {90: 64},
-    "bwd_sm90_bf16_d256x256_dropout": {90: 84},
+    "bwd_sm90_bf16_d256x256_dropout": {90: 236},
     "bwd_sm90_bf16_d256x256_mod_block_mask": {90: 16},
     "bwd_wmma_dkdv_bf16_d128x128_mod": {80: 96, 90: 64, 100: 32},
     "bwd_wmma_dq_bf16_d128x128_mask": {80: 64},

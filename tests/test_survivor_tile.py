@@ -29,7 +29,9 @@ extern "C" __global__ void kernel(unsigned char* kept, const __grid_constant__ O
   Options here = options;
   here.dropout.batch = 1;
   here.dropout.head = 2;
-  if (warp < 2) tile.draw<2, 4>(here, {first_query}, {first_key}, warp);
+  if (threadIdx.x == 0) tile.keys.fill(here.dropout.key_of_seed());
+  __syncthreads();
+  if (warp < 2) tile.draw<2>(here.dropout, {first_query}, {first_key}, warp);
   __syncthreads();
   const auto survives = tile.of_keys(16 * warp, lane);
   for (int i = 0; i < kBlockM / 2; ++i) {{

@@ -47,8 +47,8 @@ struct BackwardBlock {
   // In a fixed order everybody waits for the turn of each tile: none may be left out.
   using Walk = QueryWalk<kBlockM, kBlockN, Options, Options::kSkipsBlocks && !kDeterministic, !kDeterministic>;
 
-  // What options know of pairs, which two warps bring ahead of the consumers: arrays, and which weights survive; and
-  // whether they have anything to do.
+  // What options know of pairs, which is brought ahead of the consumers: arrays by two warps, and which weights survive
+  // by all four that do not compute; and whether those two have anything to do.
   using Survivors = SurvivorTile<kBlockM, kBlockN>;
   static constexpr int kArrayBytes = Options::template kTileBytes<kBlockM, kBlockN>;
   static constexpr int kPairBytes = kArrayBytes + (Options::kHasDropout ? sizeof(Survivors) : 0);
@@ -114,9 +114,15 @@ struct BackwardBlock {
       shared.rings.kv.init(num_warps);
       shared.rings.q.init(num_warps, 1 + 64);  // every lane copies rows
       shared.rings.dout.init(num_warps);
-      shared.rings.pairs.init(num_warps_of_pairs, 2 * 64);  // every lane copies, and arrives twice
+      // Every lane copies, and arrives twice; and the warps that load draw.
+      shared.rings.pairs.init(num_warps_of_pairs, 2 * 64 + (Options::kHasDropout ? 2 : 0));
       shared.rings.partial.init(1);
       shared.rings.jobs.init(num_warps + (kHelps ? 3 : 1));
+      if constexpr (Options::kHasDropout) {
+        Dropout dropout = options.dropout;
+        dropout.enter({}, 0);
+        for (TileOfPairs& tile : shared.pairs) tile.survivors().keys.fill(dropout.key_of_seed());
+      }
       ptx::barrier_init_fence();
     }
     __syncthreads();
@@ -151,6 +157,7 @@ struct BackwardBlock {
     typename RingKv::Position kv_at;
     typename Ring::Position at;
     typename Ring::Position partial_at;
+    typename RingPairs::Position pairs_at;
     for (Job job = jobs.job(blockIdx.x);;) {
       shared.rings.jobs.put(job_at, job);
       if (job.tile == Job::kNoTile) break;
@@ -183,6 +190,7 @@ struct BackwardBlock {
         }
         at.advance();
         if (is_partial(job, walk.block)) partial_at.advance();
+        draw_survivors_too(options, job, walk, shared, pairs_at);
       }
       job = jobs.job(uniform(index));
     }
@@ -194,6 +202,7 @@ struct BackwardBlock {
     const Problem& problem = params.problem;
     typename Jobs::Position job_at;
     typename Ring::Position at;
+    typename RingPairs::Position pairs_at;
     const auto copy = [](float* to, const float* from, bool inside) {
       if constexpr (Options::kSkipsBlocks) {  // else ptxas keeps positions of all warps out of uniform registers
         *to = inside ? *from : 0.0f;
@@ -216,6 +225,7 @@ struct BackwardBlock {
         }
         shared.rings.q.fill_by_copies(at);
         at.advance();
+        draw_survivors_too(options, job, walk, shared, pairs_at);
       }
     }
   }
@@ -258,13 +268,34 @@ struct BackwardBlock {
           const int first_query = walk.block * kBlockM, first_key = job.tile * kBlockN;
           here.template load<kBlockM, kBlockN, 64>(tile.memory, first_query, first_key);
           if constexpr (Options::kHasDropout) {
-            constexpr int kAtOnce = kLeavesFew ? 1 : 4;
-            tile.survivors().template draw<2, kAtOnce>(here, first_query, first_key, uniform(threadIdx.x / 32));
+            draw_survivors(options, job, walk, shared, pairs_at);
           }
           shared.rings.pairs.fill_by_copies(pairs_at);
           pairs_at.advance();
         }
       }
+    }
+  }
+
+  // Which weights survive: the part of one of four warps.
+  static __device__ __forceinline__ void draw_survivors(const Options& options, const Job& job, const Walk& walk,
+                                                        Shared& shared, const typename RingPairs::Position& at) {
+    Dropout dropout = options.dropout;
+    dropout.batch = job.sequence.batch;
+    dropout.head = walk.head;
+    shared.pairs[at.stage()].survivors().template draw<4>(dropout, walk.block * kBlockM, job.tile * kBlockN,
+                                                          uniform(threadIdx.x / 32));
+  }
+
+  // The same for a warp that loads: each has time for it while the copies it started are under way.
+  static __device__ __forceinline__ void draw_survivors_too(const Options& options, const Job& job, const Walk& walk,
+                                                            Shared& shared, typename RingPairs::Position& at) {
+    if constexpr (Options::kHasDropout) {
+      shared.rings.pairs.wait_empty(at);
+      draw_survivors(options, job, walk, shared, at);
+      __syncwarp();
+      if (threadIdx.x % 32 == 0) shared.rings.pairs.fill(at);
+      at.advance();
     }
   }
 

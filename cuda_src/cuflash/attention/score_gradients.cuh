@@ -59,14 +59,15 @@ struct ScoreGradients {
   __device__ __forceinline__ Factor differentiate(const Scores& dweights, const Factor& slopes,
                                                   const Survivors& survives) const {
     Factor dscores;
+    const Scores kept = kept_of(dweights, survives);
 #pragma unroll
     for (int i = 0; i < kCount; i += 2) {
       float change[2];
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
-        const float dweight = dweights.x[i + j], delta = rows.delta[col(i + j)];
+        const float dweight = kept.x[i + j], delta = rows.delta[col(i + j)];
         if constexpr (Options::kHasDropout) {
-          change[j] = fmaf(survives(i + j) ? dweight : 0.0f, pairs.options.survivor_factor(), -delta);
+          change[j] = fmaf(dweight, pairs.options.survivor_factor(), -delta);
         } else {
           change[j] = dweight - delta;
         }
@@ -77,6 +78,19 @@ struct ScoreGradients {
   }
 
  private:
+  // In the order of the bits: then several become predicates at once.
+  static __device__ __forceinline__ Scores kept_of(const Scores& dweights, const Survivors& survives) {
+    Scores kept = dweights;
+    if constexpr (Options::kHasDropout) {
+#pragma unroll
+      for (int bit = 0; bit < kCount; ++bit) {
+        const int i = Survivors::element(bit);
+        if (!survives(i)) kept.x[i] = 0.0f;
+      }
+    }
+    return kept;
+  }
+
   __device__ __forceinline__ int col(int i) const { return first_col + col_of_element(i); }
   __device__ __forceinline__ int query(int i) const { return first_query + col_of_element(i); }
   __device__ __forceinline__ int key(int i) const { return first_key + 8 * row_of_element(i); }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cuflash/attention/options.cuh>
+#include <cuflash/ptx/opaque.cuh>
 #include <cuflash/ptx/permute.cuh>
 
 namespace cuflash {
@@ -16,6 +17,9 @@ struct KeptElements {
     return words[i / 32] >> (i % 32 / 16 * 16 + i % 2 * 8 + 7 - i / 2 % 8) & 1;
   }
 
+  // The element of a bit.
+  static constexpr __host__ __device__ int element(int bit) { return bit / 16 * 16 + (7 - bit % 8) * 2 + bit / 8 % 2; }
+
   // All ones in the half of one that survives, of elements i and i + 1, i even.
   __device__ __forceinline__ unsigned pair(int i) const {
     return ptx::permute(words[i / 32] << i / 2 % 8, 0, i % 32 < 16 ? 0x9988 : 0xbbaa);
@@ -27,31 +31,46 @@ struct SurvivorTile {
   static_assert(kBlockM % 64 == 0 && kBlockN % 32 == 0);
 
   unsigned words[kBlockN / 16][kBlockM / 64][32];
+  RoundKeys keys;  // for those who draw
 
-  // Every kNumWarps-th part of the tile, which begins at multiples of its size. A draw is one long chain: several at
-  // once, where there are registers.
-  template <int kNumWarps, int kAtOnce, class Options>
-  __device__ __forceinline__ void draw(const Options& options, int first_query, int first_key, int warp) {
+  // Every kNumWarps-th part of the tile, which begins at multiples of its size. A draw is one long chain: two at once.
+  template <int kNumWarps>
+  __device__ __forceinline__ void draw(const Dropout& dropout, int first_query, int first_key, int warp) {
+    unsigned thread = threadIdx.x;
+    ptx::make_opaque(thread);  // else the loops read the special register, which is slow
+    const unsigned lane = thread % 32;
 #pragma unroll 1
     for (int part = warp; part < kBlockN / 32 * (kBlockM / 64); part += kNumWarps) {
       const int query = part % (kBlockM / 64), key = part / (kBlockM / 64) * 2;
+      const unsigned row = (first_query + 64 * query) / 2 + lane / 4;
+      const unsigned column_of_lane = (first_key + 16 * key) / 8 + lane % 4;
+      const PhiloxColumn column(keys, make_uint4(column_of_lane, row, dropout.head, dropout.batch));
       unsigned drawn[2] = {};  // for the first 16 of 32 keys, and for the others
-      unsigned inverse = 0;
-#pragma unroll kAtOnce
-      for (int row = 0; row < 4; ++row) {
-        const Draw<2> draw = options.template draw<2>(first_query + 64 * query + 16 * row, first_key + 16 * key);
-        inverse = draw.inverse;
+      constexpr int kAtOnce = 2;
+#pragma unroll 1
+      for (int i = 0; i < 4; i += kAtOnce) {
+        unsigned changes[kAtOnce];
+        uint4 random[kAtOnce];
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          drawn[half] <<= 4;
+        for (int j = 0; j < kAtOnce; ++j) changes[j] = 8 * (i + j);
+        column.random(changes, random);
 #pragma unroll
-          for (int i = 0; i < 8; i += 2) {
-            drawn[half] |= draw.below(8 * half + i) & 0x10001u << 3 - (i / 2 % 2 * 2 + i / 4 % 2);
+        for (int half = 0; half < 2; ++half) drawn[half] <<= 4 * kAtOnce;
+#pragma unroll
+        for (int j = 0; j < kAtOnce; ++j) {
+          const Draw<2> draw = {{random[j].x, random[j].y, random[j].z, random[j].w}, dropout.threshold, 0};
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+#pragma unroll
+            for (int i = 0; i < 8; i += 2) {
+              const int bit = 4 * (kAtOnce - 1 - j) + 3 - (i / 2 % 2 * 2 + i / 4 % 2);
+              drawn[half] |= draw.below(8 * half + i) & 0x10001u << bit;
+            }
           }
         }
       }
 #pragma unroll
-      for (int i = 0; i < 2; ++i) words[key + i][query][threadIdx.x % 32] = transposed(drawn[i] ^ inverse);
+      for (int i = 0; i < 2; ++i) words[key + i][query][lane] = transposed(drawn[i] ^ dropout.inverse, lane);
     }
   }
 
@@ -66,8 +85,8 @@ struct SurvivorTile {
  private:
   // A lane drew for one query and two neighbouring keys where another needs one key and two neighbouring queries: the
   // upper half of a word is for odd keys.
-  static __device__ __forceinline__ unsigned transposed(unsigned drawn) {
-    const int key = threadIdx.x % 32 / 4, query = threadIdx.x % 4 * 2;
+  static __device__ __forceinline__ unsigned transposed(unsigned drawn, unsigned lane) {
+    const int key = lane / 4, query = lane % 4 * 2;
     const unsigned even = __shfl_sync(kFullMask, drawn, query * 4 + key / 2);
     const unsigned odd = __shfl_sync(kFullMask, drawn, query * 4 + 4 + key / 2);
     return ptx::permute(even, odd, key % 2 ? 0x6273 : 0x4051);
