@@ -44,9 +44,6 @@ struct BackwardBlock {
   using Ring = Pipeline<kStages, true>;
   using RingPairs = Pipeline<kStagesPairs, true>;
   using Jobs = JobRing<2 * kStagesKv, true>;
-  // In a fixed order everybody waits for the turn of each tile: none may be left out.
-  using Walk = QueryWalk<kBlockM, kBlockN, Options, Options::kSkipsBlocks && !kDeterministic, !kDeterministic>;
-
   // What options know of pairs, which is brought ahead of the consumers: arrays by two warps, and which weights survive
   // by all four that do not compute; and whether those two have anything to do.
   using Survivors = SurvivorTile<kBlockM, kBlockN>;
@@ -54,6 +51,12 @@ struct BackwardBlock {
   static constexpr int kPairBytes = kArrayBytes + (Options::kHasDropout ? sizeof(Survivors) : 0);
   static constexpr bool kLoadsPairs = kPairBytes > 0;
   static constexpr bool kHelps = kLoadsPairs || Options::kPacked;
+
+  // In a fixed order everybody waits for the turn of each tile: none may be left out. Blocks that share arrays of pairs
+  // find them in L2 if they keep step.
+  static constexpr bool kSkips = Options::kSkipsBlocks && !kDeterministic;
+  static constexpr bool kStaggered = !kDeterministic && kArrayBytes == 0;
+  using Walk = QueryWalk<kBlockM, kBlockN, Options, kSkips, kStaggered>;
 
   // Of each thread. The kernel starts with as many for all as fit into the 64 K of a multiprocessor. Consumers that
   // have both dK and dV of 128 columns leave the fewest to the others.

@@ -3,12 +3,7 @@
 
 namespace cuflash::ptx {
 
-// 16 bytes to an aligned address in global memory.
-__device__ __forceinline__ void store_16(void* global, unsigned x, unsigned y, unsigned z, unsigned w) {
-  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(global), "r"(x), "r"(y), "r"(z), "r"(w) : "memory");
-}
-
-// 8 bytes.
+// 8 bytes to an aligned address in global memory.
 __device__ __forceinline__ void store_8(void* global, unsigned x, unsigned y) {
   asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(global), "r"(x), "r"(y) : "memory");
 }
