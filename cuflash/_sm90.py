@@ -66,7 +66,7 @@ PAIR_TILES: dict[tuple[int, int], tuple[Tile, ...]] = {
 }
 LONG_CAUSAL = 2048
 # What options take of the registers of three consumers, roughly, and what so many keys leave. Others take too much.
-COSTS = {"sinks": 0, "alibi": 1, "mask": 1, "packed": 1, "softcap": 2, "mod": 2, "dropout": 2}
+COSTS = {"sinks": 0, "alibi": 1, "mask": 1, "packed": 1, "softcap": 1, "mod": 2, "dropout": 1}
 LEFT = {128: 1, 96: 6}
 HUNGRY = {"mod"}  # options for which two consumers take the smaller tile
 
