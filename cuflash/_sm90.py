@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -37,7 +36,7 @@ class Tile(NamedTuple):
 
 
 # By (head_dim, head_dim_v), the fastest first; the first that suits the call and fits the shared memory is taken, and
-# the last for options that take many registers. Measured on an H200 (docs/notes/sm90.md). Two consumers have 232
+# the last for many options. Measured on an H200 (docs/notes/sm90.md). Two consumers have 232
 # registers a thread, three have 160.
 TILES: dict[tuple[int, int], tuple[Tile, ...]] = {
     # Three consumers hide the exponentials best; causal rows below 2048 are too short for 192, and some options need
@@ -55,6 +54,7 @@ TILES: dict[tuple[int, int], tuple[Tile, ...]] = {
 PAIR_TILES: dict[tuple[int, int], tuple[Tile, ...]] = {
     (64, 64): (
         Tile(192, 128, 2, 2, 4, 2),
+        Tile(192, 128, 2, 2, 2, 2),
         Tile(128, 128, 2, 2, 3, 2),
         Tile(128, 128, 2, 2, 2, 1),
     ),
@@ -65,10 +65,9 @@ PAIR_TILES: dict[tuple[int, int], tuple[Tile, ...]] = {
     (256, 256): (Tile(128, 64, 1, 2, 2, 1), Tile(128, 64, 1, 1, 1, 1)),
 }
 LONG_CAUSAL = 2048
-# What options take of the registers of three consumers, roughly, and what so many keys leave. Others take too much.
-COSTS = {"sinks": 0, "alibi": 1, "mask": 1, "packed": 1, "softcap": 1, "mod": 2, "dropout": 1}
-LEFT = {128: 1, 96: 6}
-HUNGRY = {"mod"}  # options for which two consumers take the smaller tile
+# For how many options three consumers have registers, with so many keys; and two consumers with their larger tile.
+ROOM_OF_THREE = {128: 1, 96: 3}
+ROOM_OF_TWO = 2
 
 
 def why_not(
@@ -125,8 +124,13 @@ def _tile(problem: Problem, options: Options, chip: Chip) -> Tile | None:
     ]
     if not tiles:
         return None
-    takes_smaller = HUNGRY.intersection(options.names) and not has_pairs and tiles[0].block_m <= 128
+    takes_smaller = _num_hungry(options) > ROOM_OF_TWO and not has_pairs and tiles[0].block_m <= 128
     return tiles[-1] if takes_smaller else tiles[0]
+
+
+def _num_hungry(options: Options) -> int:
+    """The number of options that take registers."""
+    return len({*options.names} - {"sinks"})
 
 
 def _shows_all(problem: Problem) -> bool:
@@ -139,10 +143,7 @@ def _suits_three_consumers(problem: Problem, options: Options, tile: Tile) -> bo
     length, full = problem.seqlen_q, _shows_all(problem) and not problem.packed
     if problem.packed:  # of different lengths the longer half does most of the work
         length = 2 * length // problem.batch
-    cost = sum(COSTS.get(name, math.inf) for name in options.names)
-    if "mask" in options.names and not {*options.names} <= {"mask", "sinks"}:  # no registers for others beside it
-        return False
-    return cost <= LEFT.get(tile.block_n, 0) and (full or length >= LONG_CAUSAL)
+    return _num_hungry(options) <= ROOM_OF_THREE.get(tile.block_n, 0) and (full or length >= LONG_CAUSAL)
 
 
 def forward(problem: Problem, options: Options, number: str, chip: Chip) -> tuple[Kernel, Tile, int]:
