@@ -3,9 +3,13 @@
 
 namespace cuflash::ptx {
 
-// 8 bytes to an aligned address in global memory.
-__device__ __forceinline__ void store_8(void* global, unsigned x, unsigned y) {
-  asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(global), "r"(x), "r"(y) : "memory");
+// 8 or 16 bytes to an aligned address in global memory.
+__device__ __forceinline__ void store(void* global, const unsigned (&x)[2]) {
+  asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(global), "r"(x[0]), "r"(x[1]) : "memory");
+}
+__device__ __forceinline__ void store(void* global, const unsigned (&x)[4]) {
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(global), "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3])
+               : "memory");
 }
 
 // Adds four floats to those at an aligned address (sm_90).

@@ -3,11 +3,13 @@
 
 namespace cuflash::ptx {
 
-inline void store_8(void* global, unsigned x, unsigned y, hostcuda::Site site = hostcuda::Site::here()) {
-  if (reinterpret_cast<uintptr_t>(global) % 8 != 0) {
-    hostcuda::fail("st.global at %s:%d: the address is not a multiple of 8", site.file, site.line);
+template <int kWords>
+inline void store(void* global, const unsigned (&x)[kWords], hostcuda::Site site = hostcuda::Site::here()) {
+  if (reinterpret_cast<uintptr_t>(global) % sizeof(x) != 0) {
+    hostcuda::fail("st.global at %s:%d: the address is not a multiple of %d", site.file, site.line,
+                   static_cast<int>(sizeof(x)));
   }
-  *static_cast<uint2*>(global) = make_uint2(x, y);
+  for (int i = 0; i < kWords; ++i) static_cast<unsigned*>(global)[i] = x[i];
 }
 
 }  // namespace cuflash::ptx
