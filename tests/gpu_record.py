@@ -54,7 +54,7 @@ def run(arguments: list[str], record: Path) -> int:
     """Run the GPU ring and write its record; returns pytest's exit status."""
     import pytest
 
-    # Of the workers that pytest-xdist starts: with as many BLAS threads each as there are cores, they are 3 times slower.
+    # Of the workers of pytest-xdist: each with as many BLAS threads as there are cores, they are 3 times slower.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     digest, counts = sources_digest(), _Counts()
     status = pytest.main(["-m", "gpu", "-p", "no:cacheprovider", *arguments], plugins=[counts])
