@@ -81,11 +81,12 @@ class Problem:
     poisoned: tuple[str, int] | None = None  # the array, and the row, that hold one NaN
     in_parts: bool = False  # keys are shared out, as on a chip with many multiprocessors
     masked: bool = False  # by an array
+    softcap: float | None = None
 
     @property
     def options(self) -> dict[str, Any]:
         mask = np.random.default_rng(1).random((self.seqlen_q, self.seqlen_k)) < 0.5 if self.masked else None
-        return {"causal": self.causal, "window_size": self.window_size, "mask": mask}
+        return {"causal": self.causal, "window_size": self.window_size, "mask": mask, "softcap": self.softcap}
 
     def arrays(self) -> tuple[np.ndarray[Any, Any], ...]:
         """Return dout, q, k and v."""
@@ -1104,6 +1105,15 @@ MUTANTS += [
         "sum[r] *= factor[r];",
         "",
         replace(GROWING, growth=-8.0),
+        "forward",
+    ),
+    sm80(
+        "what bounds the scores of a softcap is too small",
+        "forward",
+        "attention/register_softmax.cuh",
+        "rest.bound = fabsf(",
+        "rest.bound = -fabsf(",
+        replace(GROWING, softcap=30.0),
         "forward",
     ),
     sm80(

@@ -18,7 +18,7 @@ pytestmark = [
     pytest.mark.skipif(shutil.which("g++") is None, reason="the host ring needs g++"),
 ]
 
-# Two warps draw; then each warp looks at its 16 keys: first as an element that survives or not, then as half of a mask.
+# Four warps draw; then each looks at its 16 keys: first as an element that survives or not, then as half of a mask.
 SOURCE = """\
 #include <cuflash/attention/survivor_tile.cuh>
 {options}
@@ -31,7 +31,7 @@ extern "C" __global__ void kernel(unsigned char* kept, const __grid_constant__ O
   here.dropout.head = 2;
   if (threadIdx.x == 0) tile.keys.fill(here.dropout.key_of_seed());
   __syncthreads();
-  if (warp < 2) tile.draw<2>(here.dropout, {first_query}, {first_key}, warp);
+  if (warp < 4) tile.draw<4>(here.dropout, {first_query}, {first_key}, warp);
   __syncthreads();
   const auto survives = tile.of_keys(16 * warp, lane);
   for (int i = 0; i < kBlockM / 2; ++i) {{
