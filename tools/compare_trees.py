@@ -17,7 +17,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import product
@@ -25,8 +25,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-
-TOKENS, WIDTH = 16384, 2048  # batch * seqlen, heads * head_dim
 
 
 @dataclass(frozen=True)
@@ -51,7 +49,11 @@ class Tree:
     def variant(self, name: str) -> Any:
         """The first of this name."""
         variants = self.module("variants")
-        return next(variant for variant in (variants.PLAIN, *variants.VARIANTS) if variant.name == name)
+        known = (variants.PLAIN, *variants.VARIANTS)
+        found = next((variant for variant in known if variant.name == name), None)
+        if found is None:
+            raise SystemExit(f"--variant: {name!r} is none of {', '.join(dict.fromkeys(v.name for v in known))}")
+        return found
 
 
 def parse() -> argparse.Namespace:
@@ -70,11 +72,11 @@ def parse() -> argparse.Namespace:
 
 def each_cell(options: argparse.Namespace, tree: Tree) -> Iterator[tuple[str, Any, str]]:
     """What is measured: direction, cell and variant. The mask is that of plain attention; variants have their own."""
-    small = options.cpu or options.compile
+    small, cells = options.cpu or options.compile, tree.module("cells")
     for op, head_dim, mask, seqlen, name in product(
         options.op, options.head_dim, options.mask, options.seqlen, options.variant
     ):
-        width, batch = (8 * head_dim, 1) if small else (WIDTH, max(1, TOKENS // seqlen))
+        width, batch = (8 * head_dim, 1) if small else (cells.WIDTH, max(1, cells.TOKENS // seqlen))
         sizes = tree.module("variants").Sizes(width, seqlen, batch)
         variant = replace(tree.variant(name), head_dims=(head_dim,))
         if name == "plain":
@@ -110,7 +112,7 @@ def distance(results: Any, expected: Any) -> float:
     return max(share(x, y) for x, y in zip(results, expected, strict=True) if x is not None)
 
 
-def compare(options: argparse.Namespace, trees: list[Tree], report: Callable[[str], None]) -> None:
+def compare(options: argparse.Namespace, trees: list[Tree]) -> None:
     first = trees[0]
     machine = first.module("cpu").Cpu() if options.cpu else first.module("gpu").Gpu()
     cells, timing = first.module("cells"), first.module("timing")
@@ -126,7 +128,7 @@ def compare(options: argparse.Namespace, trees: list[Tree], report: Callable[[st
         spreads = timing.measure_in_turn(contenders, machine.sample)
         flops = cells.flops(op, cell, first.variant(name).pairs(cell))
         tflops = " ".join(f"{flops / spreads[tree.name].median / 1e9:8.2f}" for tree in trees)
-        report(f"{name:12} {op:8} {cell!s:44} {tflops}   {furthest:.1e}")
+        print(f"{name:12} {op:8} {cell!s:44} {tflops}   {furthest:.1e}", flush=True)
 
 
 def main() -> None:
@@ -140,7 +142,7 @@ def main() -> None:
         ]
         if not options.compile:
             print(f"TFLOP/s by {', '.join(str(tree) for tree in options.trees)}")
-        compare(options, trees, lambda line: print(line, flush=True))
+        compare(options, trees)
 
 
 if __name__ == "__main__":
