@@ -1,5 +1,5 @@
-// What the Hopper forward does besides computing, and the kernel for dQ alone: a block's jobs, its tiles in shared memory,
-// and the warps that copy them there (sm_90a).
+// What the Hopper forward does besides computing, and the kernel for dQ alone: a block's jobs, its tiles in shared
+// memory, and the warps that copy them there (sm_90a).
 #pragma once
 
 #include <cuflash/attention/careful_row.cuh>
@@ -154,14 +154,14 @@ struct ForwardBlock {
     };
     const auto load_queries = [&](const Job& job) {
       if (leader && job.tile != Job::kNoTile) {
-        const int batch = job.sequence.batch, first_query = job.sequence.first_query + job.tile * kBlockM;
+        const int first_query = job.sequence.first_query + job.tile * kBlockM, stage = q_at.stage();
         shared.rings.q.wait_empty(q_at);
         ptx::Barrier* const arrived = shared.rings.q.expect(q_at, kQueryBytes);
-        const auto load = [&](auto& tile, const Input& input) {
-          tile.load(input.map, arrived, input.strides, batch, job.head, first_query);
-        };
-        load(shared.q[q_at.stage()], inputs.q);
-        if constexpr (kMoreCols > 0) load(shared.more[q_at.stage()], inputs.more);
+        shared.q[stage].load(inputs.q.map, arrived, inputs.q.strides, job.sequence.batch, job.head, first_query);
+        if constexpr (kMoreCols > 0) {
+          shared.more[stage].load(inputs.more.map, arrived, inputs.more.strides, job.sequence.batch, job.head,
+                                  first_query);
+        }
       }
       q_at.advance();
     };

@@ -16,8 +16,8 @@ template <class Number, class Options, int kHeadDim, int kHeadDimV, int kBlockM,
           int kStages, int kStagesPairs, bool kAddsDq>
 struct BwdSm90 {
   using Element = typename Number::Element;
-  using Block = BackwardBlock<Element, Options, kHeadDim, kHeadDimV, kBlockM, kBlockN, kStagesKv, kStages, kStagesPairs,
-                              2>;
+  using Block =
+      BackwardBlock<Element, Options, kHeadDim, kHeadDimV, kBlockM, kBlockN, kStagesKv, kStages, kStagesPairs, 2>;
   using Arrays = typename Block::Arrays;
 
   using Gradients = ScoreGradients<Element, Options, kBlockM>;

@@ -15,8 +15,8 @@ template <class Number, class Options, int kHeadDim, int kHeadDimV, int kBlockM,
           int kStages, int kStagesPairs, bool kAddsDq>
 struct BwdSm90Wide {
   using Element = typename Number::Element;
-  using Block = BackwardBlock<Element, Options, kHeadDim, kHeadDimV, kBlockM, kBlockN, kStagesKv, kStages, kStagesPairs,
-                              1>;
+  using Block =
+      BackwardBlock<Element, Options, kHeadDim, kHeadDimV, kBlockM, kBlockN, kStagesKv, kStages, kStagesPairs, 1>;
   using Arrays = typename Block::Arrays;
 
   using Gradients = ScoreGradients<Element, Options, kBlockM>;
@@ -128,9 +128,7 @@ struct BwdSm90Wide {
       if constexpr (Options::kPacked && kFirst) Block::clear_keys(k, sequence, block_key + warp_row, warp_row);
       if constexpr (Options::kPacked && !kFirst) Block::clear_keys(v, sequence, block_key + warp_row, warp_row);
       typename Block::Walk walk(options, problem, job, band);
-      const auto sums_here = [&] {
-        return Sums(arrays.dq_sums, problem, job, walk, thread);
-      };
+      const auto sums_here = [&] { return Sums(arrays.dq_sums, problem, job, walk, thread); };
       GradQ dq[kNumParts] = {};  // first late pieces of 0 are added
       Sums sums = sums_here();
       const auto add_late = [&] {
