@@ -1,4 +1,4 @@
-"""What kernels of the sm90 family have in common whose jobs are queries (cuda_src/cuflash/attention/forward_block.cuh)."""
+"""What kernels of sm90 have in common whose jobs are queries (cuda_src/cuflash/attention/forward_block.cuh)."""
 
 from __future__ import annotations
 

@@ -350,8 +350,9 @@ def test_every_set_of_options_has_a_tile_for_dq_and_every_tile_a_call() -> None:
 def test_the_blocks_of_a_backward(
     notebook: Notebook, heads: int, heads_kv: int, seqlen: int, jobs: tuple[int, int]
 ) -> None:
-    """One for each tile of keys, or of queries, but no more than there are multiprocessors; at last one for each tile of
-    queries, and one for eight of keys.
+    """One for each tile of keys, or of queries, but no more than there are multiprocessors.
+
+    At last one for each tile of queries, and one for eight of keys.
     """
     q, k = (np.zeros((n, seqlen, 64), BF16) for n in (heads, heads_kv))
     backward(q, k, k, deterministic=True)
