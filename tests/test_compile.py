@@ -197,6 +197,7 @@ MAY_PARK = {
     "bwd_sm90_bf16_d128x128_bias": {90: 32},
     "bwd_sm90_bf16_d128x128_dropout": {90: 612},
     "bwd_sm90_bf16_d128x128_mask": {90: 32},
+    "bwd_sm90_bf16_d128x128_mod": {90: 8},
     "bwd_sm90_bf16_d128x128_mod_block_mask": {90: 20},
     "bwd_sm90_bf16_d128x128_packed": {90: 64},
     "bwd_sm90_bf16_d256x256_dropout": {90: 236},
