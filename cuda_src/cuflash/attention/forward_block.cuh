@@ -154,14 +154,14 @@ struct ForwardBlock {
     };
     const auto load_queries = [&](const Job& job) {
       if (leader && job.tile != Job::kNoTile) {
-        const int first_query = job.sequence.first_query + job.tile * kBlockM, stage = q_at.stage();
         shared.rings.q.wait_empty(q_at);
         ptx::Barrier* const arrived = shared.rings.q.expect(q_at, kQueryBytes);
-        shared.q[stage].load(inputs.q.map, arrived, inputs.q.strides, job.sequence.batch, job.head, first_query);
-        if constexpr (kMoreCols > 0) {
-          shared.more[stage].load(inputs.more.map, arrived, inputs.more.strides, job.sequence.batch, job.head,
-                                  first_query);
-        }
+        const auto load = [&](auto& tile, const Input& input) {
+          tile.load(input.map, arrived, input.strides, job.sequence.batch, job.head,
+                    job.sequence.first_query + job.tile * kBlockM);
+        };
+        load(shared.q[q_at.stage()], inputs.q);
+        if constexpr (kMoreCols > 0) load(shared.more[q_at.stage()], inputs.more);
       }
       q_at.advance();
     };
