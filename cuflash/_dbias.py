@@ -22,12 +22,13 @@ MIN_TILES = 32  # that blocks stay for, if the tiles differ in length: then thos
 
 
 class Sm90Tile(NamedTuple):
-    """Rows and columns of a block's gradient, and how many panels and tiles of pairs shared memory holds."""
+    """Rows and columns of a block's gradient, how many panels and tiles of pairs are held, and blocks of a cluster."""
 
     block_m: int
     block_n: int
     stages: int
     stages_pairs: int
+    cluster: int
 
 
 class Sm80Tile(NamedTuple):
@@ -55,8 +56,12 @@ Tile = Sm80Tile | WmmaTile
 # The first that fits. 128 x 128 is what registers hold of sums, scores and gradients of weights, 64 each. Four panels are
 # two tiles at head dimension 64, and one at 128. With two places for pairs those of the next tile of the gradient come
 # ahead; that of one is for a float32 bias, or for a bias and a mask.
-SM90_TILES = (Sm90Tile(128, 128, 4, 2), Sm90Tile(128, 128, 4, 1))
+SM90_TILES = (
+    *(Sm90Tile(128, 128, 4, stages_pairs, 2) for stages_pairs in (2, 1)),
+    *(Sm90Tile(128, 128, 4, stages_pairs, 1) for stages_pairs in (2, 1)),
+)
 SM90_THREADS = 384
+MIN_SHARED = 1024  # keys from which on it costs little if the last cluster has but one block with keys
 # By the KiB of shared memory that a block may use, those of the largest class that a chip reaches; for all head
 # dimensions that are whole panels. What counts is how often Q, dO, K and V come from L2: 128 x 128 makes 64 operations
 # of a byte, 128 x 64 makes 43. 8 warps, since two of them hide what one waits for.
@@ -94,7 +99,7 @@ def plan(call: Call, delta: Operand) -> Callable[..., None]:
     step = call.add((kernel, num_blocks))
     params = np.zeros(1, PARAMS["DbiasSm90Params"])
     params["dbias"] = fill("DbiasParams", call.problem, {**call.operands, "delta": delta})
-    rows = {"q": tile.block_m, "k": tile.block_n, "v": tile.block_n, "dout": tile.block_m}
+    rows = {"q": 64, "k": tile.block_n, "v": tile.block_n, "dout": 64}
     mapped = MappedParams(call.device, call.number, params, call.operands, rows)
 
     def run(
@@ -111,14 +116,20 @@ def why_not_sm90(call: Call) -> str | None:
         return "it needs compute capability 9.0, and numbers of 16 bits"
     if 1 in call.operands["dbias"].shape[2:]:
         return "pairs of one tile share a row or a column"
-    if _sm90_tile(call.options, call.chip) is None:
+    if _sm90_tile(call.problem, call.options, call.chip) is None:
         return "arrays of pairs take too much shared memory"
     reasons = (why_not_array(name, call.operands[name]) for name in ("q", "k", "v", "dout"))
     return next((reason for reason in reasons if reason is not None), None)
 
 
-def _sm90_tile(options: Options, chip: Chip) -> Sm90Tile | None:
-    return next((tile for tile in SM90_TILES if _sm90_shared_bytes(options, tile) <= chip.shared_memory), None)
+def _sm90_tile(problem: Problem, options: Options, chip: Chip) -> Sm90Tile | None:
+    def suits(tile: Sm90Tile) -> bool:
+        cols = tile.block_n * tile.cluster
+        wasteful = -problem.seqlen_k % cols >= tile.block_n and problem.seqlen_k < MIN_SHARED
+        fits = _sm90_shared_bytes(options, tile) <= chip.shared_memory
+        return fits and options.allows_tile(tile.block_m, cols) and not wasteful
+
+    return next(filter(suits, SM90_TILES), None)
 
 
 def _sm90_shared_bytes(options: Options, tile: Sm90Tile) -> int:
@@ -134,7 +145,7 @@ def sm90(
 ) -> tuple[Kernel, Sm90Tile, int]:
     """The kernel on wgmma, its tile, and the number of its blocks."""
     name, short, _ = NUMBERS[number]
-    tile = _sm90_tile(options, chip)
+    tile = _sm90_tile(problem, options, chip)
     assert tile is not None, "why_not_sm90 has found one"
     dims = [PANEL * ceil_div(dim, PANEL) for dim in (problem.head_dim, problem.head_dim_v)]
     kernel = Kernel(
@@ -148,9 +159,11 @@ def sm90(
         shared_bytes=_sm90_shared_bytes(options, tile),
         options=options,
         definitions=wgmma(number, tile.block_n),
+        cluster=tile.cluster,
         arch="sm_90a",
     )
-    return kernel, tile, _num_blocks(problem, options, _num_tiles(dbias, tile), chip.multiprocessors)
+    num_tiles = _num_tiles(dbias, tile.block_m, tile.cluster * tile.block_n)
+    return kernel, tile, tile.cluster * _num_blocks(problem, options, num_tiles, chip.multiprocessors // tile.cluster)
 
 
 def backward_dbias(problem: Problem, options: Options, number: str, chip: Chip, dbias: Operand) -> tuple[Kernel, int]:
@@ -180,7 +193,7 @@ def backward_dbias(problem: Problem, options: Options, number: str, chip: Chip, 
         shared_bytes=needed[tile],
         options=options,
     )
-    num_tiles = _num_tiles(dbias, tile)
+    num_tiles = _num_tiles(dbias, tile.block_m, tile.block_n)
     if not has_mma_sync or 1 in dbias.shape[2:]:  # then pairs of one tile share a row or a column
         return kernel, num_tiles
     return kernel, _num_blocks(problem, options, num_tiles, num_places(kernel, chip))
@@ -202,10 +215,10 @@ def _shared_bytes(size: int, options: Options, dims: tuple[int, int], tile: Tile
     return max(tile.stages * stage + max(pairs, 16) + TILE_BYTES * (ahead + 2) + WALK_BYTES, sums)
 
 
-def _num_tiles(dbias: Operand, tile: Tile | Sm90Tile) -> int:
+def _num_tiles(dbias: Operand, block_m: int, block_n: int) -> int:
     """The tiles of the gradient (attention/bias_walk.cuh)."""
     batch, heads, rows, cols = dbias.shape
-    return batch * heads * ceil_div(rows, tile.block_m) * ceil_div(cols, tile.block_n)
+    return batch * heads * ceil_div(rows, block_m) * ceil_div(cols, block_n)
 
 
 def _num_blocks(problem: Problem, options: Options, num_tiles: int, places: int) -> int:

@@ -31,15 +31,16 @@ struct BiasTiles {
 
   __device__ __forceinline__ const Tile& at(int number) const { return tiles[static_cast<unsigned>(number) % kTiles]; }
 
-  // Writes down the first ones.
+  // Writes down the first ones of one of so many blocks, or clusters of blocks.
   template <class Options>
-  __device__ __forceinline__ void begin(const DbiasParams& params, const Options& options) {
+  __device__ __forceinline__ void begin(const DbiasParams& params, const Options& options, unsigned block = blockIdx.x,
+                                        unsigned num_blocks = gridDim.x) {
     const Problem& problem = params.problem;
     band = problem.band(problem.seqlen_q, problem.seqlen_k);
     group_size = problem.group_size();
     walk = Walk(params);
-    stride = walk.tile(gridDim.x);
-    begin_job(0, walk.tile(blockIdx.x), problem, options);
+    stride = walk.tile(num_blocks);
+    begin_job(0, walk.tile(block), problem, options);
 #pragma unroll 1
     for (int number = 0; number < kAhead; ++number) write_after(number, problem, options);
   }

@@ -18,9 +18,11 @@ struct DbiasSm90Params {
 
 // A block computes one tile of the gradient after the other (BiasTiles). Each of two consumers has 64 of its rows: sums,
 // scores and gradients of weights lie in registers. Q and K, then dO and V come in panels of 64 columns, through a ring
-// that knows no tiles: so shared memory does not depend on the head dimensions, and copies never stop.
+// that knows no tiles: so shared memory does not depend on the head dimensions, and copies never stop. L2 is what they
+// wait for: so the two blocks of a cluster have neighbouring keys of the same rows, and each brings half of these to
+// both.
 template <class Number, class Options, int kHeadDim, int kHeadDimV, int kBlockM, int kBlockN, int kStages,
-          int kStagesPairs>
+          int kStagesPairs, int kCluster>
 struct BwdSm90Dbias {
   using Element = typename Number::Element;
   using Bias = typename Options::Bias;
@@ -34,7 +36,7 @@ struct BwdSm90Dbias {
 
   // Of what is on its way one warp writes down what comes, and the others read it.
   static constexpr int kTilesAhead = 4;
-  using Tiles = BiasTiles<kBlockM, kBlockN, 0, kTilesAhead>;
+  using Tiles = BiasTiles<kBlockM, kCluster * kBlockN, 0, kTilesAhead>;  // of all blocks of a cluster
   using Tile = typename Tiles::Tile;
 
   using Ring = Pipeline<kStages, true>;
@@ -43,8 +45,8 @@ struct BwdSm90Dbias {
   using RingTiles = Pipeline<kTilesAhead, true>;
 
   struct Panel {
-    SwizzledTile<Element, kBlockM, kPanel> rows;  // of Q or dO
-    SwizzledTile<Element, kBlockN, kPanel> cols;  // of K or V
+    SwizzledTile<Element, 64, kPanel> rows[kNumConsumers];  // of Q or dO
+    SwizzledTile<Element, kBlockN, kPanel> cols;            // of K or V
   };
   struct alignas(16) TileOfPairs {
     unsigned char memory[Options::template kTileBytes<kBlockM, kBlockN>];
@@ -69,7 +71,7 @@ struct BwdSm90Dbias {
   static constexpr int kSharedBytes = sizeof(Panel) * kStages + sizeof(TileOfPairs) * kStagesPairs + sizeof(Rows) * 2 +
                                       sizeof(Rings) + sizeof(Tiles);
 
-  static_assert(kNumConsumers == 2 && kHeadDim % kPanel == 0 && kHeadDimV % kPanel == 0);
+  static_assert(kNumConsumers == 2 && (kCluster == 1 || kCluster == 2) && kHeadDim % kPanel == 0 && kHeadDimV % kPanel == 0);
 
   struct Arrays {
     const float *lse, *delta;
@@ -86,14 +88,14 @@ struct BwdSm90Dbias {
       ptx::tma_prefetch(&maps.v);
       ptx::tma_prefetch(&maps.dout);
       const int num_warps = 4 * kNumConsumers;  // wgmma ends warp by warp: each releases what it has read
-      shared.rings.panels.init(num_warps);
+      shared.rings.panels.init(kCluster * num_warps);
       shared.rings.rows.init(num_warps, 2 * 32);  // every lane copies, and arrives twice
       shared.rings.pairs.init(num_warps, 2 * 64);
       shared.rings.tiles.init(num_warps + 3);
       ptx::barrier_init_fence();
-      shared.tiles.begin(params.dbias, options);
+      shared.tiles.begin(params.dbias, options, blockIdx.x / kCluster, gridDim.x / kCluster);
     }
-    __syncthreads();
+    meet();
     if (threadIdx.x < 128) {
       ptx::release_registers<kProducerRegisters>();
       if (threadIdx.x < 64) {
@@ -107,6 +109,22 @@ struct BwdSm90Dbias {
       ptx::acquire_registers<kConsumerRegisters>();
       consume(arrays, params.dbias, options, shared);
     }
+    if constexpr (kCluster > 1) meet();  // nobody leaves while the other still copies to its memory
+  }
+
+  // All threads of a cluster.
+  static __device__ __forceinline__ void meet() {
+    if constexpr (kCluster > 1) {
+      ptx::cluster_sync();
+    } else {
+      __syncthreads();
+    }
+  }
+
+  static __device__ __forceinline__ int rank() { return kCluster > 1 ? ptx::cluster_rank() : 0; }
+  // The first of this block's keys.
+  static __device__ __forceinline__ int first_key_of(const typename Tiles::Step& step) {
+    return step.first_key() + rank() * kBlockN;
   }
 
   // ---- Loads
@@ -131,8 +149,13 @@ struct BwdSm90Dbias {
           ptx::Barrier* const arrived = rings.panels.expect(at, sizeof(Panel));
           Panel& target = shared.panels[at.stage()];
           const int batch = tile.step.batch, first_col = panel * kPanel;
-          target.rows.load(&map_rows, arrived, rows, batch, tile.step.head, tile.step.first_query(), first_col);
-          target.cols.load(&map_cols, arrived, cols, batch, tile.head_kv, tile.step.first_key(), first_col);
+#pragma unroll
+          for (int i = 0; i < kNumConsumers / kCluster; ++i) {
+            const int part = kCluster > 1 ? rank() : i, first_row = tile.step.first_query() + 64 * part;
+            target.rows[part].template load<kCluster>(&map_rows, arrived, rows, batch, tile.step.head, first_row,
+                                                      first_col);
+          }
+          target.cols.load(&map_cols, arrived, cols, batch, tile.head_kv, first_key_of(tile.step), first_col);
           at.advance();
         }
       };
@@ -190,7 +213,7 @@ struct BwdSm90Dbias {
       Options there = options;
       there.enter(BatchedSequences::sequence(problem, tile.step.batch), tile.step.head);
       there.template load<kBlockM, kBlockN, 64>(shared.pairs[at.stage()].memory, tile.step.first_query(),
-                                                tile.step.first_key());
+                                                first_key_of(tile.step));
       ring.fill_by_copies(at);
       at.advance();
     });
@@ -203,16 +226,26 @@ struct BwdSm90Dbias {
     const Problem& problem = params.problem;
     const Band band = problem.band(problem.seqlen_q, problem.seqlen_k);
     Rings& rings = shared.rings;
-    const int first_row = uniform(threadIdx.x / 128 - 1) * 64;  // of the consumer
+    const int consumer = uniform(threadIdx.x / 128 - 1);
     unsigned thread = threadIdx.x % 128;
     ptx::make_opaque(thread);  // else the loop reads the special register, which is slow
-    const int warp_row = first_row + thread / 32 * 16, lane = thread % 32;
+    const int warp_row = 64 * consumer + thread / 32 * 16, lane = thread % 32;
     typename Ring::Position at;
     typename RingRows::Position rows_at;
     typename RingPairs::Position pairs_at;
     typename RingTiles::Position tile_at;
     const auto release = [&](auto& ring, auto& at) {
       if (lane == 0) ring.release(at);
+      at.advance();
+    };
+    const auto release_panel = [&](auto& at) {  // to all who fill it
+      if (lane < kCluster) {
+        if constexpr (kCluster > 1) {
+          rings.panels.release_of(lane, at);
+        } else {
+          rings.panels.release(at);
+        }
+      }
       at.advance();
     };
 
@@ -231,11 +264,11 @@ struct BwdSm90Dbias {
         const auto multiply = [&](Scores& sum, int panel, bool first) {
           rings.panels.wait_full(started);
           const Panel& there = shared.panels[started.stage()];
-          start_product_along<kPanel>(sum, there.rows, first_row, there.cols, panel > 0);
+          start_product_along<kPanel>(sum, there.rows[consumer], 0, there.cols, panel > 0);
           started.advance();
           if (first) return;
           ptx::wgmma_wait<1>();
-          release(rings.panels, at);
+          release_panel(at);
         };
 #pragma unroll
         for (int panel = 0; panel < kPanelsQ; ++panel) multiply(scores, panel, panel == 0);
@@ -245,9 +278,9 @@ struct BwdSm90Dbias {
         Options here = options;
         here.enter(BatchedSequences::sequence(problem, step.batch), step.head);
         here.template look_at<kBlockM, kBlockN>(shared.pairs[pairs_at.stage()].memory, step.first_query(),
-                                                step.first_key());
+                                                first_key_of(step));
         const BiasPairs<Options> pairs = {here, band, problem.softmax_scale};
-        const int first_query = step.first_query() + warp_row, first_key = step.first_key();
+        const int first_query = step.first_query() + warp_row, first_key = first_key_of(step);
         const Range queries = {first_query, first_query + 16}, keys = {first_key, first_key + kBlockN};
         const bool masked = queries.end > band.seqlen_q || !band.all_visible(queries, keys);
         const Survivors<Options, kBlockN, false> survives(here, first_query, first_key);
@@ -264,7 +297,7 @@ struct BwdSm90Dbias {
         release(rings.rows, rows_at);
         rings.pairs.wait_full(pairs_at);
         ptx::wgmma_wait<0>();
-        release(rings.panels, at);
+        release_panel(at);
         gradients.differentiate(
             scores, dweights, [&](int i) { return lse[row_of_element(i)]; },
             [&](int i) { return delta[row_of_element(i)]; }, survives);
@@ -285,7 +318,7 @@ struct BwdSm90Dbias {
         const Matrix<Bias> dbias(arrays.dbias, params.dbias, params.batch == 1 ? 0 : step.batch,
                                  params.heads == 1 ? 0 : step.head, 0, params.rows, params.cols);
         const float one[2] = {1.0f, 1.0f};
-        store_rows(dbias, sums, one, step.first_query() + warp_row + lane / 4, step.first_key());
+        store_rows(dbias, sums, one, step.first_query() + warp_row + lane / 4, first_key_of(step));
         sums.clear();
       }
     }
