@@ -259,6 +259,15 @@ struct BwdSm90Dbias {
       const auto step = tile.step;
       const bool visible = tile.visible;
       if (visible) {
+        Options here = options;
+        here.enter(BatchedSequences::sequence(problem, step.batch), step.head);
+        here.template look_at<kBlockM, kBlockN>(shared.pairs[pairs_at.stage()].memory, step.first_query(),
+                                                first_key_of(step));
+        const BiasPairs<Options> pairs = {here, band, problem.softmax_scale};
+        const int first_query = step.first_query() + warp_row, first_key = first_key_of(step);
+        const Range queries = {first_query, first_query + 16}, keys = {first_key, first_key + kBlockN};
+        const bool masked = queries.end > band.seqlen_q || !band.all_visible(queries, keys);
+        const Survivors<Options, kBlockN, false> survives(here, first_query, first_key);
         Scores scores, dweights;
         auto started = at;  // the next panel; those from `at` on are being read
         const auto multiply = [&](Scores& sum, int panel, bool first) {
@@ -275,15 +284,6 @@ struct BwdSm90Dbias {
 #pragma unroll
         for (int panel = 0; panel < kPanelsV; ++panel) multiply(dweights, panel, false);
 
-        Options here = options;
-        here.enter(BatchedSequences::sequence(problem, step.batch), step.head);
-        here.template look_at<kBlockM, kBlockN>(shared.pairs[pairs_at.stage()].memory, step.first_query(),
-                                                first_key_of(step));
-        const BiasPairs<Options> pairs = {here, band, problem.softmax_scale};
-        const int first_query = step.first_query() + warp_row, first_key = first_key_of(step);
-        const Range queries = {first_query, first_query + 16}, keys = {first_key, first_key + kBlockN};
-        const bool masked = queries.end > band.seqlen_q || !band.all_visible(queries, keys);
-        const Survivors<Options, kBlockN, false> survives(here, first_query, first_key);
         const Gradients gradients = {pairs, first_query + lane / 4, first_key + lane % 4 * 2};
         float lse[2], delta[2];
         rings.rows.wait_full(rows_at);
@@ -296,11 +296,10 @@ struct BwdSm90Dbias {
         __syncwarp();
         release(rings.rows, rows_at);
         rings.pairs.wait_full(pairs_at);
+        gradients.weigh(scores, [&](int i) { return lse[row_of_element(i)]; });  // beside the last product
         ptx::wgmma_wait<0>();
         release_panel(at);
-        gradients.differentiate(
-            scores, dweights, [&](int i) { return lse[row_of_element(i)]; },
-            [&](int i) { return delta[row_of_element(i)]; }, survives);
+        gradients.finish(scores, dweights, [&](int i) { return delta[row_of_element(i)]; }, survives);
         if (masked) gradients.hide_by_band(scores, dweights);
         gradients.hide_by_options(scores, dweights);
 #pragma unroll

@@ -13,10 +13,11 @@ __device__ __forceinline__ int cluster_rank() {
   return rank;
 }
 
-// Waits for all threads of the cluster. Those of a warp need not come together.
+// Waits for all threads of the cluster.
 __device__ __forceinline__ void cluster_sync() {
-  asm volatile("barrier.cluster.arrive;" ::: "memory");
-  asm volatile("barrier.cluster.wait;" ::: "memory");
+  __syncwarp();  // those of a warp must come together
+  asm volatile("barrier.cluster.arrive.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.wait.aligned;" ::: "memory");
 }
 
 // Arrives at the barrier that lies at the same place in the shared memory of a block of the cluster.
