@@ -290,7 +290,7 @@ struct BwdSm90Dbias {
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
           const int row = warp_row + lane / 4 + 8 * r;
-          lse[r] = RowStatistics::lse_of_value(shared.rows[rows_at.stage()].lse[row]) * Gradients::kLseUnit;
+          lse[r] = RowStatistics::lse_of_value(shared.rows[rows_at.stage()].lse[row]) * kLog2e;
           delta[r] = shared.rows[rows_at.stage()].delta[row];
         }
         __syncwarp();
@@ -299,11 +299,11 @@ struct BwdSm90Dbias {
         gradients.weigh(scores, [&](int i) { return lse[row_of_element(i)]; });  // beside the last product
         ptx::wgmma_wait<0>();
         release_panel(at);
-        gradients.finish(scores, dweights, [&](int i) { return delta[row_of_element(i)]; }, survives);
+        gradients.subtract_delta(dweights, [&](int i) { return delta[row_of_element(i)]; }, survives);
         if (masked) gradients.hide_by_band(scores, dweights);
         gradients.hide_by_options(scores, dweights);
 #pragma unroll
-        for (int i = 0; i < Scores::kNumElements; ++i) sums.x[i] += dweights.x[i];
+        for (int i = 0; i < Scores::kNumElements; ++i) sums.x[i] = fmaf(scores.x[i], dweights.x[i], sums.x[i]);
       }
       auto next_at = tile_at;
       next_at.advance();
