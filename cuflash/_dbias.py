@@ -53,9 +53,9 @@ class WmmaTile(NamedTuple):
 
 Tile = Sm80Tile | WmmaTile
 
-# The first that fits. 128 x 128 is what registers hold of sums, scores and gradients of weights, 64 each. Four panels are
-# two tiles at head dimension 64, and one at 128. With two places for pairs those of the next tile of the gradient come
-# ahead; that of one is for a float32 bias, or for a bias and a mask.
+# The first that fits. 128 x 128 is what registers hold: 64 each of sums, scores, gradients of weights. Four panels are
+# two tiles of pairs at head dimension 64, one at 128. Two blocks of a cluster take a quarter less from L2. With two
+# places for pairs those of the next tile of the gradient come ahead; one is for a float32 bias, or a bias and a mask.
 SM90_TILES = (
     *(Sm90Tile(128, 128, 4, stages_pairs, 2) for stages_pairs in (2, 1)),
     *(Sm90Tile(128, 128, 4, stages_pairs, 1) for stages_pairs in (2, 1)),
@@ -140,9 +140,7 @@ def _sm90_shared_bytes(options: Options, tile: Sm90Tile) -> int:
     return panels + pairs + 2 * 8 * tile.block_m + rings + 4 * TILE_BYTES + WALK_BYTES
 
 
-def sm90(
-    problem: Problem, options: Options, number: str, chip: Chip, dbias: Operand
-) -> tuple[Kernel, Sm90Tile, int]:
+def sm90(problem: Problem, options: Options, number: str, chip: Chip, dbias: Operand) -> tuple[Kernel, Sm90Tile, int]:
     """The kernel on wgmma, its tile, and the number of its blocks."""
     name, short, _ = NUMBERS[number]
     tile = _sm90_tile(problem, options, chip)

@@ -16,11 +16,11 @@ struct DbiasSm90Params {
   BwdMaps maps;
 };
 
-// A block computes one tile of the gradient after the other (BiasTiles). Each of two consumers has 64 of its rows: sums,
-// scores and gradients of weights lie in registers. Q and K, then dO and V come in panels of 64 columns, through a ring
-// that knows no tiles: so shared memory does not depend on the head dimensions, and copies never stop. L2 is what they
-// wait for: so the two blocks of a cluster have neighbouring keys of the same rows, and each brings half of these to
-// both.
+// A block computes one tile of the gradient after the other (BiasTiles). Each of two consumers has 64 of its rows:
+// sums, scores and gradients of weights lie in registers. Q and K, then dO and V come in panels of 64 columns, through
+// a ring that knows no tiles: so shared memory does not depend on the head dimensions, and copies never stop. L2 is
+// what they wait for: so the two blocks of a cluster have neighbouring keys of the same rows, and each brings half of
+// these to both.
 template <class Number, class Options, int kHeadDim, int kHeadDimV, int kBlockM, int kBlockN, int kStages,
           int kStagesPairs, int kCluster>
 struct BwdSm90Dbias {
@@ -68,10 +68,11 @@ struct BwdSm90Dbias {
     Tiles tiles;
   };
   // Without the padding that makes the struct a multiple of 1024.
-  static constexpr int kSharedBytes = sizeof(Panel) * kStages + sizeof(TileOfPairs) * kStagesPairs + sizeof(Rows) * 2 +
-                                      sizeof(Rings) + sizeof(Tiles);
+  static constexpr int kSharedBytes =
+      sizeof(Panel) * kStages + sizeof(TileOfPairs) * kStagesPairs + sizeof(Rows) * 2 + sizeof(Rings) + sizeof(Tiles);
 
-  static_assert(kNumConsumers == 2 && (kCluster == 1 || kCluster == 2) && kHeadDim % kPanel == 0 && kHeadDimV % kPanel == 0);
+  static_assert(kNumConsumers == 2 && (kCluster == 1 || kCluster == 2) && kHeadDim % kPanel == 0 &&
+                kHeadDimV % kPanel == 0);
 
   struct Arrays {
     const float *lse, *delta;

@@ -23,8 +23,8 @@ __device__ __forceinline__ void cluster_sync() {
 // Arrives at the barrier that lies at the same place in the shared memory of a block of the cluster.
 __device__ __forceinline__ void barrier_arrive_at(Barrier* barrier, int rank) {
   asm volatile(
-      "{ .reg .b32 there; mapa.shared::cluster.u32 there, %0, %1; mbarrier.arrive.shared::cluster.b64 _, [there]; }" ::"r"(
-          shared_address(barrier)),
+      "{ .reg .b32 there; mapa.shared::cluster.u32 there, %0, %1; mbarrier.arrive.shared::cluster.b64 _, [there]; }" ::
+          "r"(shared_address(barrier)),
       "r"(rank)
       : "memory");
 }

@@ -11,8 +11,7 @@ namespace cuflash {
 template <int kDepth, class Element, int kRowsA, int kColsA, int kRowsB, int kColsB>
 __device__ __forceinline__ void start_product_along(WarpgroupTile<kRowsB>& sum,
                                                     const SwizzledTile<Element, kRowsA, kColsA>& a, int row,
-                                                    const SwizzledTile<Element, kRowsB, kColsB>& b,
-                                                    bool adds = false) {
+                                                    const SwizzledTile<Element, kRowsB, kColsB>& b, bool adds = false) {
   ptx::wgmma_fence();
 #pragma unroll
   for (int col = 0; col < kDepth; col += 16) {
