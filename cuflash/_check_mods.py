@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from typing import Any, Literal
 
@@ -47,6 +48,8 @@ def mod(mod_kind: ModKind, score_mod: Any, mask_mod: Any, mod_args: dict[str, An
                 f"{name}: got {got}; allowed for NumPy arrays is a Python callable f({', '.join(NAMES)}); CUDA C++ "
                 "expressions are for CuPy arrays"
             )
+        if mod_kind == "callable" and not _takes_names(value):
+            raise TypeError(f"{name}: got {value!r}; it must take {len(NAMES)} arguments, f({', '.join(NAMES)})")
         if mod_kind == "expression" and not isinstance(value, str):
             raise TypeError(
                 f"{name}: got {got}; allowed for CuPy arrays is a str, a CUDA C++ expression in {', '.join(NAMES)} and "
@@ -65,6 +68,16 @@ def mod(mod_kind: ModKind, score_mod: Any, mask_mod: Any, mod_args: dict[str, An
     if not given:
         return None
     return Mod(score_mod, mask_mod, tuple((name, _kind(value)) for name, value in mod_args.items()))
+
+
+def _takes_names(function: Any) -> bool:
+    try:
+        inspect.signature(function).bind(*NAMES)
+    except TypeError:
+        return False
+    except ValueError:  # a built-in function that does not tell
+        return True
+    return True
 
 
 def arguments(mod_args: Any) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import sys
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import ml_dtypes  # noqa: F401  (gives NumPy the name "bfloat16")
@@ -569,6 +570,17 @@ def test_bad_expressions(request: pytest.FixtureRequest, options: Any, error: ty
     x = np.ones(SHAPE, np.float32)
     with pytest.raises(error, match=pattern):
         cuflash.attention(x, x, x, **options)
+
+
+@pytest.mark.parametrize("name", ["score_mod", "mask_mod"])
+def test_callables_take_five_arguments(name: str) -> None:
+    x = np.ones(SHAPE, np.float32)
+    refused: list[Callable[..., Any]] = [lambda score: score, lambda a, b, c, d, e, f: a, lambda *, score: score]
+    for value in refused:
+        with pytest.raises(TypeError, match=rf"{name}\b.*5 arguments.*kv_idx"):
+            cuflash.attention(x, x, x, **{name: value})
+    cuflash.attention(x, x, x, **{name: lambda *names: names[3] >= names[4]})
+    cuflash.attention(x, x, x, **{name: np.vectorize(lambda score, b, h, i, j: j <= i)})
 
 
 def test_mod_args_are_not_for_callables() -> None:

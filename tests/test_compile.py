@@ -155,21 +155,33 @@ def is_thorough(kernel: Kernel, arch: int) -> bool:
     """Whether "auto" does not take a kernel on a chip, or it hardly differs from one that is compiled anyway.
 
     sm_75 takes the code of sm_70, sm_86 and sm_89 the tiles of sm_120; float16 the code of bfloat16, and one TF32
-    product less than that of three, so that D 64 is enough, on sm_80 and sm_90.
+    product less than that of three, so that D 64 is enough, on sm_80 and in the family sm90.
     """
+    symbol, header = kernel.symbol, kernel.header
+    rare = any(dims in symbol for dims in RARE_HEAD_DIMS) or ("d192x128" in symbol and "sm90" not in header)
     if arch < 80:
-        return arch != 70
-    has_options = kernel.options is not None and bool(kernel.options.names)
-    by_name_alone = "wmma" in kernel.header
-    like_another = ("_f16" in kernel.symbol or "_tf32" in kernel.symbol) and (
-        "d64x64" not in kernel.symbol or arch > 90
-    )
-    rare = (has_options and "sm90" not in kernel.header) or any(dims in kernel.symbol for dims in RARE_HEAD_DIMS)
-    if "dbias" in kernel.header:  # whatever the family
-        rare, by_name_alone = "sm90" not in kernel.header, False
-    # The last step needs few registers, whatever the options; parts ask them the same as the whole.
-    same_with_options = has_options and ("finish" in kernel.header or "parts" in kernel.symbol)
-    return by_name_alone or like_another or same_with_options or arch in (86, 89) or (rare and arch != 80)
+        return arch != 70 or ("dbias" in header and rare)
+    one_is_enough = "d64x64" in symbol and (arch == 80 or "sm90" in header)
+    like_another = ("_f16" in symbol or "_tf32" in symbol) and not one_is_enough
+    if arch in (86, 89) or like_another:
+        return True
+    if "dbias" in header:  # whatever the family
+        return rare or (arch != 80 and "sm90" not in header)
+    if kernel.options is not None and kernel.options.names:
+        return "wmma" in header or is_thorough_with_options(header, symbol, arch)
+    # sm_90 and sm_100 have the same memory, so the same tiles of sm80: one for float32, one for 16 bits.
+    same_tiles = {90: "_bf16" in symbol and "d128x128" not in symbol, 100: "_f32" in symbol}
+    return "wmma" in header or (rare and arch != 80) or ("sm80" in header and same_tiles.get(arch, False))
+
+
+def is_thorough_with_options(header: str, symbol: str, arch: int) -> bool:
+    """Likewise, of a kernel with an option: each goes once through every forward and every backward in one pass."""
+    # The last step needs few registers, whatever the options; parts and two passes ask them the same as the whole.
+    if any(part in symbol for part in ("finish", "parts", "dkdv", "dq")):
+        return True
+    if "sm90" in header:  # the forward where registers are fewest, the backward as most models have it
+        return ("d128x128" if "fwd" in header else "d64x64") in symbol
+    return arch != 80 and header != "find_blocks"
 
 
 def cases() -> list[object]:
@@ -204,6 +216,7 @@ MAY_PARK = {
     "bwd_sm90_bf16_d128x128_bias": {90: 32},
     "bwd_sm90_bf16_d128x128_dropout": {90: 612},
     "bwd_sm90_bf16_d128x128_mask": {90: 32},
+    "bwd_sm90_bf16_d128x128_mod": {90: 8},
     "bwd_sm90_bf16_d128x128_mod_block_mask": {90: 20},
     "bwd_sm90_bf16_d128x128_packed": {90: 64},
     "bwd_sm90_bf16_d256x256_dropout": {90: 236},

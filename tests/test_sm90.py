@@ -731,6 +731,19 @@ def test_every_tile_of_queries_is_computed(hopper: Any, options: dict[str, Any],
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("step", [8, -8])
+@pytest.mark.parametrize("options", [{}, {"softcap": 30.0}], ids=str)
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_scores_that_grow_from_tile_to_tile(hopper: Any, head_dim: int, options: dict[str, Any], step: int) -> None:
+    """Then what the sums are based on must follow, in whichever order tiles come; lanes vote whether it must."""
+    q, k, v = inputs_of(hopper, 700, head_dim)
+    q[..., 0] = 8
+    k[..., 0] = hopper.arange(700) // 128 * step * math.sqrt(head_dim) / 8
+    out, lse = cuflash.attention(q, k, v, return_lse=True, kernel="sm90", **options)
+    assert_attention_accurate(q, k, v, out, lse, **options)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_packed_sequences_do_not_see_their_neighbours(hopper: Any, head_dim: int) -> None:
     """All rows behind a sequence, and the keys that are not used, are NaN in one call and sound in the other."""
@@ -834,6 +847,8 @@ GRADIENTS_OF_OPTIONS: dict[str, dict[str, Any]] = {
     "score_mod": {"score_mod": "table", "with_dlse": True},
     "mask_mod": {"mask_mod": "document", "block_mask": True, "sinks": "float32"},
     "dropout": {"dropout_p": 0.2, "bias": PairArray((300, 1)), "sinks": "float32", "causal": True, "with_dlse": True},
+    "dropout alone": {"dropout_p": 0.7},
+    "dropout and blocks": {"dropout_p": 0.2, "mask_mod": "document", "block_mask": True},
 }
 
 
@@ -850,7 +865,9 @@ def test_gradients_of_options_are_accurate(hopper: Any, head_dim: int, name: str
 @pytest.mark.gpu
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("seqused_k", [None, (65, 5, 131, 0, 131, 0, 0)])
-@pytest.mark.parametrize("options", [{}, {"causal": True}, {"window_size": (90, 20)}, {"sinks": "float32"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"causal": True}, {"window_size": (90, 20)}, {"sinks": "float32"}, {"dropout_p": 0.2}], ids=str
+)
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_gradients_of_packed_sequences_are_accurate(
     hopper: Any, head_dim: int, options: dict[str, Any], seqused_k: Any, deterministic: bool

@@ -89,8 +89,10 @@ def test_sm80_has_no_gradients_of_the_longest_rows_where_memory_is_little(monkey
 
 
 @pytest.mark.host
-@pytest.mark.parametrize("kib", [99, 163, 227])
-@pytest.mark.parametrize(("head_dim", "head_dim_v"), [(192, 128), (192, 192), (256, 256)])
+@pytest.mark.parametrize("kib", [99, pytest.param(163, marks=pytest.mark.thorough), 227])
+@pytest.mark.parametrize(
+    ("head_dim", "head_dim_v"), [(192, 128), pytest.param(192, 192, marks=pytest.mark.thorough), (256, 256)]
+)
 def test_long_rows_by_sm80(monkeypatch: pytest.MonkeyPatch, head_dim: int, head_dim_v: int, kib: int) -> None:
     device = HostDevice(Chip("chip", (8, 0), kib << 10), schedule="greedy", cp_async="lazy")
     monkeypatch.setattr(_backends, "numpy_backend", LaunchBackend(device))

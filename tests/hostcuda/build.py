@@ -27,11 +27,11 @@ MAX_PRELUDES = 2 * 3  # two versions of the three flavours; 30 MB each
 COMMON = ("-std=c++17", "-march=native", "-fPIC", "-fno-strict-aliasing", "-ffp-contract=off", "-w")
 
 # Only kernels are instrumented; the runtime is told by a macro which sanitizer watches them. Compiling takes
-# longer than running: hence -O1, and lines (-g1) without variables.
+# longer than running: hence -Og, or -O1 where running takes long too, and lines (-g1) without variables.
 INSTRUMENTATION: dict[Flavour, tuple[str, ...]] = {
-    "fast": ("-O1",),
+    "fast": ("-Og",),
     "asan": (
-        *("-O1", "-g1", "-fno-omit-frame-pointer"),
+        *("-Og", "-g1", "-fno-omit-frame-pointer"),
         *("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-DHOSTCUDA_ASAN"),
     ),
     "tsan": ("-O1", "-g1", "-fno-omit-frame-pointer", "-fsanitize=thread", "-DHOSTCUDA_TSAN"),

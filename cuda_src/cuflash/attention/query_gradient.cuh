@@ -19,9 +19,11 @@ struct QueryGradient {
   static __device__ __forceinline__ int first_query(int part) { return kSplitsQueries ? 64 * part : 0; }
   static __device__ __forceinline__ int first_col(int part) { return kSplitsQueries ? 0 : kCols * part; }
 
-  // Where a thread of the warpgroup finds its first piece; the others are 128 pieces further each.
+  // Where a thread of the warpgroup finds its first piece; the others are 32 pieces further each, so that those of a
+  // warp lie together.
   static __device__ __forceinline__ float4* pieces(float* sums, long long tile, int part, int thread) {
-    return reinterpret_cast<float4*>(sums) + (tile * kParts + part) * (kPieces * 128) + thread;
+    return reinterpret_cast<float4*>(sums) + (tile * kParts + part) * (kPieces * 128) + thread / 32 * (kPieces * 32) +
+           thread % 32;
   }
 };
 

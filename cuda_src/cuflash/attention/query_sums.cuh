@@ -3,7 +3,9 @@
 
 #include <cuflash/attention/options.cuh>
 #include <cuflash/attention/query_gradient.cuh>
+#include <cuflash/ptx/bulk_add.cuh>
 #include <cuflash/ptx/store.cuh>
+#include <cuflash/ptx/tma.cuh>
 #include <cuflash/ptx/turn.cuh>
 #include <cuflash/ptx/warpgroup.cuh>
 
@@ -44,8 +46,23 @@ struct QuerySums {
     float4* const pieces = Layout::pieces(sums, tile, part, thread);
 #pragma unroll
     for (int i = kBegin; i < kEnd; ++i) {
-      ptx::add_16(pieces + i * 128, dq.x[4 * i], dq.x[4 * i + 1], dq.x[4 * i + 2], dq.x[4 * i + 3]);
+      ptx::add_16(pieces + i * 32, dq.x[4 * i], dq.x[4 * i + 1], dq.x[4 * i + 2], dq.x[4 * i + 3]);
     }
+  }
+
+  // Adds the first pieces of a part by way of memory that this warp has for itself: the copy engine waits, not the
+  // warp.
+  template <int kEnd>
+  __device__ __forceinline__ void add_staged(void* memory, int part, const typename Layout::Part& dq) const {
+    const int lane = thread % 32;
+    float4* const staged = static_cast<float4*>(memory);
+#pragma unroll
+    for (int i = 0; i < kEnd; ++i) {
+      staged[i * 32 + lane] = make_float4(dq.x[4 * i], dq.x[4 * i + 1], dq.x[4 * i + 2], dq.x[4 * i + 3]);
+    }
+    ptx::async_proxy_fence();
+    __syncwarp();
+    if (lane == 0) ptx::bulk_add(Layout::pieces(sums, tile, part, thread), memory, kEnd * 32 * sizeof(float4));
   }
 
   __device__ __forceinline__ void pass_turn() const {

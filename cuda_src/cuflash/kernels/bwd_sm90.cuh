@@ -27,8 +27,10 @@ struct BwdSm90 {
   using GradQ = typename Sums::Layout::Part;
 
   // The pieces of dQ that are added to the sums before the next scores start. Additions wait for each other: the rest
-  // does so beside the product, but the product starts only when those before it are under way.
+  // does so beside the product, but the product starts only when those before it are under way. Of 128 columns the
+  // first half goes by way of the dS of the tile before, which nobody reads any more.
   static constexpr int kPieces = Sums::Layout::kPieces;
+  static constexpr int kPiecesStaged = kHeadDim <= 64 || kDeterministic ? 0 : kPieces / 2;
   static constexpr int kPiecesFirst = kHeadDim <= 64 ? kPieces / 4 : kPieces / 4 * 3;
 
   using Shared = typename Block::Shared;
@@ -37,6 +39,7 @@ struct BwdSm90 {
   enum Barrier { kDsIsThere = 1 };  // that of both consumers
 
   static_assert(kBlockN == 128 && (kBlockM == 64 || kBlockM == 128));
+  static_assert(kPiecesStaged * 32 * sizeof(float4) <= 16 * 128, "a warp's rows of dS");
 
   static __device__ __forceinline__ void run(const Arrays& arrays, const BwdSm90Params& params, Options options) {
     Shared& shared = *reinterpret_cast<Shared*>(dynamic_shared_memory());
@@ -118,7 +121,11 @@ struct BwdSm90 {
         start_adding_across(dv, weights, shared.dout[stage]);
         ptx::wgmma_wait<1>();
         const Factor dscores = gradients.differentiate(dweights, slopes, survives);
-        typename Block::TileDs& ds = shared.ds[at.count() % 2];
+        typename Block::TileDs &ds = shared.ds[at.count() % 2], &before = shared.ds[(at.count() + 1) % 2];
+        if constexpr (kPiecesStaged > 0) {
+          if (lane == 0) ptx::bulk_add_wait_read();
+          __syncwarp();
+        }
         ds.store(dscores, 64 * consumer + 16 * warp, lane);
         ptx::async_proxy_fence();
         ptx::named_barrier_sync(kDsIsThere, 256);
@@ -132,7 +139,10 @@ struct BwdSm90 {
         ptx::wgmma_wait<1>();
         release(rings.dout, at);
         const Sums sums = sums_here();
-        sums.template add<0, kPiecesFirst>(consumer, dq);
+        if constexpr (kPiecesStaged > 0) {
+          sums.template add_staged<kPiecesStaged>(before.piece(64 * consumer + 16 * warp, 0), consumer, dq);
+        }
+        sums.template add<kPiecesStaged, kPiecesFirst>(consumer, dq);
         auto next = at;
         next.advance();
         walk.advance();
@@ -151,6 +161,9 @@ struct BwdSm90 {
       const bool dk_finite = Block::write_dk(arrays, params, job, dk, first_key);
       const bool dv_finite = Block::write_dv(arrays, params, options, job, dv, first_key);
       if (hides_pairs && !(dk_finite && dv_finite)) Block::note_spoiled(arrays, problem, job);
+    }
+    if constexpr (kPiecesStaged > 0) {
+      if (lane == 0) ptx::bulk_add_wait_read();
     }
   }
 };

@@ -66,7 +66,7 @@ struct BwdSm90Finish {
       typename Sums::Part sums;
 #pragma unroll
       for (int i = 0; i < Sums::kPieces; ++i) {
-        const float4 piece = pieces[i * 128];
+        const float4 piece = pieces[i * 32];
         sums.x[4 * i] = piece.x;
         sums.x[4 * i + 1] = piece.y;
         sums.x[4 * i + 2] = piece.z;
