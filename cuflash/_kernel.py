@@ -51,6 +51,7 @@ class Kernel:
     shared_bytes: int
     options: Options | None = None  # None for a kernel that knows no options
     definitions: str = ""  # C++ that the header declares and this kernel needs
+    cluster: int = 1  # blocks that share their inputs
     arch: str = ""  # what the kernel must be compiled for; if empty, the chip at hand
 
     @property
@@ -66,6 +67,7 @@ class Kernel:
                 options += f"static_assert(sizeof(Options) == {self.options.dtype.itemsize});\n"
                 parameters.append("const __grid_constant__ Options options")
                 call = "params, options"
+        cluster = f" __cluster_dims__({self.cluster})" if self.cluster > 1 else ""
         code = f"""\
 // cuda_src {cuda_digest()}
 #include <cuflash/kernels/{self.header}.cuh>
@@ -73,7 +75,7 @@ class Kernel:
 using Element = Kernel::Element;
 static_assert(sizeof(cuflash::{self.params}) == {PARAMS[self.params].itemsize});
 static_assert(Kernel::kNumThreads == {self.num_threads} && Kernel::kSharedBytes == {self.shared_bytes});
-extern "C" __global__ void __launch_bounds__({self.num_threads}, 1)
+extern "C" __global__ void{cluster} __launch_bounds__({self.num_threads}, 1)
 {self.symbol}({", ".join(parameters)}) {{
   Kernel::run({{{names}}}, {call});
 }}

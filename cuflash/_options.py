@@ -115,8 +115,9 @@ class Options:
                 ["return softcap.allows(size, largest_product);"],
             )
         if "bias" in names:
+            lines += ["  template <class Key>"]
             lines += _method(
-                "cuflash::Dual score_by_bias(cuflash::Dual score, int query, int key) const",
+                "cuflash::Dual score_by_bias(cuflash::Dual score, int query, Key key) const",
                 [*self._statements("score", "score_by_bias"), "return score;"],
             )
         lines += self._tile_methods()

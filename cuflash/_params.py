@@ -43,6 +43,7 @@ def _with_maps(struct: str, inputs: tuple[str, ...]) -> np.dtype[Any]:
 
 PARAMS["FwdSm90Params"] = _with_maps("FwdParams", ("q", "k", "v"))
 PARAMS["BwdSm90Params"] = _with_maps("BwdParams", ("q", "k", "v", "dout"))
+PARAMS["DbiasSm90Params"] = _with_maps("DbiasParams", ("q", "k", "v", "dout"))
 
 
 def fill(struct: str, problem: Problem, operands: Mapping[str, Operand]) -> np.ndarray[Any, Any]:

@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from . import _dbias
 from ._call import Call, Run
-from ._dbias import backward_dbias
 from ._device import Array, Chip
 from ._features import ELEMENTS
 from ._kernel import BACKWARD_INPUTS, NUMBERS, Kernel, padded_head_dims, pitch
@@ -321,11 +321,11 @@ def plan_gradients(
     delta_operand = operand_of_delta(problem)
     num_rows = max(math.prod(delta_operand.shape), 1)
     delta_step = call.step(delta(problem, call.number), delta=delta_operand)
-    dbias_step = dsinks_step = None
+    dbias_step: Callable[..., None] | None = None
+    dsinks_step: Callable[..., None] | None = None
     rows = problem.batch * problem.seqlen_q  # without any there is nothing to sum, and no sequence to look at
     if "dbias" in operands and rows * problem.seqlen_k:
-        made = backward_dbias(problem, call.options, call.number, call.chip, operands["dbias"])
-        dbias_step = call.step(made, delta=delta_operand)
+        dbias_step = _dbias.plan(call, delta_operand)
     if "dsinks" in operands and rows:
         dsinks_step = call.step(dsinks(problem, call.options, operands["dsinks"].dtype), delta=delta_operand)
 

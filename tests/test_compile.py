@@ -118,6 +118,10 @@ def plain_kernels(arch: int) -> Iterator[Kernel]:
             yield from sm90_backward(Options(), number, head_dims, deterministic=deterministic)
 
 
+def sm90_dbias(options: Options, number: str, head_dims: tuple[int, int], *, seqlen: int = 4096) -> Kernel:
+    return _dbias.sm90(replace(problem(*head_dims), seqlen_k=seqlen), options, number, CHIPS[90], PAIRS)[0]
+
+
 def kernels_with_options(arch: int) -> Iterator[Kernel]:
     """Each option alone, where the registers are fewest; and the kernels that only some options have."""
     if arch in (80, 90, 100):
@@ -131,6 +135,9 @@ def kernels_with_options(arch: int) -> Iterator[Kernel]:
         for feature, head_dims in product(FEATURES, ((64, 64), (128, 128), (256, 256))):
             yield from sm90_backward(options(feature), "bfloat16", head_dims)
             yield _sm90_dq.kernel(head_dims, options(feature), "bfloat16", CHIPS[90])[0]
+        for number, head_dims in product(HALF, ((64, 64), (128, 128), (192, 128), (256, 256))):
+            yield sm90_dbias(options("bias"), number, head_dims)
+        yield sm90_dbias(options("bias"), "bfloat16", (64, 64), seqlen=64)  # for a block alone, without a cluster
     if arch in (80, 90, 100, 120):
         yield _wmma.dsinks(problem(1, 1), options("sinks"), "float32")[0]
     for number, head_dims in product(numbers(arch), HEAD_DIMS):
@@ -161,7 +168,7 @@ def is_thorough(kernel: Kernel, arch: int) -> bool:
     if arch in (86, 89) or like_another:
         return True
     if "dbias" in header:  # whatever the family
-        return arch != 80 or rare
+        return rare or (arch != 80 and "sm90" not in header)
     if kernel.options is not None and kernel.options.names:
         return "wmma" in header or is_thorough_with_options(header, symbol, arch)
     # sm_90 and sm_100 have the same memory, so the same tiles of sm80: one for float32, one for 16 bits.
@@ -281,6 +288,8 @@ def test_the_gradient_of_a_bias_has_a_tile_beside_other_arrays(arch: int) -> Non
     for number, head_dims in product(numbers(arch), HEAD_DIMS):
         kernel, _ = _dbias.backward_dbias(problem(*head_dims), crowded, number, CHIPS[arch], bias)
         assert kernel.shared_bytes <= CHIPS[arch].shared_memory
+        if arch == 90 and number in HALF:
+            assert sm90_dbias(crowded, number, head_dims).shared_bytes <= CHIPS[90].shared_memory
 
 
 CHECKED = [

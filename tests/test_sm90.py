@@ -234,6 +234,35 @@ def test_gradients_of_arrays_that_tma_cannot_read(notebook: Notebook, name: str)
     assert not any("sm90" in symbol for symbol in notebook.symbols)
 
 
+def gradient_of_a_bias(notebook: Notebook, bias: tuple[int, ...], *inputs: Any, **options: Any) -> tuple[str, int]:
+    """The kernel that computes it, and the number of its blocks."""
+    backward(*inputs, bias=np.zeros(bias, BF16), return_dbias=True, **options)
+    kernel, num_blocks, _ = notebook.launches[-1]
+    assert (num_blocks % 2 == 0) or "__cluster_dims__" not in kernel.code
+    return kernel.symbol, num_blocks
+
+
+def test_the_gradient_of_a_bias_has_its_own_kernel_for_arrays_that_tma_reads(notebook: Notebook) -> None:
+    q, k, v = arrays(512)
+    by_tma, by_threads = ("cuflash_bwd_sm90_dbias_bf16_d64x64_bias", "cuflash_bwd_sm80_dbias_bf16_d64x64_bias")
+    for kernel in ("auto", "sm90", "sm80", "wmma"):
+        assert gradient_of_a_bias(notebook, (512, 512), q, k, v, kernel=kernel) == (by_tma, 16)
+    assert gradient_of_a_bias(notebook, (1, 512), q, k, v)[0] == by_threads, "pairs of a tile share a row"
+    assert gradient_of_a_bias(notebook, (512, 1), q, k, v)[0] == by_threads, "pairs of a tile share a column"
+    strided = np.repeat(k, 2, axis=2)[..., ::2]
+    assert gradient_of_a_bias(notebook, (512, 512), q, strided, v)[0] == by_threads
+
+
+@pytest.mark.parametrize(
+    ("keys", "causal", "blocks"), [(4096, False, 132), (16384, True, 2 * 65), (128, False, 64), (300, False, 132)]
+)
+def test_blocks_of_the_gradient_of_a_bias_stay(notebook: Notebook, keys: int, causal: bool, blocks: int) -> None:
+    """Clusters of two where two blocks have keys; under a mask an odd number of them."""
+    inputs = [arrays(4096)[0], *arrays(keys)[1:]]
+    assert gradient_of_a_bias(notebook, (2, 4096, keys), *inputs, causal=causal)[1] == blocks
+    assert ("__cluster_dims__(2)" in notebook.launches[-1][0].code) == (keys >= 4096)
+
+
 TAKEN: dict[str, Callable[[], tuple[list[Any], dict[str, Any]]]] = {
     "float16": lambda: (arrays(dtype=np.float16), {}),
     "heads in common": changed("k", lambda k: np.broadcast_to(k[:1], k.shape)),

@@ -7,8 +7,9 @@
 namespace cuflash {
 
 // In shared memory: registers are few, and what one thread finds out the others need not. It is kAhead tiles and one
-// more ahead of them. The block computes one tile of the gradient after the other.
-template <int kBlockM, int kBlockN, int kAhead>
+// more ahead of where it is. The block computes one tile of the gradient after the other. kTiles are kept: those ahead
+// and the one at hand, or more where some are behind.
+template <int kBlockM, int kBlockN, int kAhead, int kTiles = kAhead + 2>
 struct BiasTiles {
   using Walk = BiasWalk<kBlockM, kBlockN>;
   using Step = typename Walk::Step;
@@ -21,7 +22,6 @@ struct BiasTiles {
     bool visible;  // else it stands for a tile of the gradient of which nobody sees any pair
     bool same;     // arrays of pairs are those of the tile before
   };
-  static constexpr int kTiles = kAhead + 2;  // with the one at hand
 
   Tile tiles[kTiles];
   Walk walk;    // at the last tile
@@ -31,20 +31,21 @@ struct BiasTiles {
 
   __device__ __forceinline__ const Tile& at(int number) const { return tiles[static_cast<unsigned>(number) % kTiles]; }
 
-  // Writes down the first ones.
+  // Writes down the first ones of one of so many blocks, or clusters of blocks.
   template <class Options>
-  __device__ __forceinline__ void begin(const DbiasParams& params, const Options& options) {
+  __device__ __forceinline__ void begin(const DbiasParams& params, const Options& options, unsigned block = blockIdx.x,
+                                        unsigned num_blocks = gridDim.x) {
     const Problem& problem = params.problem;
     band = problem.band(problem.seqlen_q, problem.seqlen_k);
     group_size = problem.group_size();
     walk = Walk(params);
-    stride = walk.tile(gridDim.x);
-    begin_job(0, walk.tile(blockIdx.x), problem, options);
+    stride = walk.tile(num_blocks);
+    begin_job(0, walk.tile(block), problem, options);
 #pragma unroll 1
     for (int number = 0; number < kAhead; ++number) write_after(number, problem, options);
   }
 
-  // Writes down the one that comes kAhead + 1 tiles after this, in place of the one before this.
+  // Writes down the one that comes kAhead + 1 tiles after this, in place of the oldest.
   template <class Options>
   __device__ __forceinline__ void advance(int number, const Problem& problem, const Options& options) {
     write_after(number + kAhead, problem, options);

@@ -72,7 +72,10 @@ struct PlainOptions : BatchedSequences {
 
   // The same with the derivative by the bias of the pair, for calls that have one.
   using Bias = float;
-  __device__ __forceinline__ Dual score_by_bias(Dual score, int, int) const { return score; }
+  template <class Key>
+  __device__ __forceinline__ Dual score_by_bias(Dual score, int, Key) const {
+    return score;
+  }
 
   // Whether a query sees a key, apart from the band. The two lie inside the sequence where arrays are read.
   __device__ __forceinline__ bool visible(int, int) const { return true; }
@@ -161,7 +164,8 @@ struct Pairs {
 // The same, where gradients are those by the bias.
 template <class Options, Size kSize = Size::kAny>
 struct BiasPairs : Pairs<Options, kSize> {
-  __device__ __forceinline__ Dual score(float product, int query, int key) const {
+  template <class Key>
+  __device__ __forceinline__ Dual score(float product, int query, Key key) const {
     return this->options.score_by_bias(this->options.template scaled<kSize>(product, this->scale),
                                        this->inside(query, this->band.seqlen_q),
                                        this->inside(key, this->band.seqlen_k));

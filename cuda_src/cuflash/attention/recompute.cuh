@@ -45,9 +45,9 @@ struct PairGradient {
 };
 
 // dweight = dout . value; `survives` counts only where there is dropout.
-template <class Pairs>
+template <class Pairs, class Key>
 __device__ __forceinline__ PairGradient pair_gradient(const Pairs& pairs, float product, float dweight, float lse,
-                                                      float delta, int query, int key, bool survives) {
+                                                      float delta, int query, Key key, bool survives) {
   const Dual score = pairs.score(product, query, key);
   const float weight = softmax_weight(score.value, lse);
   if constexpr (Pairs::kHasDropout) {

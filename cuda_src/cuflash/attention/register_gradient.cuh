@@ -47,7 +47,30 @@ struct GradientTile {
     }
   }
 
-  // Hides pairs outside of the band, and of queries beyond the end.
+  // The same as two factors, for who only adds them up: weights times slopes, which do not need gradients of weights,
+  // with lse in base 2,
+  template <class Tile, class LseOf>
+  __device__ __forceinline__ void weigh(Tile& scores, LseOf lse_of) const {
+    use_pairs(pairs, scores, [&](const auto& pairs) {
+#pragma unroll
+      for (int i = 0; i < Tile::kNumElements; ++i) {
+        const Dual score = pairs.score(scores.x[i], query(i), key(i));
+        scores.x[i] = exp2f(fmaf(score.value, kLog2e, -lse_of(i))) * score.slope;
+      }
+    });
+  }
+  // and gradients of weights minus delta.
+  template <class Tile, class DeltaOf, class Survives>
+  __device__ __forceinline__ void subtract_delta(Tile& dweights, DeltaOf delta_of, Survives survives) const {
+#pragma unroll
+    for (int i = 0; i < Tile::kNumElements; ++i) {
+      float kept = dweights.x[i];
+      if constexpr (Options::kHasDropout) kept = survives(i) ? kept * pairs.options.survivor_factor() : 0.0f;
+      dweights.x[i] = kept - delta_of(i);
+    }
+  }
+
+  // Hides pairs outside of the band, and of queries beyond the end, in both.
   template <class Tile>
   __device__ __forceinline__ void hide_by_band(Tile& weights, Tile& dscores) const {
     const Band& band = pairs.band;
@@ -85,8 +108,12 @@ struct GradientTile {
   __device__ __forceinline__ int query(int i) const {
     return first_query + (kTransposed ? col_of_element(i) : 8 * row_of_element(i));
   }
-  __device__ __forceinline__ int key(int i) const {
-    return first_key + (kTransposed ? 8 * row_of_element(i) : col_of_element(i));
+  __device__ __forceinline__ auto key(int i) const {
+    if constexpr (kTransposed) {
+      return first_key + 8 * row_of_element(i);
+    } else {
+      return Neighbour{first_key + col_of_element(i) - i % 2, i % 2 == 1};
+    }
   }
 };
 

@@ -1,7 +1,7 @@
 // A ring of stages in shared memory, filled by a producer and emptied by consumers.
 #pragma once
 
-#include <cuflash/ptx/mbarrier.cuh>
+#include <cuflash/ptx/cluster.cuh>
 
 namespace cuflash {
 
@@ -67,6 +67,10 @@ struct Pipeline {
     ptx::barrier_arrive_after_copies(full + at.stage());
   }
   __device__ __forceinline__ void release(const Position& at) { ptx::barrier_arrive(empty + at.stage()); }
+  // The same of the ring of a block of the cluster.
+  __device__ __forceinline__ void release_of(int rank, const Position& at) {
+    ptx::barrier_arrive_at(empty + at.stage(), rank);
+  }
 
  private:
   static __device__ __forceinline__ void wait(ptx::Barrier* barrier, unsigned parity) {

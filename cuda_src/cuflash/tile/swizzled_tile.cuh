@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cuflash/common/math.cuh>
+#include <cuflash/ptx/cluster.cuh>
 #include <cuflash/ptx/stmatrix.cuh>
 #include <cuflash/ptx/tma.cuh>
 #include <cuflash/ptx/wgmma.cuh>
@@ -19,15 +20,22 @@ struct alignas(1024) SwizzledTile {
 
   unsigned char data[kBytes];
 
-  // Starts to fill the tile with rows of an array of (batch, heads, rows, columns); the barrier counts the bytes. The
-  // map has one entry along an axis of which the array has the stride 0.
+  // Starts to fill the tile with rows of an array of (batch, heads, rows, columns), from a row and a column on; the
+  // barrier counts the bytes. The map has one entry along an axis of which the array has the stride 0. All blocks of a
+  // cluster of kCluster get it.
+  template <int kCluster = 1>
   __device__ __forceinline__ void load(const ptx::TensorMap* map, ptx::Barrier* barrier, const Strides& strides,
-                                       int batch, int head, int first_row) {
+                                       int batch, int head, int first_row, int first_col = 0) {
     const int mapped_batch = strides.batch == 0 ? 0 : batch, mapped_head = strides.head == 0 ? 0 : head;
 #pragma unroll
     for (int panel = 0; panel < kPanels; ++panel) {
       void* const target = data + panel * kRows * 128;
-      ptx::tma_load(target, map, barrier, panel * kPanelCols, first_row, mapped_head, mapped_batch);
+      const int col = first_col + panel * kPanelCols;
+      if constexpr (kCluster > 1) {
+        ptx::tma_load_to_all(target, map, barrier, col, first_row, mapped_head, mapped_batch, (1 << kCluster) - 1);
+      } else {
+        ptx::tma_load(target, map, barrier, col, first_row, mapped_head, mapped_batch);
+      }
     }
   }
 

@@ -7,15 +7,16 @@
 
 namespace cuflash {
 
-// sum = a b^T over kDepth columns of both, for 64 rows of a from `row` on.
+// sum = a b^T over kDepth columns of both, for 64 rows of a from `row` on; added to what is there if `adds`.
 template <int kDepth, class Element, int kRowsA, int kColsA, int kRowsB, int kColsB>
 __device__ __forceinline__ void start_product_along(WarpgroupTile<kRowsB>& sum,
                                                     const SwizzledTile<Element, kRowsA, kColsA>& a, int row,
-                                                    const SwizzledTile<Element, kRowsB, kColsB>& b) {
+                                                    const SwizzledTile<Element, kRowsB, kColsB>& b, bool adds = false) {
   ptx::wgmma_fence();
 #pragma unroll
   for (int col = 0; col < kDepth; col += 16) {
-    ptx::Wgmma<Element, kRowsB>::template multiply<false, false>(sum.x, a.along(row, col), b.along(0, col), col > 0);
+    ptx::Wgmma<Element, kRowsB>::template multiply<false, false>(sum.x, a.along(row, col), b.along(0, col),
+                                                                 adds || col > 0);
   }
   ptx::wgmma_commit();
 }
