@@ -79,7 +79,7 @@ class LaunchBackend:
         reasons = {name: self._why_not(call, name, backward) for name in names}
         able = [name for name, reason in reasons.items() if reason is None]
         if able:
-            passes_on = able[:2] == ["sm90", "sm80"] and _sm90.is_slower_than_sm80(call, backward=backward)
+            passes_on = not backward and able[:2] == ["sm90", "sm80"] and _sm90.is_slower_than_sm80(call)
             return able[1 if passes_on else 0]
         listed = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
         raise NotImplementedError(f"kernel={kernel!r} cannot compute this call: {listed}")

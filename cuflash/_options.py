@@ -165,8 +165,8 @@ class Options:
             )
             lines += ["  template <int kBlock>"]
             lines += _method(
-                "cuflash::Job key_job(const cuflash::Problem& problem, int index, bool last_first = false) const",
-                ["return packed.key_job<kBlock>(problem, index, last_first);"],
+                "cuflash::Job key_job(const cuflash::Problem& problem, int index) const",
+                ["return packed.key_job<kBlock>(problem, index);"],
             )
             lines += ["  template <int kBlock>"]
             lines += _method(

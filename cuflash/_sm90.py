@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -13,27 +13,13 @@ from ._device import Array, Chip
 from ._kernel import NUMBERS, Kernel, padded_head_dims
 from ._options import PLAIN, Options
 from ._params import PARAMS, fill
-from ._problem import Operand, Problem, ceil_div
+from ._problem import Operand, Problem
+from ._sm90_block import ARCH, Tile, num_query_tiles, shared_bytes
 from ._tensor_maps import PANEL, MappedParams, why_not_array
 from ._wgmma import wgmma
 
-ARCH = "sm_90a"
 CAPABILITY = (9, 0)
 MIN_SCALE = float(np.finfo(np.float32).tiny)  # less is 0 for kernels
-JOB_BYTES = 36  # attention/sequence.cuh
-VISITED_BYTES = 8  # attention/key_blocks.cuh
-
-
-class Tile(NamedTuple):
-    """Rows of a job, keys of a block, and how many tiles of Q, K, V and of arrays of pairs shared memory holds."""
-
-    block_m: int
-    block_n: int
-    stages_q: int
-    stages_k: int
-    stages_v: int
-    stages_pairs: int = 1
-
 
 # By (head_dim, head_dim_v), the fastest first; the first that suits the call and fits the shared memory is taken, and
 # the last for many options. Measured on an H200 (docs/notes/sm90.md). Two consumers have 232
@@ -100,18 +86,6 @@ def _dims(problem: Problem) -> tuple[int, int]:
     return max(dims[0], PANEL), max(dims[1], PANEL)
 
 
-def _shared_bytes(dims: tuple[int, int], tile: Tile, options: Options) -> int:
-    """Tiles in panels of 128-byte rows, arrays of pairs, rings of barriers and jobs."""
-    row, row_v = (128 * ceil_div(dim, PANEL) for dim in dims)
-    rows = tile.stages_q * tile.block_m + tile.stages_k * tile.block_n
-    pairs = tile.stages_pairs * max(options.tile_bytes(*tile[:2]), 16)
-    careful = tile.block_m // 16 * max(options.tile_bytes(1, 32), 16)
-    stages_of_jobs = tile.stages_q + 2
-    stages = tile.stages_q + tile.stages_k + 2 * tile.stages_v + tile.stages_pairs + stages_of_jobs
-    rings = 16 * stages + ceil_div(JOB_BYTES * stages_of_jobs, 8) * 8 + VISITED_BYTES * tile.stages_k
-    return rows * row + tile.stages_v * tile.block_n * row_v + pairs + careful + rings
-
-
 def _tile(problem: Problem, options: Options, chip: Chip) -> Tile | None:
     """The tile that suits a call, or None if none fits the shared memory."""
     dims, has_pairs = _dims(problem), options.tile_bytes(1, 32) > 0
@@ -119,7 +93,7 @@ def _tile(problem: Problem, options: Options, chip: Chip) -> Tile | None:
         tile
         for tile in (PAIR_TILES if has_pairs else TILES)[dims]
         if options.allows_tile(tile.block_m, tile.block_n)
-        and _shared_bytes(dims, tile, options) <= chip.shared_memory
+        and shared_bytes(dims, tile, options) <= chip.shared_memory
         and (tile.block_m <= 128 or _suits_three_consumers(problem, options, tile))
     ]
     if not tiles:
@@ -159,29 +133,22 @@ def forward(problem: Problem, options: Options, number: str, chip: Chip) -> tupl
         pointers=("Element* out", "float* lse", "unsigned* counter"),
         params="FwdSm90Params",
         num_threads=128 * (1 + tile.block_m // 64),
-        shared_bytes=_shared_bytes(dims, tile, options),
+        shared_bytes=shared_bytes(dims, tile, options),
         options=options,
         definitions="".join(wgmma(number, width) for width in sorted({tile.block_n, dims[1]})),
         arch=ARCH,
     )
-    jobs = ceil_div(problem.seqlen_q, tile.block_m) * problem.batch
-    if problem.packed:  # attention/packed.cuh
-        jobs = problem.seqlen_q // tile.block_m + problem.batch + 1
-    return kernel, tile, jobs * problem.num_heads
+    return kernel, tile, num_query_tiles(problem, tile.block_m)
 
 
-def is_slower_than_sm80(call: Call, *, backward: bool) -> bool:
-    """Whether a call is one of those that sm80 computes faster (docs/notes/sm80.md).
+def is_slower_than_sm80(call: Call) -> bool:
+    """Whether a forward is one of those that sm80 computes faster (docs/notes/sm80.md).
 
-    Forward: jobs are so few, and keys so many, that split-KV is better, which this family has not: at least 4 parts of
-    1024 keys or more. Backward: deterministic under a mask, where blocks wait for their turns here, and sm80 has a
-    kernel of its own for dq.
+    Jobs are so few, and keys so many, that split-KV is better, which this family has not: at least 4 parts of 1024 keys
+    or more.
     """
-    problem = call.problem
-    if backward:
-        return call.deterministic and not _shows_all(problem)
-    _, tile, num_jobs = forward(problem, call.options, call.number, call.chip)
-    return _parts.num_parts(problem, num_jobs, call.chip.multiprocessors, tile.block_m, 1024) >= 4
+    _, tile, num_jobs = forward(call.problem, call.options, call.number, call.chip)
+    return _parts.num_parts(call.problem, num_jobs, call.chip.multiprocessors, tile.block_m, 1024) >= 4
 
 
 def plan_forward(call: Call) -> Run:

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from . import _wmma
+from . import _sm90_dq, _wmma
 from ._call import Call, Run
 from ._device import Array, Chip
 from ._kernel import NUMBERS, Kernel
 from ._options import Options
 from ._params import PARAMS, fill
 from ._problem import Problem, ceil_div
+from ._sm90_block import ARCH, JOB_BYTES, num_query_tiles
 from ._tensor_maps import PANEL, MappedParams
 from ._wgmma import wgmma
 
-ARCH = "sm_90a"
-JOB_BYTES = 36  # attention/sequence.cuh
 ROUND_KEYS_BYTES = 64  # attention/dropout.cuh
 NUM_THREADS = 384
 WARPS_OF_FINISH = 8
@@ -97,21 +97,21 @@ def _tile(problem: Problem, options: Options, chip: Chip) -> Tile | None:
 def kernels(
     problem: Problem, options: Options, number: str, chip: Chip, *, deterministic: bool = False
 ) -> tuple[Kernel, Kernel, Tile]:
-    """The main kernel, the one that comes last, and their tile."""
+    """The main kernel, the one that comes last, and the tile of the first; dq comes of both, or of a kernel between."""
     name, short, _ = NUMBERS[number]
     dims, tile = _dims(problem), _tile(problem, options, chip)
     assert tile is not None, "why_not has found one"
-    of_call = "_".join((short, f"d{dims[0]}x{dims[1]}", *options.names))
-    wide = dims[0] > 128
+    of_call = "_".join((short, f"d{dims[0]}x{dims[1]}", *options.names)) + ("_deterministic" if deterministic else "")
+    wide, adds_dq = dims[0] > 128, not deterministic
     cols = dims[0] if tile.block_m == 128 else min(64, dims[0] // 2)  # of a part of dQ
     main = Kernel(
         template="BwdSm90Wide" if wide else "BwdSm90",
         header="bwd_sm90_wide" if wide else "bwd_sm90",
-        symbol=f"cuflash_bwd_sm90_{of_call}" + ("_deterministic" if deterministic else ""),
-        arguments=(f"cuflash::{name}", options.type, *dims, *tile, str(deterministic).lower()),
+        symbol=f"cuflash_bwd_sm90_{of_call}",
+        arguments=(f"cuflash::{name}", options.type, *dims, *tile, str(adds_dq).lower()),
         pointers=(
-            *("const float* lse_log2", "const float* delta", "float* dq_sums", "unsigned* turns"),
-            *("unsigned* spoiled", "Element* dk", "Element* dv", "unsigned* counter"),
+            *("const float* lse_log2", "const float* delta", "float* dq_sums", "unsigned* spoiled"),
+            *("Element* dk", "Element* dv", "unsigned* counter"),
         ),
         params="BwdSm90Params",
         num_threads=NUM_THREADS,
@@ -120,14 +120,16 @@ def kernels(
         definitions="".join(wgmma(number, width) for width in sorted({tile.block_m, *dims, cols})),
         arch=ARCH,
     )
+    block_m = tile.block_m if adds_dq else _sm90_dq.kernel(dims, options, number, chip)[1].block_m
     finish = Kernel(
         template="BwdSm90Finish",
         header="bwd_sm90_finish",
         symbol=f"cuflash_bwd_sm90_finish_{of_call}",
-        arguments=(f"cuflash::{name}", options.type, *dims, tile.block_m, tile.block_n),
+        arguments=(f"cuflash::{name}", options.type, *dims, block_m, tile.block_n, str(adds_dq).lower()),
         pointers=(
             *("const Element* q", "const Element* k", "const Element* v", "const Element* dout"),
-            *("const float* lse", "const float* delta", "float* dq_sums", "const unsigned* spoiled"),
+            *("const float* lse", "const float* delta", "float* dq_sums"),
+            *("const unsigned* spoiled_queries", "const unsigned* spoiled_keys"),
             *("Element* dq", "Element* dk", "Element* dv"),
         ),
         params="BwdParams",
@@ -141,32 +143,47 @@ def kernels(
 def plan(call: Call) -> Run:
     """A function of (dout, q, k, v, out, lse, dq, dk, dv) and the arrays of the options that computes gradients."""
     device, problem, operands = call.device, call.problem, call.operands
-    main, finish, tile = kernels(problem, call.options, call.number, call.chip, deterministic=call.deterministic)
+    deterministic = call.deterministic
+    main, finish, tile = kernels(problem, call.options, call.number, call.chip, deterministic=deterministic)
+    of_dq, tile_of_dq = _sm90_dq.kernel(_dims(problem), call.options, call.number, call.chip)
     delta = _wmma.operand_of_delta(problem)
     key_tiles = ceil_div(problem.seqlen_k, tile.block_n) * problem.batch * problem.num_heads_kv
-    query_tiles = ceil_div(problem.seqlen_q, tile.block_m) * problem.batch * problem.num_heads
     if problem.packed:  # attention/packed.cuh
         key_tiles = (problem.seqlen_k // tile.block_n + problem.batch + 1) * problem.num_heads_kv
-        query_tiles = (problem.seqlen_q // tile.block_m + problem.batch + 1) * problem.num_heads
-    if key_tiles >= 2**31 - call.chip.multiprocessors:  # blocks ask once in vain
-        raise NotImplementedError(f"the call needs {key_tiles} jobs; the kernel counts to {2**31 - 1}")
-    num_blocks = min(key_tiles, call.chip.multiprocessors)
-    step = call.add((main, num_blocks))
+    block_m = tile_of_dq.block_m if deterministic else tile.block_m
+    query_tiles = num_query_tiles(problem, block_m)
+    num_jobs = max(key_tiles, query_tiles)
+    if num_jobs >= 2**31 - call.chip.multiprocessors:  # blocks ask once in vain
+        raise NotImplementedError(f"the call needs {num_jobs} jobs; the kernels count to {2**31 - 1}")
+
     params = np.zeros(1, PARAMS["BwdSm90Params"])
     params["bwd"] = fill("BwdParams", problem, {**operands, "delta": delta})
-    rows = {"q": tile.block_m, "k": tile.block_n, "v": tile.block_n, "dout": tile.block_m}
-    mapped = MappedParams(device, call.number, params, operands, rows)
+
+    def add(kernel: Kernel, num_jobs: int, block_m: int, block_n: int) -> Callable[..., None]:
+        """A kernel whose blocks take such jobs, and find the inputs in boxes of so many rows."""
+        step = call.add((kernel, min(num_jobs, call.chip.multiprocessors)))
+        rows = {"q": block_m, "k": block_n, "v": block_n, "dout": block_m}
+        mapped = MappedParams(device, call.number, params, operands, rows)
+
+        def launch(arrays: tuple[Array, ...], inputs: tuple[Array, ...], options: tuple[Any, ...]) -> None:
+            step.launch(step.num_blocks, (*arrays, device.counter(), mapped(*inputs), *options))
+
+        return launch
+
+    start_main = add(main, key_tiles, *tile[:2])
+    start_dq = add(of_dq, query_tiles, *tile_of_dq[:2]) if deterministic else None
     finish_step = call.step((finish, query_tiles + ceil_div(key_tiles, WARPS_OF_FINISH)), delta=delta)
-    sizes = query_tiles * tile.block_m * _dims(problem)[0], key_tiles, 2 * query_tiles if call.deterministic else 0
-    num_sums = ceil_div(sum(sizes), 4) * 4
+    # Sums of dq, or a word for each of its tiles; and one for each tile of keys.
+    num_sums = query_tiles * (1 if deterministic else tile.block_m * _dims(problem)[0])
 
     def products(
         inputs: _wmma.Inputs, workspace: _wmma.Workspace, dq: Array, dk: Array, dv: Array, options: tuple[Any, ...]
     ) -> None:
-        (q, k, v, dout, _, delta), (sums, lse_log2) = inputs, workspace
-        spoiled, turns = sums[sizes[0] :], sums[sizes[0] + sizes[1] :]
-        arrays = lse_log2, delta, sums, turns if sizes[2] else device.null, spoiled, dk, dv
-        step.launch(num_blocks, (*arrays, device.counter(), mapped(q, k, v, dout), *options))
-        finish_step(*inputs, sums, spoiled, dq, dk, dv, options=options)
+        (q, k, v, dout, lse, delta), (sums, lse_log2) = inputs, workspace
+        spoiled_keys = sums[num_sums:]
+        start_main((lse_log2, delta, sums, spoiled_keys, dk, dv), (q, k, v, dout), options)
+        if start_dq is not None:
+            start_dq((lse, delta, sums, dq), (q, k, v, dout), options)
+        finish_step(*inputs, sums, sums, spoiled_keys, dq, dk, dv, options=options)
 
-    return _wmma.plan_gradients(call, products, num_sums, wants_lse_log2=True)
+    return _wmma.plan_gradients(call, products, ceil_div(num_sums + key_tiles, 4) * 4, wants_lse_log2=True)

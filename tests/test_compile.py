@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from cuflash import _dbias, _parts, _sm80, _sm80_tiles, _sm90, _sm90_backward, _wmma
+from cuflash import _dbias, _parts, _sm80, _sm80_tiles, _sm90, _sm90_backward, _sm90_block, _sm90_dq, _wmma
 from cuflash._device import KernelSource
 from cuflash._kernel import HEAD_DIMS, NUMBERS, Kernel, find_blocks
 from cuflash._options import Options
@@ -64,12 +64,13 @@ def sm90_forward(options: Options, number: str, head_dims: tuple[int, int], *, c
 
 def sm90_backward(
     options: Options, number: str, head_dims: tuple[int, int], *, deterministic: bool = False
-) -> tuple[Kernel, Kernel]:
-    """The main kernel and the one that comes last."""
+) -> tuple[Kernel, ...]:
+    """The main kernel and the one that comes last, and the one for dq if they do without it."""
     long = replace(problem(*head_dims), seqlen_q=4096, seqlen_k=4096)
     long = replace(long, packed="packed" in options.names)
     main, finish, _ = _sm90_backward.kernels(long, options, number, CHIPS[90], deterministic=deterministic)
-    return main, finish
+    of_dq = [_sm90_dq.kernel(head_dims, options, number, CHIPS[90])[0]] if deterministic else []
+    return main, finish, *of_dq
 
 
 def passes(options: Options, number: str, head_dims: tuple[int, int], arch: int) -> Iterator[Kernel]:
@@ -133,6 +134,7 @@ def kernels_with_options(arch: int) -> Iterator[Kernel]:
             yield sm90_forward(options(feature), "bfloat16", head_dims)
         for feature, head_dims in product(FEATURES, ((64, 64), (128, 128), (256, 256))):
             yield from sm90_backward(options(feature), "bfloat16", head_dims)
+            yield _sm90_dq.kernel(head_dims, options(feature), "bfloat16", CHIPS[90])[0]
         for number, head_dims in product(HALF, ((64, 64), (128, 128), (192, 128), (256, 256))):
             yield sm90_dbias(options("bias"), number, head_dims)
         yield sm90_dbias(options("bias"), "bfloat16", (64, 64), seqlen=64)  # for a block alone, without a cluster
@@ -221,6 +223,7 @@ MAY_PARK = {
     "bwd_sm90_bf16_d128x128_packed": {90: 64},
     "bwd_sm90_bf16_d256x256_dropout": {90: 236},
     "bwd_sm90_bf16_d256x256_mod_block_mask": {90: 20},
+    "bwd_sm90_dq_bf16_d128x128_mod": {90: 8},
     "bwd_wmma_dkdv_bf16_d128x128_mod": {80: 96, 90: 64, 100: 32},
     "bwd_wmma_dq_bf16_d128x128_mask": {80: 64},
     "bwd_wmma_dq_bf16_d128x128_mod": {100: 64},
@@ -259,12 +262,13 @@ def test_a_kernel_compiles_within_its_registers_and_uses_tensor_cores(kernel: Ke
     found = cubin.opcodes(code)
     assert found["EXIT"] > 0
     assert allowed or not {"LDL", "STL"} & set(found)
-    if kernel.arch == _sm90.ARCH:
+    if kernel.arch == _sm90_block.ARCH:
         assert found["HGMMA"] > 0
         assert found["UTMALDG"] > 0, "tiles must be copied by TMA"
         assert SERIALIZED not in log, log
     if kernel.header in ("bwd_sm90", "bwd_sm90_wide"):
-        assert found["REDG"] > 0, "the sums of dQ must be added by the memory, which returns nothing"
+        adds_dq = "deterministic" not in kernel.symbol
+        assert (found["REDG"] > 0) == adds_dq, "the sums of dQ must be added by the memory, which returns nothing"
     if "wmma" in kernel.header or ("sm80" in kernel.header and "finish" not in kernel.header):
         assert found["HMMA"] > 0
         if "f16" in kernel.symbol:
@@ -291,7 +295,7 @@ def test_the_gradient_of_a_bias_has_a_tile_beside_other_arrays(arch: int) -> Non
 CHECKED = [
     (80, _wmma.forward(problem(64, 64), Options(), "float16", CHIPS[80])[0]),
     (90, sm90_forward(options("bias"), "float16", (64, 64))),
-    *((90, kernel) for kernel in sm90_backward(options("bias"), "float16", (64, 64))),
+    *((90, kernel) for kernel in sm90_backward(options("bias"), "float16", (64, 64), deterministic=True)),
 ]
 
 
@@ -352,5 +356,5 @@ extern "C" __global__ void product(float* out, TileDescriptor a, TileDescriptor 
 def test_a_serialized_wgmma_would_be_seen(between: str, serialized: bool) -> None:
     """The note is in the log if a sum is used before its product was waited for."""
     code = PRODUCT.format(wgmma=wgmma("float16", 64), between=between)
-    _, log = cubin.compile_for(KernelSource("product", code, 128, 0, _sm90.ARCH), "sm_90")
+    _, log = cubin.compile_for(KernelSource("product", code, 128, 0, _sm90_block.ARCH), "sm_90")
     assert (SERIALIZED in log) == serialized

@@ -10,7 +10,7 @@ from functools import partial
 from itertools import islice, product
 from typing import Any
 
-from cuflash import _sm80, _sm80_tiles, _sm90, _sm90_backward, _wmma
+from cuflash import _sm80, _sm80_tiles, _sm90, _sm90_backward, _sm90_block, _wmma
 from cuflash._call import Call
 from cuflash._cli import console
 from cuflash._cli.bench.cells import TOKENS, WIDTH, Cell, Op, flops
@@ -116,8 +116,8 @@ def _sm90_candidates(problem: Problem, chip: Chip) -> Iterator[Tile]:
         registers = 232 if block_m == 128 else 160
         if (block_n + dims[1]) / 2 + block_n / 4 > 0.8 * registers:  # scores and output, and weights of half the size
             continue
-        tiles = (_sm90.Tile(block_m, block_n, stages_q, stages, stages) for stages in (4, 3, 2))
-        fitting = (tile for tile in tiles if _sm90._shared_bytes(dims, tile, PLAIN) <= chip.shared_memory)
+        tiles = (_sm90_block.Tile(block_m, block_n, stages_q, stages, stages) for stages in (4, 3, 2))
+        fitting = (tile for tile in tiles if _sm90_block.shared_bytes(dims, tile, PLAIN) <= chip.shared_memory)
         yield from islice(fitting, 1)
 
 
@@ -183,7 +183,7 @@ def _sm90_backward_key(problem: Problem, number: str, chip: Chip) -> tuple[int, 
 
 
 TUNED = (
-    Family("sm90", "forward", _sm90.TILES, _sm90_key, _sm90.forward, _sm90_candidates, _sm90.Tile._make),
+    Family("sm90", "forward", _sm90.TILES, _sm90_key, _sm90.forward, _sm90_candidates, _sm90_block.Tile._make),
     Family(
         "sm80", "forward", _sm80_tiles.FORWARD_TILES, _sm80_key, _sm80.forward,
         _sm80_candidates, _sm80_tiles.Tile._make,

@@ -2,6 +2,7 @@
 // there, and the way out (sm_90a).
 #pragma once
 
+#include <cuflash/attention/backward_maps.cuh>
 #include <cuflash/attention/job_ring.cuh>
 #include <cuflash/attention/query_walk.cuh>
 #include <cuflash/attention/recompute.cuh>
@@ -13,23 +14,11 @@
 
 namespace cuflash {
 
-// Where TMA finds the inputs, and in boxes of which sizes.
-struct BwdMaps {
-  ptx::TensorMap q, k, v, dout;
-};
-
-// One struct, because each argument costs the host time (mirrored in cuflash/_params.py).
-struct BwdSm90Params {
-  BwdParams bwd;
-  const void *q, *k, *v, *dout;  // where the host has filled in the maps
-  BwdMaps maps;
-};
-
 // A block stays on its multiprocessor and takes one job after another: kBlockN keys of one key/value head, and the
 // queries that see them, in tiles of kBlockM, of every query head of the group. Warps of their own copy what is needed
 // to shared memory, ahead of two consumers.
 template <class Element, class Options, int kHeadDim, int kHeadDimV, int kBlockM, int kBlockN, int kStagesKv,
-          int kStages, int kStagesPairs, int kTilesDs, bool kDeterministic>
+          int kStages, int kStagesPairs, int kTilesDs>
 struct BackwardBlock {
   static constexpr int kNumConsumers = 2, kNumThreads = 128 * (1 + kNumConsumers);
   using Rows = RowsOfTile<kBlockM>;
@@ -52,11 +41,8 @@ struct BackwardBlock {
   static constexpr bool kLoadsPairs = kPairBytes > 0;
   static constexpr bool kHelps = kLoadsPairs || Options::kPacked;
 
-  // In a fixed order everybody waits for the turn of each tile: none may be left out. Blocks that share arrays of pairs
-  // find them in L2 if they keep step.
-  static constexpr bool kSkips = Options::kSkipsBlocks && !kDeterministic;
-  static constexpr bool kStaggered = !kDeterministic && kArrayBytes == 0;
-  using Walk = QueryWalk<kBlockM, kBlockN, Options, kSkips, kStaggered>;
+  // Blocks that share arrays of pairs find them in L2 if they keep step.
+  using Walk = QueryWalk<kBlockM, kBlockN, Options, kArrayBytes == 0>;
 
   // Of each thread. The kernel starts with as many for all as fit into the 64 K of a multiprocessor. Consumers that
   // have both dK and dV of 128 columns leave the fewest to the others.
@@ -82,7 +68,7 @@ struct BackwardBlock {
     TileV v[kStagesKv];
     TileQ q[kStages];
     TileDout dout[kStages];
-    TileDs ds[kTilesDs];  // gradients of scores, by consumers
+    TileDs ds[kTilesDs];  // gradients of scores, by consumers, for dQ alone
     TileOfPairs pairs[kStagesPairs];
     Rows rows[kStages];
     Rings rings;
@@ -95,7 +81,6 @@ struct BackwardBlock {
   struct Arrays {
     const float *lse_log2, *delta;  // both with the strides of delta
     float* dq_sums;
-    unsigned* turns;    // of each part of the sums, how many blocks have added to it; used by kDeterministic alone
     unsigned* spoiled;  // of each tile of keys, whether its gradients must be computed once more
     Element *dk, *dv;
     unsigned* counter;  // 0 before and after the kernel
@@ -155,7 +140,7 @@ struct BackwardBlock {
                                               const Options& options, Shared& shared) {
     const Problem& problem = params.problem;
     const bool leader = threadIdx.x % 32 == 0;
-    const JobCounter<KeyJobs<kBlockN, kDeterministic>, Options> jobs(options, problem, arrays.counter);
+    const JobCounter<KeyJobs<kBlockN>, Options> jobs(options, problem, arrays.counter);
     typename Jobs::Position job_at;
     typename RingKv::Position kv_at;
     typename Ring::Position at;

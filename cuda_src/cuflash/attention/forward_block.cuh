@@ -1,5 +1,5 @@
-// What the Hopper forward does besides computing: a block's jobs, its tiles in shared memory, and the warps that copy
-// them there (sm_90a).
+// What the Hopper forward does besides computing, and the kernel for dQ alone: a block's jobs, its tiles in shared
+// memory, and the warps that copy them there (sm_90a).
 #pragma once
 
 #include <cuflash/attention/careful_row.cuh>
@@ -10,22 +10,19 @@
 
 namespace cuflash {
 
-// Where TMA finds the inputs, and in boxes of which sizes.
-struct QkvMaps {
-  ptx::TensorMap q, k, v;
+// What may come along with Q; none where there are no columns, since an empty base takes no place.
+template <class Element, int kBlockM, int kCols, int kStages>
+struct MoreQueries {
+  SwizzledTile<Element, kBlockM, kCols> more[kStages];
 };
-
-// One struct, because each argument costs the host time (mirrored in cuflash/_params.py).
-struct FwdSm90Params {
-  FwdParams fwd;
-  const void *q, *k, *v;
-  QkvMaps maps;
-};
+template <class Element, int kBlockM, int kStages>
+struct MoreQueries<Element, kBlockM, 0, kStages> {};
 
 // A block stays on its multiprocessor and takes one job after another: kBlockM rows of one head's output. Two warps
-// copy Q, K and V to shared memory, ahead of the consumers: kBlockM / 64 warpgroups with 64 rows each.
+// copy Q, K and V to shared memory, ahead of the consumers: kBlockM / 64 warpgroups with 64 rows each. Other arrays may
+// have these parts: then more of the same queries may come along with Q, of so many columns.
 template <class Element, class Options, int kHeadDim, int kHeadDimV, int kBlockM, int kBlockN, int kStagesQ,
-          int kStagesK, int kStagesV, int kStagesPairs>
+          int kStagesK, int kStagesV, int kStagesPairs, int kMoreCols = 0>
 struct ForwardBlock {
   static constexpr int kNumConsumers = kBlockM / 64;
   static constexpr int kNumThreads = 128 * (1 + kNumConsumers);
@@ -65,7 +62,7 @@ struct ForwardBlock {
     RingPairs pairs;
     Jobs jobs;
   };
-  struct Shared {
+  struct Shared : MoreQueries<Element, kBlockM, kMoreCols, kStagesQ> {
     TileQ q[kStagesQ];
     TileK k[kStagesK];
     TileV v[kStagesV];
@@ -75,30 +72,32 @@ struct ForwardBlock {
     Rings rings;
   };
   // Without the padding that makes the struct a multiple of 1024.
-  static constexpr int kSharedBytes = sizeof(TileQ) * kStagesQ + sizeof(TileK) * kStagesK + sizeof(TileV) * kStagesV +
+  static constexpr int kQueryBytes = sizeof(TileQ) + kBlockM * kMoreCols * sizeof(Element);
+  static constexpr int kSharedBytes = kQueryBytes * kStagesQ + sizeof(TileK) * kStagesK + sizeof(TileV) * kStagesV +
                                       sizeof(TileOfArrays) * kStagesPairs + sizeof(Shared::careful) +
                                       sizeof(Shared::visited) + sizeof(Rings);
 
   static_assert(kBlockM % 64 == 0 && kNumConsumers >= 1 && kNumConsumers <= 3 && kBlockN % 16 == 0);
 
-  struct Results {
-    Element* out;
-    float* lse;         // may be null
-    unsigned* counter;  // 0 before and after the kernel
+  // An array, as TMA sees it.
+  struct Input {
+    const ptx::TensorMap* map;
+    Strides strides;
   };
-  struct Arrays : Results {
-    const QkvMaps& maps;
-    const Element *q, *k, *v;
+  struct Inputs {
+    Input q, k, v;
+    Input more;  // with kMoreCols
   };
 
-  // Starts the rings, then each warp does its part: `consume` is that of the consumers.
+  // Starts the rings, then each warp does its part: `consume` is that of the consumers. The counter is 0 before and
+  // after the kernel.
   template <class Consume>
-  static __device__ __forceinline__ void run(const Arrays& arrays, const FwdParams& params, const Options& options,
-                                             Shared& shared, const Consume& consume) {
+  static __device__ __forceinline__ void run(const Inputs& inputs, unsigned* counter, const Problem& problem,
+                                             const Options& options, Shared& shared, const Consume& consume) {
     if (threadIdx.x == 0) {
-      ptx::tma_prefetch(&arrays.maps.q);
-      ptx::tma_prefetch(&arrays.maps.k);
-      ptx::tma_prefetch(&arrays.maps.v);
+      ptx::tma_prefetch(inputs.q.map);
+      ptx::tma_prefetch(inputs.k.map);
+      ptx::tma_prefetch(inputs.v.map);
       const int num_warps = 4 * kNumConsumers;  // wgmma ends warp by warp: each releases what it has read
       shared.rings.q.init(num_warps);
       shared.rings.k.init(num_warps);
@@ -112,11 +111,11 @@ struct ForwardBlock {
     if (threadIdx.x < 128) {
       ptx::release_registers<kProducerRegisters>();
       if (threadIdx.x < 64) {
-        if constexpr (kHelps) help(params, options, shared);
+        if constexpr (kHelps) help(problem, options, shared);
       } else if (threadIdx.x < 96) {
-        load_queries_and_keys(arrays, params, options, shared);
+        load_queries_and_keys(inputs, counter, problem, options, shared);
       } else {
-        load_values(arrays, params, options, shared);
+        load_values(inputs.v, problem, options, shared);
       }
     } else {
       ptx::acquire_registers<kConsumerRegisters>();
@@ -124,14 +123,26 @@ struct ForwardBlock {
     }
   }
 
+  // A consumer's turn to start products: named barrier 1 + its number.
+  struct Turn {
+    int consumer;
+
+    __device__ __forceinline__ void begin() const {
+      if constexpr (kNumConsumers > 1) ptx::named_barrier_sync(1 + consumer, 256);
+    }
+    __device__ __forceinline__ void pass_on() const {
+      if constexpr (kNumConsumers > 1) ptx::named_barrier_arrive(1 + (consumer + 1) % kNumConsumers, 256);
+    }
+  };
+
   // ---- Loads
 
   // Run by one warp, which also asks for jobs.
-  static __device__ __forceinline__ void load_queries_and_keys(const Arrays& arrays, const FwdParams& params,
-                                                               const Options& options, Shared& shared) {
-    const Problem& problem = params.problem;
+  static __device__ __forceinline__ void load_queries_and_keys(const Inputs& inputs, unsigned* counter,
+                                                               const Problem& problem, const Options& options,
+                                                               Shared& shared) {
     const bool leader = threadIdx.x % 32 == 0;
-    const JobCounter<QueryJobs<kBlockM>, Options> jobs(options, problem, arrays.counter);
+    const JobCounter<QueryJobs<kBlockM>, Options> jobs(options, problem, counter);
     typename Jobs::Position job_at;
     typename RingQ::Position q_at;
     typename RingK::Position k_at;
@@ -144,8 +155,13 @@ struct ForwardBlock {
     const auto load_queries = [&](const Job& job) {
       if (leader && job.tile != Job::kNoTile) {
         shared.rings.q.wait_empty(q_at);
-        shared.q[q_at.stage()].load(&arrays.maps.q, shared.rings.q.expect(q_at, sizeof(TileQ)), params.q,
-                                    job.sequence.batch, job.head, job.sequence.first_query + job.tile * kBlockM);
+        ptx::Barrier* const arrived = shared.rings.q.expect(q_at, kQueryBytes);
+        const auto load = [&](auto& tile, const Input& input) {
+          tile.load(input.map, arrived, input.strides, job.sequence.batch, job.head,
+                    job.sequence.first_query + job.tile * kBlockM);
+        };
+        load(shared.q[q_at.stage()], inputs.q);
+        if constexpr (kMoreCols > 0) load(shared.more[q_at.stage()], inputs.more);
       }
       q_at.advance();
     };
@@ -163,7 +179,7 @@ struct ForwardBlock {
         if (leader) {
           shared.rings.k.wait_empty(k_at);
           if constexpr (Options::kSkipsBlocks) shared.visited[k_at.stage()] = visited;
-          shared.k[k_at.stage()].load(&arrays.maps.k, shared.rings.k.expect(k_at, sizeof(TileK)), params.k,
+          shared.k[k_at.stage()].load(inputs.k.map, shared.rings.k.expect(k_at, sizeof(TileK)), inputs.k.strides,
                                       job.sequence.batch, head_kv, job.sequence.first_key + visited.block * kBlockN);
         }
         k_at.advance();
@@ -174,9 +190,8 @@ struct ForwardBlock {
   }
 
   // Run by another warp.
-  static __device__ __forceinline__ void load_values(const Arrays& arrays, const FwdParams& params,
-                                                     const Options& options, Shared& shared) {
-    const Problem& problem = params.problem;
+  static __device__ __forceinline__ void load_values(const Input& input, const Problem& problem, const Options& options,
+                                                     Shared& shared) {
     const bool leader = threadIdx.x % 32 == 0;
     typename Jobs::Position job_at;
     typename RingV::Position at, partial_at;
@@ -189,7 +204,7 @@ struct ForwardBlock {
           shared.rings.v.wait_empty(at);
           ptx::Barrier* const arrived = partial ? shared.rings.partial.expect(partial_at, sizeof(TileV))
                                                 : shared.rings.v.expect(at, sizeof(TileV));
-          shared.v[at.stage()].load(&arrays.maps.v, arrived, params.v, job.sequence.batch, head_kv,
+          shared.v[at.stage()].load(input.map, arrived, input.strides, job.sequence.batch, head_kv,
                                     job.sequence.first_key + block * kBlockN);
         }
         at.advance();
@@ -204,8 +219,7 @@ struct ForwardBlock {
   }
 
   // Run by two more warps: they copy arrays of pairs, and the first clears values that do not belong to a sequence.
-  static __device__ __forceinline__ void help(const FwdParams& params, const Options& options, Shared& shared) {
-    const Problem& problem = params.problem;
+  static __device__ __forceinline__ void help(const Problem& problem, const Options& options, Shared& shared) {
     const bool first_warp = uniform(threadIdx.x / 32) == 0, leader = threadIdx.x % 32 == 0;
     typename Jobs::Position job_at;
     typename RingV::Position v_at, partial_at;

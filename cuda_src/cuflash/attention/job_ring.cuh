@@ -78,8 +78,7 @@ struct QueryJobs {
   }
 };
 
-// With kLastFirst those of a head come in the opposite order.
-template <int kBlockN, bool kLastFirst = false>
+template <int kBlockN>
 struct KeyJobs {
   template <class Options>
   static __device__ __forceinline__ int count(const Options&, const Problem& problem) {
@@ -87,7 +86,7 @@ struct KeyJobs {
   }
   template <class Options>
   static __device__ __forceinline__ Job job(const Options& options, const Problem& problem, int index) {
-    return options.template key_job<kBlockN>(problem, index, kLastFirst);
+    return options.template key_job<kBlockN>(problem, index);
   }
   static __device__ __forceinline__ bool has_rows(const Job& job) {
     return job.tile >= 0 && job.tile * kBlockN < job.sequence.num_keys;

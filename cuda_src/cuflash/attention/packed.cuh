@@ -30,11 +30,10 @@ struct PackedSequences {
   }
 
   template <int kBlockN>
-  __device__ __forceinline__ Job key_job(const Problem& problem, int index, bool last_first = false) const {
+  __device__ __forceinline__ Job key_job(const Problem& problem, int index) const {
     const int num_jobs = jobs_of_head<kBlockN>(problem, problem.seqlen_k);
     const HeadTile numbered(index, problem.num_heads_kv, num_jobs, HeadTile::group_of_keys(num_jobs, false, false));
-    return job<kBlockN>(problem, cu_seqlens_k, problem.seqlen_k, numbered.head,
-                        last_first ? num_jobs - 1 - numbered.tile : numbered.tile);
+    return job<kBlockN>(problem, cu_seqlens_k, problem.seqlen_k, numbered.head, numbered.tile);
   }
 
   // The number of a tile of queries of one head among those of all; rows of padding are those of one more sequence.

@@ -8,7 +8,7 @@ namespace cuflash {
 // Goes through those of one query head of the group after another, without the ones that options hide altogether. With
 // kStaggered each head begins with the queries beside the keys: blocks of threads that go through the same heads keep
 // step, and would otherwise add to the same sums at the same time.
-template <int kBlockM, int kBlockN, class Options, bool kSkips, bool kStaggered>
+template <int kBlockM, int kBlockN, class Options, bool kStaggered>
 struct QueryWalk {
   const Options& options;
   const Job& job;
@@ -47,7 +47,7 @@ struct QueryWalk {
   }
 
   __device__ __forceinline__ void skip() {
-    if constexpr (kSkips) {
+    if constexpr (Options::kSkipsBlocks) {
       for (; !done(); step()) {
         Options there = options;
         there.enter(job.sequence, head);

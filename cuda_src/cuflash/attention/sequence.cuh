@@ -78,13 +78,12 @@ struct BatchedSequences {
 
   // Under a causal mask the first keys are seen by the most queries: they start first.
   template <int kBlockN>
-  static __device__ __forceinline__ Job key_job(const Problem& problem, int index, bool last_first = false) {
+  static __device__ __forceinline__ Job key_job(const Problem& problem, int index) {
     const int num_tiles = ceil_div(problem.seqlen_k, kBlockN);
     const HeadTile job(
         index, problem.num_heads_kv * problem.batch, num_tiles,
         HeadTile::group_of_keys(num_tiles, shows_all(problem), problem.num_heads > problem.num_heads_kv));
-    const int tile = last_first ? num_tiles - 1 - job.tile : job.tile;
-    return {sequence(problem, job.head / problem.num_heads_kv), job.head % problem.num_heads_kv, tile};
+    return {sequence(problem, job.head / problem.num_heads_kv), job.head % problem.num_heads_kv, job.tile};
   }
 
   // The number of a tile of queries of one head among those of all.

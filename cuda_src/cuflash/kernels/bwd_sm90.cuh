@@ -1,4 +1,4 @@
-// FlashAttention backward for Hopper: the gradients of K and V, and sums for that of Q (FlashAttention-3,
+// FlashAttention backward for Hopper: the gradients of K and V, and if need be sums for that of Q (FlashAttention-3,
 // arXiv:2407.08608, appendix B). docs/kernels.md draws it.
 #pragma once
 
@@ -9,28 +9,28 @@
 namespace cuflash {
 
 // Each of two consumers has 64 keys of a job. Scores are computed transposed (keys are rows): P and dS lie in registers
-// as the first factors of dV and dK. dS also goes to shared memory, where it is the first factor of dQ, of which each
-// consumer computes a half and adds it to sums in global memory. The next Q K^T starts before the last product of a
-// tile has ended.
+// as the first factors of dV and dK. With kAddsDq dS also goes to shared memory, where it is the first factor of dQ, of
+// which each consumer computes a half and adds it to sums in global memory. The next Q K^T starts before the last
+// product of a tile has ended.
 template <class Number, class Options, int kHeadDim, int kHeadDimV, int kBlockM, int kBlockN, int kStagesKv,
-          int kStages, int kStagesPairs, bool kDeterministic>
+          int kStages, int kStagesPairs, bool kAddsDq>
 struct BwdSm90 {
   using Element = typename Number::Element;
-  using Block = BackwardBlock<Element, Options, kHeadDim, kHeadDimV, kBlockM, kBlockN, kStagesKv, kStages, kStagesPairs,
-                              2, kDeterministic>;
+  using Block =
+      BackwardBlock<Element, Options, kHeadDim, kHeadDimV, kBlockM, kBlockN, kStagesKv, kStages, kStagesPairs, 2>;
   using Arrays = typename Block::Arrays;
 
   using Gradients = ScoreGradients<Element, Options, kBlockM>;
   using Scores = typename Gradients::Scores;
   using Factor = typename Gradients::Factor;
-  using Sums = QuerySums<Options, kHeadDim, kBlockM, kBlockN>;
+  using Sums = QuerySums<Options, kHeadDim, kBlockM>;
   using GradQ = typename Sums::Layout::Part;
 
   // The pieces of dQ that are added to the sums before the next scores start. Additions wait for each other: the rest
   // does so beside the product, but the product starts only when those before it are under way. Of 128 columns the
   // first half goes by way of the dS of the tile before, which nobody reads any more.
   static constexpr int kPieces = Sums::Layout::kPieces;
-  static constexpr int kPiecesStaged = kHeadDim <= 64 || kDeterministic ? 0 : kPieces / 2;
+  static constexpr int kPiecesStaged = kHeadDim <= 64 || !kAddsDq ? 0 : kPieces / 2;
   static constexpr int kPiecesFirst = kHeadDim <= 64 ? kPieces / 4 : kPieces / 4 * 3;
 
   using Shared = typename Block::Shared;
@@ -126,30 +126,27 @@ struct BwdSm90 {
           if (lane == 0) ptx::bulk_add_wait_read();
           __syncwarp();
         }
-        ds.store(dscores, 64 * consumer + 16 * warp, lane);
-        ptx::async_proxy_fence();
-        ptx::named_barrier_sync(kDsIsThere, 256);
-        start_product_across(dq, ds, Sums::Layout::first_query(consumer), k, Sums::Layout::first_col(consumer));
+        if constexpr (kAddsDq) {
+          ds.store(dscores, 64 * consumer + 16 * warp, lane);
+          ptx::async_proxy_fence();
+          ptx::named_barrier_sync(kDsIsThere, 256);
+          start_product_across(dq, ds, Sums::Layout::first_query(consumer), k, Sums::Layout::first_col(consumer));
+        }
         start_adding_across(dk, dscores, shared.q[stage]);
-        const auto sums_here = [&] {
-          return Sums(arrays.dq_sums, arrays.turns, problem, job, band, walk, consumer, thread);
-        };
-        if constexpr (kDeterministic) sums_here().await_turn();
 
         ptx::wgmma_wait<1>();
         release(rings.dout, at);
-        const Sums sums = sums_here();
+        const Sums sums(arrays.dq_sums, problem, job, walk, thread);
         if constexpr (kPiecesStaged > 0) {
           sums.template add_staged<kPiecesStaged>(before.piece(64 * consumer + 16 * warp, 0), consumer, dq);
         }
-        sums.template add<kPiecesStaged, kPiecesFirst>(consumer, dq);
+        if constexpr (kAddsDq) sums.template add<kPiecesStaged, kPiecesFirst>(consumer, dq);
         auto next = at;
         next.advance();
         walk.advance();
         if (!walk.done()) rings.q.wait_full(next);
         start_scores(next);  // after the last tile nobody asks for them
-        sums.template add<kPiecesFirst>(consumer, dq);
-        if constexpr (kDeterministic) sums.pass_turn();
+        if constexpr (kAddsDq) sums.template add<kPiecesFirst>(consumer, dq);
         ptx::wgmma_wait<1>();
         release(rings.q, at);
         at = next;

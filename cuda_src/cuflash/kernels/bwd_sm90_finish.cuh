@@ -1,4 +1,5 @@
-// The last step of the Hopper backward: dQ from sums in the order of registers to rows, and what NaN has spoiled.
+// The last step of the Hopper backward: dQ from sums in the order of registers to rows, where it comes so, and what NaN
+// has spoiled.
 #pragma once
 
 #include <cuflash/attention/careful_gradients.cuh>
@@ -9,8 +10,8 @@
 namespace cuflash {
 
 // A block writes the rows of a tile of queries of one head: its warpgroups take turns with the parts of the sums.
-// Each warp of the blocks behind those looks after a tile of keys.
-template <class Number, class Options, int kHeadDim, int kHeadDimV, int kBlockM, int kBlockN>
+// Each warp of the blocks behind those looks after a tile of keys. Without kHasSums dQ is there already.
+template <class Number, class Options, int kHeadDim, int kHeadDimV, int kBlockM, int kBlockN, bool kHasSums>
 struct BwdSm90Finish {
   using Element = typename Number::Element;
   using Sums = QueryGradient<kHeadDim, kBlockM>;
@@ -23,7 +24,7 @@ struct BwdSm90Finish {
     const Element *q, *k, *v, *dout;
     const float *lse, *delta;
     float* dq_sums;
-    const unsigned* spoiled;  // of each tile of keys, whether its gradients must be computed once more
+    const unsigned *spoiled_queries, *spoiled_keys;  // of each tile, whether its gradients must be computed once more
     Element *dq, *dk, *dv;
   };
 
@@ -33,8 +34,15 @@ struct BwdSm90Finish {
     if (blockIdx.x < num_query_jobs) {
       const Job job = options.template query_job<kBlockM>(problem, blockIdx.x);
       if (job.tile < 0 || job.tile * kBlockM >= job.sequence.seqlen_q) return;
-      // 0 * NaN is NaN: where pairs are hidden, keys that others see may have spoiled all queries.
-      if (__syncthreads_or(!write_queries(arrays, params, job))) {
+      const long long tile = Options::template query_tile<kBlockM>(problem, job.sequence, job.head, job.tile);
+      bool spoiled;
+      if constexpr (kHasSums) {
+        // 0 * NaN is NaN: where pairs are hidden, keys that others see may have spoiled all queries.
+        spoiled = __syncthreads_or(!write_queries(arrays, params, job, tile));
+      } else {
+        spoiled = arrays.spoiled_queries[tile];
+      }
+      if (spoiled) {
         const Range queries = {job.tile * kBlockM + static_cast<int>(threadIdx.x / 32), (job.tile + 1) * kBlockM};
         Careful::template write_queries<kHeadDim>(arrays, params, options, job, queries, kNumWarps, memory());
       }
@@ -44,7 +52,7 @@ struct BwdSm90Finish {
     if (index >= Options::template num_key_jobs<kBlockN>(problem)) return;
     const Job job = options.template key_job<kBlockN>(problem, index);
     if (job.tile < 0 || job.tile * kBlockN >= job.sequence.num_keys) return;
-    if (arrays.spoiled[Options::template key_tile<kBlockN>(problem, job.sequence, job.head, job.tile)]) {
+    if (arrays.spoiled_keys[Options::template key_tile<kBlockN>(problem, job.sequence, job.head, job.tile)]) {
       const Range keys = {job.tile * kBlockN, (job.tile + 1) * kBlockN};
       Careful::template write_keys<kHeadDim, kHeadDimV>(arrays, params, options, job, keys, 1, memory());
     }
@@ -52,13 +60,13 @@ struct BwdSm90Finish {
 
  private:
   // Returns whether all is finite.
-  static __device__ __forceinline__ bool write_queries(const Arrays& arrays, const BwdParams& params, const Job& job) {
+  static __device__ __forceinline__ bool write_queries(const Arrays& arrays, const BwdParams& params, const Job& job,
+                                                       long long tile) {
     const Problem& problem = params.problem;
     const Sequence& sequence = job.sequence;
     const Matrix<Element> dq(arrays.dq, params.dq, sequence.batch, job.head, sequence.first_query, sequence.seqlen_q,
                              problem.head_dim);
     const int thread = threadIdx.x % 128;
-    const long long tile = Options::template query_tile<kBlockM>(problem, sequence, job.head, job.tile);
     const float scale[2] = {problem.softmax_scale, problem.softmax_scale};
     bool finite = true;
     for (int part = threadIdx.x / 128; part < Sums::kParts; part += kNumThreads / 128) {

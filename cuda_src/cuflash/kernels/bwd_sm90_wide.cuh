@@ -9,20 +9,20 @@
 namespace cuflash {
 
 // Both consumers have the same 64 keys. The first computes scores, weights and dV, the second the gradients of weights
-// and of scores, and dK; of dQ each computes a part of the columns. Weights go from the first to the second, gradients
-// of scores to both.
+// and of scores, and dK; with kAddsDq each computes a part of the columns of dQ. Weights go from the first to the
+// second, gradients of scores to both.
 template <class Number, class Options, int kHeadDim, int kHeadDimV, int kBlockM, int kBlockN, int kStagesKv,
-          int kStages, int kStagesPairs, bool kDeterministic>
+          int kStages, int kStagesPairs, bool kAddsDq>
 struct BwdSm90Wide {
   using Element = typename Number::Element;
-  using Block = BackwardBlock<Element, Options, kHeadDim, kHeadDimV, kBlockM, kBlockN, kStagesKv, kStages, kStagesPairs,
-                              1, kDeterministic>;
+  using Block =
+      BackwardBlock<Element, Options, kHeadDim, kHeadDimV, kBlockM, kBlockN, kStagesKv, kStages, kStagesPairs, 1>;
   using Arrays = typename Block::Arrays;
 
   using Gradients = ScoreGradients<Element, Options, kBlockM>;
   using Scores = typename Gradients::Scores;
   using Factor = typename Gradients::Factor;
-  using Sums = QuerySums<Options, kHeadDim, kBlockM, kBlockN>;
+  using Sums = QuerySums<Options, kHeadDim, kBlockM>;
   using GradQ = typename Sums::Layout::Part;
   // Parts of dQ of the first consumer; the others are those of the second.
   static constexpr int kPartsOfFirst = ceil_div(Sums::Layout::kParts, 2);
@@ -30,7 +30,7 @@ struct BwdSm90Wide {
   // Additions take most of a step. These pieces of the first consumer's last part wait in registers, where there is
   // room, for the next dV: beside it the second computes gradients of scores, and adds nothing.
   static constexpr bool kHasRoom = !Options::kBendsScores && !Options::kHasDropout && !Options::kSkipsBlocks;
-  static constexpr int kPiecesLate = kHasRoom && !kDeterministic ? Sums::Layout::kPieces / 2 : 0;
+  static constexpr int kPiecesLate = kHasRoom ? Sums::Layout::kPieces / 2 : 0;
 
   // What the first consumer hands to the second: weights times slopes, where the thread with the same keys finds them.
   struct Slopes {
@@ -65,7 +65,7 @@ struct BwdSm90Wide {
   static_assert(kBlockN == 64 && kBlockM == 64 && kPartsOfFirst <= 2);
 
   // Barriers of both consumers: each also tells that the other has done with the array before.
-  enum Barrier { kSlopesAreThere = 1, kDsIsThere };
+  enum Barrier { kSlopesAreThere = 1, kDsIsThere };  // or, without dQ, slopes have been read
 
   static __device__ __forceinline__ void run(const Arrays& arrays, const BwdSm90Params& params, Options options) {
     Shared& shared = *reinterpret_cast<Shared*>(dynamic_shared_memory());
@@ -128,13 +128,11 @@ struct BwdSm90Wide {
       if constexpr (Options::kPacked && kFirst) Block::clear_keys(k, sequence, block_key + warp_row, warp_row);
       if constexpr (Options::kPacked && !kFirst) Block::clear_keys(v, sequence, block_key + warp_row, warp_row);
       typename Block::Walk walk(options, problem, job, band);
-      const auto sums_here = [&] {
-        return Sums(arrays.dq_sums, arrays.turns, problem, job, band, walk, kFirst ? 0 : 1, thread);
-      };
+      const auto sums_here = [&] { return Sums(arrays.dq_sums, problem, job, walk, thread); };
       GradQ dq[kNumParts] = {};  // first late pieces of 0 are added
       Sums sums = sums_here();
       const auto add_late = [&] {
-        sums.template add<kPiecesOnTime, kPieces>(kFirstPart + kNumParts - 1, dq[kNumParts - 1]);
+        if constexpr (kAddsDq) sums.template add<kPiecesOnTime, kPieces>(kFirstPart + kNumParts - 1, dq[kNumParts - 1]);
       };
       const bool empty = walk.done();
       if (empty) {
@@ -174,35 +172,38 @@ struct BwdSm90Wide {
           add_late();
           ptx::named_barrier_sync(kDsIsThere, 256);
           release(rings.q, at);  // with the statistics that its other lanes have read
-          start_dq(0);
+          if constexpr (kAddsDq) start_dq(0);
         } else {
           if constexpr (kLooksAtPairs) release_pairs();
           release(rings.dout, at);
           rings.q.wait_full(at);
           ptx::named_barrier_sync(kSlopesAreThere, 256);
           const Factor slopes = shared.slopes.load(thread);
+          if constexpr (!kAddsDq) ptx::named_barrier_arrive(kDsIsThere, 256);
           const Factor dscores = gradients.differentiate(scores, slopes, survives);
-          tiles.ds[0].store(dscores, warp_row, lane);
-          ptx::async_proxy_fence();
-          ptx::named_barrier_sync(kDsIsThere, 256);
-          start_dq(0);
+          if constexpr (kAddsDq) {
+            tiles.ds[0].store(dscores, warp_row, lane);
+            ptx::async_proxy_fence();
+            ptx::named_barrier_sync(kDsIsThere, 256);
+            start_dq(0);
+          }
           start_adding_across(grad, dscores, tiles.q[stage]);
         }
         sums = sums_here();
-        if constexpr (kDeterministic) sums.await_turn();
-        ptx::wgmma_wait<kFirst ? 0 : 1>();
-        sums.template add<0, (kNumParts > 1 ? kPieces : kPiecesOnTime)>(kFirstPart, dq[0]);
+        if constexpr (kAddsDq) {
+          ptx::wgmma_wait<kFirst ? 0 : 1>();
+          sums.template add<0, (kNumParts > 1 ? kPieces : kPiecesOnTime)>(kFirstPart, dq[0]);
+        }
         ptx::wgmma_wait<0>();
         release(kFirst ? rings.dout : rings.q, at);
         at.advance();
         walk.advance();
-        if constexpr (kNumParts > 1) start_dq(1);
+        if constexpr (kAddsDq && kNumParts > 1) start_dq(1);
         if (!walk.done()) wait_for_scores(at);
         start_scores(at);  // after the last tile nobody asks for them, and K and V may change meanwhile
         ptx::wgmma_wait<1>();
         if (walk.done()) release(rings.kv, kv_at);
-        if constexpr (kNumParts > 1) sums.template add<0, kPiecesOnTime>(kFirstPart + 1, dq[1]);
-        if constexpr (kDeterministic) sums.pass_turn();
+        if constexpr (kAddsDq && kNumParts > 1) sums.template add<0, kPiecesOnTime>(kFirstPart + 1, dq[1]);
       }
       if (!empty) add_late();
       ptx::wgmma_wait<0>();

@@ -10,6 +10,18 @@
 
 namespace cuflash {
 
+// Where TMA finds the inputs, and in boxes of which sizes.
+struct QkvMaps {
+  ptx::TensorMap q, k, v;
+};
+
+// One struct, because each argument costs the host time (mirrored in cuflash/_params.py).
+struct FwdSm90Params {
+  FwdParams fwd;
+  const void *q, *k, *v;
+  QkvMaps maps;
+};
+
 // A consumer starts the next product Q K^T before the softmax of the one at hand, also across jobs; and consumers take
 // turns, so that one multiplies while another exponentiates.
 template <class Number, class Options, int kHeadDim, int kHeadDimV, int kBlockM, int kBlockN, int kStagesQ,
@@ -18,8 +30,7 @@ struct FwdSm90 {
   using Element = typename Number::Element;
   using Block =
       ForwardBlock<Element, Options, kHeadDim, kHeadDimV, kBlockM, kBlockN, kStagesQ, kStagesK, kStagesV, kStagesPairs>;
-  using Arrays = typename Block::Arrays;
-  using Results = typename Block::Results;
+  using Turn = typename Block::Turn;
   using Shared = typename Block::Shared;
   static constexpr int kNumConsumers = Block::kNumConsumers, kNumThreads = Block::kNumThreads;
   static constexpr int kSharedBytes = Block::kSharedBytes;
@@ -28,24 +39,25 @@ struct FwdSm90 {
   using Weights = WarpgroupFactor<Element, kBlockN>;
   using Output = WarpgroupTile<kHeadDimV>;
 
-  static __device__ __forceinline__ void run(const Results& results, const FwdSm90Params& all, Options options) {
-    const Arrays arrays = {results, all.maps, static_cast<const Element*>(all.q), static_cast<const Element*>(all.k),
-                           static_cast<const Element*>(all.v)};
-    Shared& shared = *reinterpret_cast<Shared*>(dynamic_shared_memory());
-    Block::run(arrays, all.fwd, options, shared, [&] { consume(arrays, all.fwd, options, shared); });
-  }
-
-  // A consumer's turn to start products: named barrier 1 + its number.
-  struct Turn {
-    int consumer;
-
-    __device__ __forceinline__ void begin() const {
-      if constexpr (kNumConsumers > 1) ptx::named_barrier_sync(1 + consumer, 256);
-    }
-    __device__ __forceinline__ void pass_on() const {
-      if constexpr (kNumConsumers > 1) ptx::named_barrier_arrive(1 + (consumer + 1) % kNumConsumers, 256);
-    }
+  struct Results {
+    Element* out;
+    float* lse;  // may be null
+    unsigned* counter;
   };
+  struct Arrays : Results {
+    const Element *q, *k, *v;
+  };
+
+  static __device__ __forceinline__ void run(const Results& results, const FwdSm90Params& all, Options options) {
+    const FwdParams& params = all.fwd;
+    const Arrays arrays = {results, static_cast<const Element*>(all.q), static_cast<const Element*>(all.k),
+                           static_cast<const Element*>(all.v)};
+    const typename Block::Inputs inputs = {
+        {&all.maps.q, params.q}, {&all.maps.k, params.k}, {&all.maps.v, params.v}, {}};
+    Shared& shared = *reinterpret_cast<Shared*>(dynamic_shared_memory());
+    Block::run(inputs, arrays.counter, params.problem, options, shared,
+               [&] { consume(arrays, params, options, shared); });
+  }
 
   // ---- The algorithm
 

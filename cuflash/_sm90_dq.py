@@ -1,0 +1,54 @@
+"""The kernel of the sm90 family for dq alone, with its tiles (cuda_src/cuflash/kernels/bwd_sm90_dq.cuh)."""
+
+from __future__ import annotations
+
+from ._device import Chip
+from ._kernel import NUMBERS, Kernel
+from ._options import Options
+from ._sm90_block import ARCH, Tile, shared_bytes
+from ._wgmma import wgmma
+
+# By head_dim and head_dim_v; the first that fits the shared memory is taken, with arrays of pairs the first that has
+# two places for them. What the tile calls Q, K and V are dO, V and K here, and Q comes along with dO. S and dP of 128
+# keys, and dQ of 128 columns, fit the 232 registers of a thread; beyond 128 columns it is 64 keys. K has at least two
+# places, since the next S is started before dQ has read its own.
+TILES: dict[tuple[int, int], tuple[Tile, ...]] = {
+    (64, 64): (Tile(128, 128, 2, 3, 3, 2), Tile(128, 128, 2, 2, 2, 2), Tile(128, 64, 2, 2, 2, 2)),
+    (128, 128): (Tile(128, 128, 1, 2, 2, 1), Tile(128, 64, 1, 2, 2, 2)),
+    (192, 128): (Tile(128, 64, 1, 2, 2, 2), Tile(128, 64, 1, 2, 2, 1)),
+    (192, 192): (Tile(128, 64, 1, 2, 2, 1), Tile(128, 32, 1, 2, 2, 2)),
+    (256, 256): (Tile(128, 64, 1, 1, 2, 1), Tile(128, 32, 1, 2, 2, 1)),
+}
+
+
+def _shared_bytes(dims: tuple[int, int], tile: Tile, options: Options) -> int:
+    return shared_bytes((dims[1], dims[0]), tile, options, dims[0])
+
+
+def kernel(dims: tuple[int, int], options: Options, number: str, chip: Chip) -> tuple[Kernel, Tile]:
+    """The kernel for a padded head_dim and head_dim_v, and its tile."""
+    name, short, _ = NUMBERS[number]
+    fitting = [
+        tile
+        for tile in TILES[dims]
+        if options.allows_tile(*tile[:2]) and _shared_bytes(dims, tile, options) <= chip.shared_memory
+    ]
+    has_pairs = options.tile_bytes(1, 32) > 0
+    tile = next((tile for tile in fitting if tile.stages_pairs > 1 and has_pairs), fitting[0])
+    made = Kernel(
+        template="BwdSm90Dq",
+        header="bwd_sm90_dq",
+        symbol="_".join(("cuflash_bwd_sm90_dq", short, f"d{dims[0]}x{dims[1]}", *options.names)),
+        arguments=(f"cuflash::{name}", options.type, *dims, *tile),
+        pointers=(
+            *("const float* lse", "const float* delta", "unsigned* spoiled"),
+            *("Element* dq", "unsigned* counter"),
+        ),
+        params="BwdSm90Params",
+        num_threads=128 * (1 + tile.block_m // 64),
+        shared_bytes=_shared_bytes(dims, tile, options),
+        options=options,
+        definitions="".join(wgmma(number, width) for width in sorted({tile.block_n, dims[0]})),
+        arch=ARCH,
+    )
+    return made, tile
