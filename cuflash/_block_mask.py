@@ -241,7 +241,9 @@ def _stretched(pairs: Array, shape: Shape) -> Array:
 
 
 def _packed(blocks: Array) -> Array:
-    """Flags along the last axis as bits of uint32 words, the first flag as the lowest bit."""
+    """Flags along the last axis as bits of uint32 words, the first flag as the lowest bit; no keys have a word too."""
+    if blocks.shape[-1] == 0:  # kernels look at the first block of keys in any case
+        blocks = np.full_like(blocks, False, shape=(*blocks.shape[:-1], 1))
     bits = _cut(blocks, WORD_BITS, False).astype(np.uint32)
     return reduce(np.bitwise_or, (bits[..., bit] << bit for bit in range(WORD_BITS))).copy()  # in C order
 

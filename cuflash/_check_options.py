@@ -144,7 +144,7 @@ def _block_mask(name: str, meta: Any, problem: Problem) -> Operand:
     batch, heads, *blocks = unbroadcast(name, meta.visible).shape
     if blocks != [rows, columns] or not fits((batch, heads), full[:2]):
         raise ValueError(f"{name}: the shape of its blocks, {meta.visible.shape}, does not broadcast to {full}")
-    words = ceil_div(columns, WORD_BITS)
+    words = max(1, ceil_div(columns, WORD_BITS))
     bits = Operand((batch, heads, rows, words), (heads * rows * words, rows * words, words, 1), "uint32")
     return bits.broadcast_to((*full[:2], rows, words))
 

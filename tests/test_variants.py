@@ -215,6 +215,14 @@ def test_a_block_mask_hides_its_blocks(ring: Ring) -> None:
         ring.check_backward(dataclasses.replace(problem, causal=causal))
 
 
+@pytest.mark.parametrize("lengths", [(150, 0), (0, 300)], ids=str)
+def test_a_block_mask_without_any_pair(ring: Ring, lengths: tuple[int, int]) -> None:
+    q, kv = (2, 2, lengths[0], 32), (2, 1, lengths[1], 32)
+    problem = AttentionProblem(q, kv, kv, "float16", causal=True, block_mask=True, mask_mod="document", sinks="float32")
+    ring.check_forward(problem)
+    ring.check_backward(problem)
+
+
 @pytest.mark.parametrize("head_dim", [40, 64, 128])
 def test_a_block_mask_beside_the_mask_that_it_is_made_of(ring: Ring, head_dim: int) -> None:
     """Some blocks are hidden, some are seen wholly, and of others the mask says which pairs are seen."""

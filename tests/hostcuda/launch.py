@@ -38,8 +38,8 @@ def check_argument(argument: Any) -> None:
 
 
 def address(array: np.ndarray[Any, Any]) -> int:
-    """Where element [0, ..., 0] is."""
-    return int(array.__array_interface__["data"][0])
+    """Where element [0, ..., 0] is; 0 if there is none, as of CuPy's arrays."""
+    return int(array.__array_interface__["data"][0]) if array.size else 0
 
 
 _arrays: weakref.WeakValueDictionary[int, np.ndarray[Any, Any]] = weakref.WeakValueDictionary()
@@ -47,7 +47,8 @@ _arrays: weakref.WeakValueDictionary[int, np.ndarray[Any, Any]] = weakref.WeakVa
 
 def pointer_to(array: np.ndarray[Any, Any]) -> int:
     """The address of an array for a struct; who finds it there finds the array again, if that still exists."""
-    _arrays[address(array)] = array
+    if array.size:
+        _arrays[address(array)] = array
     return address(array)
 
 
