@@ -22,8 +22,8 @@ CAPABILITY = (9, 0)
 MIN_SCALE = float(np.finfo(np.float32).tiny)  # less is 0 for kernels
 
 # By (head_dim, head_dim_v), the fastest first; the first that suits the call and fits the shared memory is taken, and
-# the last for many options. Measured on an H200 (docs/notes/sm90.md). Two consumers have 232
-# registers a thread, three have 160.
+# the last for many options. Measured on an H200 (docs/notes/sm90.md). Two consumers have 232 registers a thread, three
+# have 160.
 TILES: dict[tuple[int, int], tuple[Tile, ...]] = {
     # Three consumers hide the exponentials best; causal rows below 2048 are too short for 192, and some options need
     # the registers of fewer keys, or of two consumers.

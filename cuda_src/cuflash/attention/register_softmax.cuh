@@ -11,7 +11,8 @@ namespace cuflash {
 // Where a tile may have pairs that the band hides: only behind its end, or anywhere.
 enum class Hidden { kBehind, kAround };
 
-// What is left to do of scores: x * scale - penalty; with kIsBounded, those of this lane are then not above the bound.
+// What is left to do of scores: x * scale - penalty; with kIsBounded, those of this lane are then not above the
+// bound, but for rounding.
 template <bool kIsBounded>
 struct RestOfScores {
   float scale, penalty, bound;
