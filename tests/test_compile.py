@@ -268,7 +268,9 @@ def test_a_kernel_compiles_within_its_registers_and_uses_tensor_cores(kernel: Ke
         assert SERIALIZED not in log, log
     if kernel.header in ("bwd_sm90", "bwd_sm90_wide"):
         adds_dq = "deterministic" not in kernel.symbol
-        assert (found["REDG"] > 0) == adds_dq, "the sums of dQ must be added by the memory, which returns nothing"
+        assert (found["REDG"] > 0) == adds_dq, "sums of dQ are added in memory, by instructions that return nothing"
+        by_copies = adds_dq and "d128x128" in kernel.symbol and kernel.header == "bwd_sm90"
+        assert (found["UBLKRED"] > 0) == by_copies, "half of them by the copy engine, where they are 128 columns"
     if "wmma" in kernel.header or ("sm80" in kernel.header and "finish" not in kernel.header):
         assert found["HMMA"] > 0
         if "f16" in kernel.symbol:
