@@ -125,9 +125,9 @@ class Ring:
         out, lse = self.attention(q, k, v, return_lse=True, **self.options(problem))
         assert_attention_accurate(q, k, v, out, lse, **problem.options)
 
-    def check_backward(self, problem: AttentionProblem) -> None:
+    def check_backward(self, problem: AttentionProblem, *, deterministic: bool = False) -> None:
         """Hold the gradients of a problem against the reference."""
-        dq, dk, dv, *others = self.gradients(problem)
+        dq, dk, dv, *others = self.gradients(problem, deterministic=deterministic)
         options = problem.options | {"dlse": problem.dlse()} | self._named(problem, others)
         assert_gradients_accurate(problem.dout(), *problem.arrays(), dq, dk, dv, **options)
 

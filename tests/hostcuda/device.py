@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,8 +18,9 @@ from tests.hostcuda.errors import HostCudaError
 from tests.hostcuda.launch import SCHEDULES, LaunchOptions, Schedule, check_argument, pointer_to
 from tests.hostcuda.sources import CUDA_SRC
 
-HOST_CHIP = Chip("hostcuda", (8, 0), 227 * 1024)  # Hopper has instructions that are not emulated
+HOST_CHIP = Chip("hostcuda", (8, 0), 227 * 1024)  # Hopper's kernels take longer: tests/test_sm90_on_host.py has one
 MAX_THREADS = 1024
+_WGMMA = re.compile(r"^template <>\nstruct cuflash::ptx::Wgmma<.*?^};\n", re.MULTILINE | re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -83,10 +85,13 @@ class HostDevice:
         return tuple(map(self.pointer, arrays))
 
     def tensor_maps(self, arrays: Sequence[TensorBox], dtype: str) -> bytes:
-        raise HostCudaError("TMA is not emulated")
+        """The maps as shadow/cuflash/ptx/tma.cuh reads them: 16 numbers each."""
+        numbers = [[address, *shape, *strides, *box, *[0] * 6] for address, shape, strides, box in arrays]
+        return np.array(numbers, np.int64).tobytes()
 
     def counter(self) -> Any:
-        raise HostCudaError("persistent kernels are not emulated")
+        """A zero, which kernels leave as they find it."""
+        return np.zeros(1, np.uint32)
 
     def load(self, kernels: Sequence[KernelSource]) -> list[Launch]:
         """Compile kernels, or find them compiled."""
@@ -94,11 +99,14 @@ class HostDevice:
 
     def _load(self, kernel: KernelSource) -> Launch:
         self._check_resources(kernel)
+        kernel = replace(kernel, code=_WGMMA.sub("", kernel.code))  # assembler; the shadow has all widths
         library = _library(kernel, self.flavour, self._arch, self.cuda_src, self.flags)
 
         def launch(num_blocks: int, arguments: tuple[Any, ...]) -> None:
             if not 0 < num_blocks < 2**31:
                 raise HostCudaError(f"invalid configuration: a grid of {num_blocks} blocks")
+            if num_blocks % _cluster(kernel) != 0:
+                raise HostCudaError(f"invalid configuration: {num_blocks} blocks in clusters of {_cluster(kernel)}")
             for argument in arguments:
                 check_argument(argument)
             options = self._options(num_blocks, kernel)
@@ -125,6 +133,8 @@ class HostDevice:
     def _check_resources(self, kernel: KernelSource) -> None:
         if not 0 < kernel.num_threads <= MAX_THREADS:
             raise HostCudaError(f"{kernel.symbol}: a block of {kernel.num_threads} threads")
+        if _cluster(kernel) * kernel.num_threads > MAX_THREADS:
+            raise HostCudaError(f"{kernel.symbol}: the runtime takes {MAX_THREADS} threads of a cluster at most")
         if kernel.shared_bytes > self.chip.shared_memory:
             raise HostCudaError(
                 f"{kernel.symbol} wants {kernel.shared_bytes} bytes of shared memory, "
@@ -141,8 +151,15 @@ class HostDevice:
             strict=self.strict,
             paired_fragments=self.fragment_layout == "pairs",
             arch=self._arch,
+            cluster=_cluster(kernel),
             seed=self.seed,
         )
+
+
+def _cluster(kernel: KernelSource) -> int:
+    """The blocks of a cluster, as the kernel's source says."""
+    found = re.search(r"__cluster_dims__\((\d+)\)", kernel.code)
+    return int(found[1]) if found else 1
 
 
 @functools.cache

@@ -18,7 +18,7 @@ class LaunchOptions(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int32) for name in ("num_blocks", "num_threads", "shared_bytes")),
         *((name, ctypes.c_int32) for name in ("schedule", "lazy_copies", "strict", "paired_fragments")),
-        ("arch", ctypes.c_int32),
+        *((name, ctypes.c_int32) for name in ("arch", "cluster")),
         ("seed", ctypes.c_uint64),
     ]
 

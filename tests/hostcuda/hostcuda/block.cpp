@@ -30,6 +30,7 @@ Block::Block(unsigned index, const Options& options, Fiber* fibers)
     Thread& thread = threads[rank];
     thread.index = {static_cast<unsigned>(rank), 0, 0};
     thread.rank = rank;
+    thread.block = this;
     thread.lane = rank % kWarpSize;
     thread.warp = &warps[rank / kWarpSize];
     thread.warp->lanes[thread.lane] = &thread;

@@ -80,22 +80,30 @@ const char* launch(const Options& launch_options, const BoundKernel& kernel) {
   std::vector<std::unique_ptr<Block>> blocks;  // unordered ones must not reuse each other's memory
   char started = 0, finished = 0;
   const char* error = nullptr;
-  for (int index = 0; index < options.num_blocks && error == nullptr; ++index) {
+  for (int index = 0; index < options.num_blocks && error == nullptr; index += options.cluster) {
     if (blocks_are_ordered()) {
       caller.acquire(&finished);
       blocks.clear();
     }
-    const int num_fibers = options.num_threads, first_fiber = index % num_fiber_sets() * num_fibers;
-    Fiber* const all = fibers.at_least(num_fibers * std::min(options.num_blocks, num_fiber_sets()));
-    blocks.push_back(std::make_unique<Block>(index, options, all + first_fiber));
+    const int number = index / options.cluster, num_clusters = options.num_blocks / options.cluster;
+    const int num_fibers = options.num_threads * options.cluster, first_fiber = number % num_fiber_sets() * num_fibers;
+    Fiber* const all = fibers.at_least(num_fibers * std::min(num_clusters, num_fiber_sets()));
+    std::vector<Block*> cluster;
+    for (int rank = 0; rank < options.cluster; ++rank) {
+      Fiber* const first = all + first_fiber + rank * options.num_threads;
+      blocks.push_back(std::make_unique<Block>(index + rank, options, first));
+      cluster.push_back(blocks.back().get());
+    }
     if (has_static_shared_memory()) {
       memset(__start_hostcuda_shared, kNanByte, __stop_hostcuda_shared - __start_hostcuda_shared);
     }
-    Block& block = *blocks.back();
     caller.release(&started);
-    for (Thread& thread : block.threads) thread.fiber->acquire(&started);
-    error = run_block(block, caller, [] { bound.call(bound.kernel, bound.arguments); });
-    for (Thread& thread : block.threads) thread.fiber->release(&finished);
+    const auto for_each_fiber = [&](auto function) {
+      std::for_each(all + first_fiber, all + first_fiber + num_fibers, function);
+    };
+    for_each_fiber([&](Fiber& fiber) { fiber.acquire(&started); });
+    error = run_cluster(cluster, caller, [] { bound.call(bound.kernel, bound.arguments); });
+    for_each_fiber([&](Fiber& fiber) { fiber.release(&finished); });
   }
   caller.acquire(&finished);
   return error;

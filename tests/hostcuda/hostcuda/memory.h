@@ -41,4 +41,10 @@ inline T atomicAdd(T* address, T value) {
   }
 }
 
+inline unsigned atomicInc(unsigned* address, unsigned last) {
+  const unsigned old = *address;
+  *address = old >= last ? 0 : old + 1;
+  return old;
+}
+
 [[noreturn]] inline void __trap() { hostcuda::fail("__trap"); }

@@ -20,6 +20,7 @@ struct Options {
   int32_t strict;            // also report what only careless hardware forgives
   int32_t paired_fragments;  // wmma elements 2i and 2i + 1 are neighbours in a row
   int32_t arch;              // 900 for sm_90
+  int32_t cluster;           // blocks that run side by side
   uint64_t seed;             // of Schedule::kRandom
 };
 

@@ -9,6 +9,7 @@
 
 #include "hostcuda/arithmetic.h"
 #include "hostcuda/block_barrier.h"
+#include "hostcuda/copy_engine.h"
 #include "hostcuda/index.h"
 #include "hostcuda/keywords.h"
 #include "hostcuda/launch.h"

@@ -18,6 +18,7 @@ dim3 blockDim, gridDim;
 namespace hostcuda {
 
 Options options;
+std::vector<Block*> cluster;
 Block* block;
 Thread* current;
 
@@ -53,7 +54,7 @@ class ReadyQueue {
 };
 
 ReadyQueue ready;
-Fiber* caller;  // to go back to when the block is done
+Fiber* caller;  // to go back to when the cluster is done
 std::string message;
 void (*kernel_body)();
 
@@ -68,9 +69,9 @@ std::string describe(const Thread& thread) {
 }
 
 // Threads in a row that wait at the same place take one line.
-std::string describe_deadlock() {
-  std::string text = "block " + std::to_string(block->index) + ": deadlock";
-  const std::vector<Thread>& threads = block->threads;
+std::string describe_deadlock(const Block& block) {
+  std::string text = "block " + std::to_string(block.index) + ": deadlock";
+  const std::vector<Thread>& threads = block.threads;
   for (size_t first = 0, end; first < threads.size(); first = end) {
     const auto same = [&](const Thread& other) {
       return other.state == threads[first].state &&
@@ -95,13 +96,17 @@ std::string describe_deadlock() {
 
 Thread* next_thread() {
   if (!ready.empty()) return ready.pop();
-  if (block->num_live > 0) message = describe_deadlock();
+  for (const Block* block : cluster) {
+    if (block->num_live > 0) message += (message.empty() ? "" : "\n") + describe_deadlock(*block);
+  }
   return nullptr;
 }
 
 void resume(Thread& thread) {
   current = &thread;
+  block = thread.block;
   threadIdx = thread.index;
+  blockIdx = {block->index, 0, 0};
 }
 
 void enter_thread() {
@@ -135,6 +140,17 @@ void wait() {
   self.fiber->switch_to(next != nullptr ? *next->fiber : *caller);
 }
 
+void sleep_until(const void* what, const char* operation, Site site) {
+  current->begin(State::kAsleep, operation, site);
+  block->asleep[what].push_back(current);
+  wait();
+  current->fiber->acquire(const_cast<void*>(what));
+}
+
+void wake(const void* what) {
+  for (Thread* thread : std::exchange(block->asleep[what], {})) make_ready(*thread);
+}
+
 void fail(const char* format, ...) {
   va_list arguments;
   va_start(arguments, format);
@@ -145,18 +161,19 @@ void fail(const char* format, ...) {
   __builtin_unreachable();
 }
 
-const char* run_block(Block& the_block, Fiber& the_caller, void (*body)()) {
-  block = &the_block;
+const char* run_cluster(std::vector<Block*> blocks, Fiber& the_caller, void (*body)()) {
+  cluster = std::move(blocks);
   kernel_body = body;
   caller = &the_caller;
   message.clear();
   ready.clear();
-  ready.seed(options.seed + block->index);
-  blockIdx = {block->index, 0, 0};
-  block->for_each_thread(options.schedule, [](Thread& thread) {
-    thread.fiber->prepare(enter_thread);
-    make_ready(thread);
-  });
+  ready.seed(options.seed + cluster[0]->index);
+  for (Block* block : cluster) {
+    block->for_each_thread(options.schedule, [](Thread& thread) {
+      thread.fiber->prepare(enter_thread);
+      make_ready(thread);
+    });
+  }
   Thread* const first = next_thread();
   resume(*first);
   caller->switch_to(*first->fiber);

@@ -4,6 +4,8 @@
 #include <vector_types.h>
 
 #include <cstdint>
+#include <functional>
+#include <unordered_map>
 #include <vector>
 
 #include "hostcuda/copies.h"
@@ -26,14 +28,16 @@ struct Site {
   bool operator==(const Site& other) const;
 };
 
-enum class State { kReady, kAtBlockBarrier, kAtWarpOperation, kExited };
+enum class State { kReady, kAtBlockBarrier, kAtWarpOperation, kAsleep, kExited };
 
 struct Warp;
+struct Block;
 
 struct Thread {
   uint3 index;
   int rank, lane;
   Warp* warp;
+  Block* block;
   Fiber* fiber;
   State state = State::kReady;
 
@@ -77,6 +81,12 @@ struct Block {
   std::vector<Thread> threads;
   std::vector<Warp> warps;
   BlockBarrier barrier;
+  int num_arrived_at[16] = {};  // at the named barriers
+  int num_arrived_in_cluster = 0;
+  // By the address of what they wait for, threads that sleep, and what the copy engine has not done yet
+  // (copy_engine.h).
+  std::unordered_map<const void*, std::vector<Thread*>> asleep;
+  std::unordered_map<const void*, std::vector<std::function<void()>>> under_way;
   unsigned char* shared_memory = nullptr;
   size_t shared_bytes;
 
@@ -92,7 +102,8 @@ struct Block {
 };
 
 extern Options options;
-extern Block* block;     // the block that runs
-extern Thread* current;  // the thread that runs
+extern std::vector<Block*> cluster;  // the blocks that run side by side
+extern Block* block;                 // that of the thread that runs
+extern Thread* current;              // the thread that runs
 
 }  // namespace hostcuda
