@@ -487,7 +487,7 @@ def compile_probe(struct: str, dtype: np.dtype[Any]) -> None:
     cubin.compile_for(KernelSource(struct, "\n".join(lines), 32, 0), "sm_80")
 
 
-WITH_MAPS = {"FwdSm90Params": "fwd_sm90", "BwdSm90Params": "bwd_sm90"}
+WITH_MAPS = {"FwdSm90Params": "fwd_sm90", "BwdSm90Params": "bwd_sm90", "DbiasSm90Params": "bwd_sm90_dbias"}
 
 
 @pytest.mark.compile
