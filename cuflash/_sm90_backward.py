@@ -22,6 +22,10 @@ ROUND_KEYS_BYTES = 64  # attention/dropout.cuh
 NUM_THREADS = 384
 WARPS_OF_FINISH = 8
 
+# Of dq in memory, to which main kernels add. Beyond it additions take longer than the two products more of a kernel
+# for dq alone (docs/notes/sm90_backward.md).
+MAX_DIM_OF_SUMS = 128
+
 
 class Tile(NamedTuple):
     """Queries of a tile, keys of a job, and how many tiles of K and V, of Q and dO, and of pairs are held."""
@@ -52,7 +56,8 @@ TILES: dict[tuple[int, int], tuple[Tile, ...]] = {
 
 def why_not(problem: Problem, options: Options, chip: Chip) -> str | None:
     """The reason why there is no kernel for a problem that the forward can do, or None if there is one."""
-    if _tile(problem, options, chip) is None:
+    tiles = (_tile(problem, options, chip, False), _sm90_dq.tile(_dims(problem), options, chip))
+    if None in tiles:
         return f"{chip.name} has too little shared memory for a tile with {', '.join(options.arguments)}"
     return None
 
@@ -68,59 +73,78 @@ def _pair_bytes(tile: Tile, options: Options) -> int:
     return options.tile_bytes(tile.block_m, tile.block_n) + survivors
 
 
-def _shared_bytes(dims: tuple[int, int], tile: Tile, options: Options) -> int:
+def _shared_bytes(dims: tuple[int, int], tile: Tile, options: Options, adds_dq: bool) -> int:
     """Tiles in panels of 128-byte rows, what is known of pairs, statistics of rows, rings of barriers and jobs."""
     row = 128 * sum(ceil_div(dim, PANEL) for dim in dims)
     tiles = row * (tile.stages_kv * tile.block_n + tile.stages * tile.block_m)
-    gradients = 2 * tile.block_n * 128 * ceil_div(tile.block_m, PANEL)  # of scores, twice or beside weights
+    # From consumer to consumer: weights, or with sums of dq two tiles of gradients of scores.
+    handed = 2 * tile.block_n * tile.block_m if dims[0] > MAX_DIM_OF_SUMS else 16
+    if adds_dq:
+        handed = 2 * tile.block_n * 128 * ceil_div(tile.block_m, PANEL)
     pairs = tile.stages_pairs * max(_pair_bytes(tile, options), 16)
     rows = tile.stages * 8 * tile.block_m
     stages_of_jobs = 2 * tile.stages_kv
     stages = tile.stages_kv + 3 * tile.stages + tile.stages_pairs + stages_of_jobs
     rings = 16 * stages + ceil_div(JOB_BYTES * stages_of_jobs, 8) * 8
-    return tiles + gradients + pairs + rows + rings
+    return tiles + handed + pairs + rows + rings
 
 
-def _tile(problem: Problem, options: Options, chip: Chip) -> Tile | None:
+def _adds_dq(dims: tuple[int, int], deterministic: bool) -> bool:
+    """Whether the main kernel adds to sums of dq, or another one computes it."""
+    return dims[0] <= MAX_DIM_OF_SUMS and not deterministic
+
+
+def _tile(problem: Problem, options: Options, chip: Chip, deterministic: bool) -> Tile | None:
     """The tile that suits a call, or None if none fits the shared memory."""
     dims = _dims(problem)
+    adds_dq = _adds_dq(dims, deterministic)
     fitting = [
         tile
         for tile in TILES[dims]
-        if options.allows_tile(*tile[:2]) and _shared_bytes(dims, tile, options) <= chip.shared_memory
+        if options.allows_tile(*tile[:2]) and _shared_bytes(dims, tile, options, adds_dq) <= chip.shared_memory
     ]
     return next(
         (tile for tile in fitting if tile.stages_pairs > 1 and _pair_bytes(tile, options)), next(iter(fitting), None)
     )
 
 
-def kernels(
-    problem: Problem, options: Options, number: str, chip: Chip, *, deterministic: bool = False
-) -> tuple[Kernel, Kernel, Tile]:
-    """The main kernel, the one that comes last, and the tile of the first; dq comes of both, or of a kernel between."""
+class Kernels(NamedTuple):
+    """The main kernel, the one that comes last, the tile of the first; and one for dq, where the first adds none."""
+
+    main: Kernel
+    finish: Kernel
+    tile: Tile
+    of_dq: _sm90_dq.KernelOfTile | None
+
+
+def kernels(problem: Problem, options: Options, number: str, chip: Chip, *, deterministic: bool = False) -> Kernels:
+    """The kernels that compute the gradients of a call."""
     name, short, _ = NUMBERS[number]
-    dims, tile = _dims(problem), _tile(problem, options, chip)
+    dims, tile = _dims(problem), _tile(problem, options, chip, deterministic)
     assert tile is not None, "why_not has found one"
-    of_call = "_".join((short, f"d{dims[0]}x{dims[1]}", *options.names)) + ("_deterministic" if deterministic else "")
-    wide, adds_dq = dims[0] > 128, not deterministic
-    cols = dims[0] if tile.block_m == 128 else min(64, dims[0] // 2)  # of a part of dQ
+    wide, adds_dq = dims[0] > MAX_DIM_OF_SUMS, _adds_dq(dims, deterministic)
+    of_dq = None if adds_dq else _sm90_dq.kernel(dims, options, number, chip)
+    cols_of_dq = {dims[0] * tile.block_m // 128} if adds_dq else set()  # that a consumer computes
+    of_call = "_".join((short, f"d{dims[0]}x{dims[1]}", *options.names))
+    if not (wide or adds_dq):
+        of_call += "_deterministic"
     main = Kernel(
         template="BwdSm90Wide" if wide else "BwdSm90",
         header="bwd_sm90_wide" if wide else "bwd_sm90",
         symbol=f"cuflash_bwd_sm90_{of_call}",
-        arguments=(f"cuflash::{name}", options.type, *dims, *tile, str(adds_dq).lower()),
+        arguments=(f"cuflash::{name}", options.type, *dims, *tile, *(() if wide else (str(adds_dq).lower(),))),
         pointers=(
             *("const float* lse_log2", "const float* delta", "float* dq_sums", "unsigned* spoiled"),
             *("Element* dk", "Element* dv", "unsigned* counter"),
         ),
         params="BwdSm90Params",
         num_threads=NUM_THREADS,
-        shared_bytes=_shared_bytes(dims, tile, options),
+        shared_bytes=_shared_bytes(dims, tile, options, adds_dq),
         options=options,
-        definitions="".join(wgmma(number, width) for width in sorted({tile.block_m, *dims, cols})),
+        definitions="".join(wgmma(number, width) for width in sorted({tile.block_m, *dims} | cols_of_dq)),
         arch=ARCH,
     )
-    block_m = tile.block_m if adds_dq else _sm90_dq.kernel(dims, options, number, chip)[1].block_m
+    block_m = tile.block_m if of_dq is None else of_dq.tile.block_m
     finish = Kernel(
         template="BwdSm90Finish",
         header="bwd_sm90_finish",
@@ -137,20 +161,18 @@ def kernels(
         shared_bytes=WARPS_OF_FINISH * max(options.tile_bytes(16, 16), 16),
         options=options,
     )
-    return main, finish, tile
+    return Kernels(main, finish, tile, of_dq)
 
 
 def plan(call: Call) -> Run:
     """A function of (dout, q, k, v, out, lse, dq, dk, dv) and the arrays of the options that computes gradients."""
     device, problem, operands = call.device, call.problem, call.operands
-    deterministic = call.deterministic
-    main, finish, tile = kernels(problem, call.options, call.number, call.chip, deterministic=deterministic)
-    of_dq, tile_of_dq = _sm90_dq.kernel(_dims(problem), call.options, call.number, call.chip)
+    main, finish, tile, of_dq = kernels(problem, call.options, call.number, call.chip, deterministic=call.deterministic)
     delta = _wmma.operand_of_delta(problem)
     key_tiles = ceil_div(problem.seqlen_k, tile.block_n) * problem.batch * problem.num_heads_kv
     if problem.packed:  # attention/packed.cuh
         key_tiles = (problem.seqlen_k // tile.block_n + problem.batch + 1) * problem.num_heads_kv
-    block_m = tile_of_dq.block_m if deterministic else tile.block_m
+    block_m = tile.block_m if of_dq is None else of_dq.tile.block_m
     query_tiles = num_query_tiles(problem, block_m)
     num_jobs = max(key_tiles, query_tiles)
     if num_jobs >= 2**31 - call.chip.multiprocessors:  # blocks ask once in vain
@@ -171,10 +193,10 @@ def plan(call: Call) -> Run:
         return launch
 
     start_main = add(main, key_tiles, *tile[:2])
-    start_dq = add(of_dq, query_tiles, *tile_of_dq[:2]) if deterministic else None
+    start_dq = None if of_dq is None else add(of_dq.kernel, query_tiles, *of_dq.tile[:2])
     finish_step = call.step((finish, query_tiles + ceil_div(key_tiles, WARPS_OF_FINISH)), delta=delta)
     # Sums of dq, or a word for each of its tiles; and one for each tile of keys.
-    num_sums = query_tiles * (1 if deterministic else tile.block_m * _dims(problem)[0])
+    num_sums = query_tiles * (tile.block_m * _dims(problem)[0] if of_dq is None else 1)
 
     def products(
         inputs: _wmma.Inputs, workspace: _wmma.Workspace, dq: Array, dk: Array, dv: Array, options: tuple[Any, ...]

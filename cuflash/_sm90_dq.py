@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from ._device import Chip
 from ._kernel import NUMBERS, Kernel
 from ._options import Options
@@ -25,30 +27,43 @@ def _shared_bytes(dims: tuple[int, int], tile: Tile, options: Options) -> int:
     return shared_bytes((dims[1], dims[0]), tile, options, dims[0])
 
 
-def kernel(dims: tuple[int, int], options: Options, number: str, chip: Chip) -> tuple[Kernel, Tile]:
-    """The kernel for a padded head_dim and head_dim_v, and its tile."""
-    name, short, _ = NUMBERS[number]
+class KernelOfTile(NamedTuple):
+    """A kernel and its tile."""
+
+    kernel: Kernel
+    tile: Tile
+
+
+def tile(dims: tuple[int, int], options: Options, chip: Chip) -> Tile | None:
+    """The tile that suits a call, or None if none fits the shared memory."""
     fitting = [
         tile
         for tile in TILES[dims]
         if options.allows_tile(*tile[:2]) and _shared_bytes(dims, tile, options) <= chip.shared_memory
     ]
     has_pairs = options.tile_bytes(1, 32) > 0
-    tile = next((tile for tile in fitting if tile.stages_pairs > 1 and has_pairs), fitting[0])
+    return next((tile for tile in fitting if tile.stages_pairs > 1 and has_pairs), next(iter(fitting), None))
+
+
+def kernel(dims: tuple[int, int], options: Options, number: str, chip: Chip) -> KernelOfTile:
+    """The kernel for a padded head_dim and head_dim_v."""
+    name, short, _ = NUMBERS[number]
+    taken = tile(dims, options, chip)
+    assert taken is not None, "why_not has found one"
     made = Kernel(
         template="BwdSm90Dq",
         header="bwd_sm90_dq",
         symbol="_".join(("cuflash_bwd_sm90_dq", short, f"d{dims[0]}x{dims[1]}", *options.names)),
-        arguments=(f"cuflash::{name}", options.type, *dims, *tile),
+        arguments=(f"cuflash::{name}", options.type, *dims, *taken),
         pointers=(
             *("const float* lse", "const float* delta", "unsigned* spoiled"),
             *("Element* dq", "unsigned* counter"),
         ),
         params="BwdSm90Params",
-        num_threads=128 * (1 + tile.block_m // 64),
-        shared_bytes=_shared_bytes(dims, tile, options),
+        num_threads=128 * (1 + taken.block_m // 64),
+        shared_bytes=_shared_bytes(dims, taken, options),
         options=options,
-        definitions="".join(wgmma(number, width) for width in sorted({tile.block_n, dims[0]})),
+        definitions="".join(wgmma(number, width) for width in sorted({taken.block_n, dims[0]})),
         arch=ARCH,
     )
-    return made, tile
+    return KernelOfTile(made, taken)

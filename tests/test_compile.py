@@ -68,9 +68,8 @@ def sm90_backward(
     """The main kernel and the one that comes last, and the one for dq if they do without it."""
     long = replace(problem(*head_dims), seqlen_q=4096, seqlen_k=4096)
     long = replace(long, packed="packed" in options.names)
-    main, finish, _ = _sm90_backward.kernels(long, options, number, CHIPS[90], deterministic=deterministic)
-    of_dq = [_sm90_dq.kernel(head_dims, options, number, CHIPS[90])[0]] if deterministic else []
-    return main, finish, *of_dq
+    made = _sm90_backward.kernels(long, options, number, CHIPS[90], deterministic=deterministic)
+    return made.main, made.finish, *(() if made.of_dq is None else (made.of_dq.kernel,))
 
 
 def passes(options: Options, number: str, head_dims: tuple[int, int], arch: int) -> Iterator[Kernel]:

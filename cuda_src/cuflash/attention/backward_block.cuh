@@ -18,7 +18,7 @@ namespace cuflash {
 // queries that see them, in tiles of kBlockM, of every query head of the group. Warps of their own copy what is needed
 // to shared memory, ahead of two consumers.
 template <class Element, class Options, int kHeadDim, int kHeadDimV, int kBlockM, int kBlockN, int kStagesKv,
-          int kStages, int kStagesPairs, int kTilesDs>
+          int kStages, int kStagesPairs, class Handed>
 struct BackwardBlock {
   static constexpr int kNumConsumers = 2, kNumThreads = 128 * (1 + kNumConsumers);
   using Rows = RowsOfTile<kBlockM>;
@@ -26,7 +26,6 @@ struct BackwardBlock {
   using TileDout = SwizzledTile<Element, kBlockM, kHeadDimV>;
   using TileK = SwizzledTile<Element, kBlockN, kHeadDim>;
   using TileV = SwizzledTile<Element, kBlockN, kHeadDimV>;
-  using TileDs = SwizzledTile<Element, kBlockN, kBlockM>;
 
   // Registers are few: rings in their compact form.
   using RingKv = Pipeline<kStagesKv, true>;
@@ -68,7 +67,7 @@ struct BackwardBlock {
     TileV v[kStagesKv];
     TileQ q[kStages];
     TileDout dout[kStages];
-    TileDs ds[kTilesDs];  // gradients of scores, by consumers, for dQ alone
+    Handed handed;  // by consumers to each other; an empty struct takes 16 bytes
     TileOfPairs pairs[kStagesPairs];
     Rows rows[kStages];
     Rings rings;
@@ -76,7 +75,7 @@ struct BackwardBlock {
   // Without the padding that makes the struct a multiple of 1024.
   static constexpr int kSharedBytes = (sizeof(TileK) + sizeof(TileV)) * kStagesKv +
                                       (sizeof(TileQ) + sizeof(TileDout) + sizeof(Rows)) * kStages +
-                                      sizeof(TileDs) * kTilesDs + sizeof(TileOfPairs) * kStagesPairs + sizeof(Rings);
+                                      larger(sizeof(Handed), 16) + sizeof(TileOfPairs) * kStagesPairs + sizeof(Rings);
 
   struct Arrays {
     const float *lse_log2, *delta;  // both with the strides of delta

@@ -6,13 +6,13 @@
 
 namespace cuflash {
 
-// A tile of queries of one head is parts that a warpgroup holds, one after another: 64 of 128 queries, or some of the
-// columns.
+// A tile of queries of one head is two parts that a warpgroup holds, one after the other: 64 of 128 queries, or half of
+// the columns.
 template <int kHeadDim, int kBlockM>
 struct QueryGradient {
   static constexpr bool kSplitsQueries = kBlockM == 128;
-  static constexpr int kCols = kSplitsQueries ? kHeadDim : smaller(64, kHeadDim / 2);
-  static constexpr int kParts = kBlockM / 64 * (kHeadDim / kCols);
+  static constexpr int kCols = kSplitsQueries ? kHeadDim : kHeadDim / 2;
+  static constexpr int kParts = 2;
   static constexpr int kPieces = kCols / 8;  // of 16 bytes, that a thread holds
   using Part = WarpgroupTile<kCols>;
 

@@ -8,6 +8,14 @@
 
 namespace cuflash {
 
+// Gradients of scores that consumers hand to each other for dQ, of this tile and of the one before.
+template <class Tile, bool kAddsDq>
+struct HandedDs {
+  Tile tiles[2];
+};
+template <class Tile>
+struct HandedDs<Tile, false> {};
+
 // Each of two consumers has 64 keys of a job. Scores are computed transposed (keys are rows): P and dS lie in registers
 // as the first factors of dV and dK. With kAddsDq dS also goes to shared memory, where it is the first factor of dQ, of
 // which each consumer computes a half and adds it to sums in global memory. The next Q K^T starts before the last
@@ -16,8 +24,9 @@ template <class Number, class Options, int kHeadDim, int kHeadDimV, int kBlockM,
           int kStages, int kStagesPairs, bool kAddsDq>
 struct BwdSm90 {
   using Element = typename Number::Element;
+  using Handed = HandedDs<SwizzledTile<Element, kBlockN, kBlockM>, kAddsDq>;
   using Block =
-      BackwardBlock<Element, Options, kHeadDim, kHeadDimV, kBlockM, kBlockN, kStagesKv, kStages, kStagesPairs, 2>;
+      BackwardBlock<Element, Options, kHeadDim, kHeadDimV, kBlockM, kBlockN, kStagesKv, kStages, kStagesPairs, Handed>;
   using Arrays = typename Block::Arrays;
 
   using Gradients = ScoreGradients<Element, Options, kBlockM>;
@@ -28,9 +37,10 @@ struct BwdSm90 {
 
   // The pieces of dQ that are added to the sums before the next scores start. Additions wait for each other: the rest
   // does so beside the product, but the product starts only when those before it are under way. Of 128 columns the
-  // first half goes by way of the dS of the tile before, which nobody reads any more.
+  // first half goes by way of the dS of the tile before, which nobody reads any more; but not where blocks keep step,
+  // whose copy engines would add to the same sums at once.
   static constexpr int kPieces = Sums::Layout::kPieces;
-  static constexpr int kPiecesStaged = kHeadDim <= 64 || !kAddsDq ? 0 : kPieces / 2;
+  static constexpr int kPiecesStaged = kAddsDq && kHeadDim > 64 && Block::kArrayBytes == 0 ? kPieces / 2 : 0;
   static constexpr int kPiecesFirst = kHeadDim <= 64 ? kPieces / 4 : kPieces / 4 * 3;
 
   using Shared = typename Block::Shared;
@@ -121,12 +131,12 @@ struct BwdSm90 {
         start_adding_across(dv, weights, shared.dout[stage]);
         ptx::wgmma_wait<1>();
         const Factor dscores = gradients.differentiate(dweights, slopes, survives);
-        typename Block::TileDs &ds = shared.ds[at.count() % 2], &before = shared.ds[(at.count() + 1) % 2];
         if constexpr (kPiecesStaged > 0) {
           if (lane == 0) ptx::bulk_add_wait_read();
           __syncwarp();
         }
         if constexpr (kAddsDq) {
+          auto& ds = shared.handed.tiles[at.count() % 2];
           ds.store(dscores, 64 * consumer + 16 * warp, lane);
           ptx::async_proxy_fence();
           ptx::named_barrier_sync(kDsIsThere, 256);
@@ -138,6 +148,7 @@ struct BwdSm90 {
         release(rings.dout, at);
         const Sums sums(arrays.dq_sums, problem, job, walk, thread);
         if constexpr (kPiecesStaged > 0) {
+          auto& before = shared.handed.tiles[(at.count() + 1) % 2];
           sums.template add_staged<kPiecesStaged>(before.piece(64 * consumer + 16 * warp, 0), consumer, dq);
         }
         if constexpr (kAddsDq) sums.template add<kPiecesStaged, kPiecesFirst>(consumer, dq);
@@ -160,7 +171,7 @@ struct BwdSm90 {
       if (hides_pairs && !(dk_finite && dv_finite)) Block::note_spoiled(arrays, problem, job);
     }
     if constexpr (kPiecesStaged > 0) {
-      if (lane == 0) ptx::bulk_add_wait_read();
+      if (lane == 0) ptx::bulk_add_wait_read();  // shared memory is another block's when this one ends
     }
   }
 };
