@@ -1,4 +1,4 @@
-"""The backward of the sm90 family: its kernels with their tiles (cuda_src/cuflash/kernels/bwd_sm90.cuh)."""
+"""The backward of the sm90 family: its kernels with their tiles (cuda_src/cuflash/kernels/bwd_sm90*.cuh)."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ ROUND_KEYS_BYTES = 64  # attention/dropout.cuh
 NUM_THREADS = 384
 WARPS_OF_FINISH = 8
 
-# Of dq in memory, to which main kernels add. Beyond it additions take longer than the two products more of a kernel
-# for dq alone (docs/notes/sm90_backward.md).
-MAX_DIM_OF_SUMS = 128
+# Beyond so many columns dK and dV of 64 keys fill the registers of two consumers; and adding up dQ in memory would take
+# longer than the two products more of a kernel for dQ alone (docs/notes/sm90_backward.md).
+NARROW = 128
 
 
 class Tile(NamedTuple):
@@ -77,10 +77,11 @@ def _shared_bytes(dims: tuple[int, int], tile: Tile, options: Options, adds_dq: 
     """Tiles in panels of 128-byte rows, what is known of pairs, statistics of rows, rings of barriers and jobs."""
     row = 128 * sum(ceil_div(dim, PANEL) for dim in dims)
     tiles = row * (tile.stages_kv * tile.block_n + tile.stages * tile.block_m)
-    # From consumer to consumer: weights, or with sums of dq two tiles of gradients of scores.
-    handed = 2 * tile.block_n * tile.block_m if dims[0] > MAX_DIM_OF_SUMS else 16
-    if adds_dq:
+    handed = 16  # from consumer to consumer: nothing
+    if adds_dq:  # gradients of scores, twice
         handed = 2 * tile.block_n * 128 * ceil_div(tile.block_m, PANEL)
+    elif dims[0] > NARROW:  # weights
+        handed = 2 * tile.block_n * tile.block_m
     pairs = tile.stages_pairs * max(_pair_bytes(tile, options), 16)
     rows = tile.stages * 8 * tile.block_m
     stages_of_jobs = 2 * tile.stages_kv
@@ -91,7 +92,7 @@ def _shared_bytes(dims: tuple[int, int], tile: Tile, options: Options, adds_dq: 
 
 def _adds_dq(dims: tuple[int, int], deterministic: bool) -> bool:
     """Whether the main kernel adds to sums of dq, or another one computes it."""
-    return dims[0] <= MAX_DIM_OF_SUMS and not deterministic
+    return dims[0] <= NARROW and not deterministic
 
 
 def _tile(problem: Problem, options: Options, chip: Chip, deterministic: bool) -> Tile | None:
@@ -122,17 +123,20 @@ def kernels(problem: Problem, options: Options, number: str, chip: Chip, *, dete
     name, short, _ = NUMBERS[number]
     dims, tile = _dims(problem), _tile(problem, options, chip, deterministic)
     assert tile is not None, "why_not has found one"
-    wide, adds_dq = dims[0] > MAX_DIM_OF_SUMS, _adds_dq(dims, deterministic)
+    adds_dq = _adds_dq(dims, deterministic)
     of_dq = None if adds_dq else _sm90_dq.kernel(dims, options, number, chip)
     cols_of_dq = {dims[0] * tile.block_m // 128} if adds_dq else set()  # that a consumer computes
     of_call = "_".join((short, f"d{dims[0]}x{dims[1]}", *options.names))
-    if not (wide or adds_dq):
-        of_call += "_deterministic"
+    template, header = "BwdSm90DkDv", "bwd_sm90_dkdv"
+    if adds_dq:
+        template, header = "BwdSm90", "bwd_sm90"
+    elif dims[0] > NARROW:
+        template, header = "BwdSm90DkDvWide", "bwd_sm90_dkdv_wide"
     main = Kernel(
-        template="BwdSm90Wide" if wide else "BwdSm90",
-        header="bwd_sm90_wide" if wide else "bwd_sm90",
-        symbol=f"cuflash_bwd_sm90_{of_call}",
-        arguments=(f"cuflash::{name}", options.type, *dims, *tile, *(() if wide else (str(adds_dq).lower(),))),
+        template=template,
+        header=header,
+        symbol=f"cuflash_{'bwd_sm90' if adds_dq else 'bwd_sm90_dkdv'}_{of_call}",
+        arguments=(f"cuflash::{name}", options.type, *dims, *tile),
         pointers=(
             *("const float* lse_log2", "const float* delta", "float* dq_sums", "unsigned* spoiled"),
             *("Element* dk", "Element* dv", "unsigned* counter"),
@@ -148,7 +152,7 @@ def kernels(problem: Problem, options: Options, number: str, chip: Chip, *, dete
     finish = Kernel(
         template="BwdSm90Finish",
         header="bwd_sm90_finish",
-        symbol=f"cuflash_bwd_sm90_finish_{of_call}",
+        symbol=f"cuflash_bwd_sm90_finish{'' if adds_dq else '_without_sums'}_{of_call}",
         arguments=(f"cuflash::{name}", options.type, *dims, block_m, tile.block_n, str(adds_dq).lower()),
         pointers=(
             *("const Element* q", "const Element* k", "const Element* v", "const Element* dout"),

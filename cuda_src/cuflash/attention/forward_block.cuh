@@ -7,6 +7,7 @@
 #include <cuflash/attention/key_blocks.cuh>
 #include <cuflash/ptx/warpgroup.cuh>
 #include <cuflash/tile/swizzled_tile.cuh>
+#include <cuflash/tile/turn.cuh>
 
 namespace cuflash {
 
@@ -42,6 +43,7 @@ struct ForwardBlock {
   using RingPairs = Pipeline<kStagesPairs>;
   using Jobs = JobRing<kStagesQ + 2, kCompact>;
   using Careful = CarefulHead<Element, Options>;
+  using Turn = cuflash::Turn<kNumConsumers>;
 
   // Arrays of pairs, which two warps copy ahead of the consumers.
   static constexpr int kPairBytes = Options::template kTileBytes<kBlockM, kBlockN>;
@@ -98,6 +100,7 @@ struct ForwardBlock {
       ptx::tma_prefetch(inputs.q.map);
       ptx::tma_prefetch(inputs.k.map);
       ptx::tma_prefetch(inputs.v.map);
+      if constexpr (kMoreCols > 0) ptx::tma_prefetch(inputs.more.map);
       const int num_warps = 4 * kNumConsumers;  // wgmma ends warp by warp: each releases what it has read
       shared.rings.q.init(num_warps);
       shared.rings.k.init(num_warps);
@@ -122,18 +125,6 @@ struct ForwardBlock {
       consume();
     }
   }
-
-  // A consumer's turn to start products: named barrier 1 + its number.
-  struct Turn {
-    int consumer;
-
-    __device__ __forceinline__ void begin() const {
-      if constexpr (kNumConsumers > 1) ptx::named_barrier_sync(1 + consumer, 256);
-    }
-    __device__ __forceinline__ void pass_on() const {
-      if constexpr (kNumConsumers > 1) ptx::named_barrier_arrive(1 + (consumer + 1) % kNumConsumers, 256);
-    }
-  };
 
   // ---- Loads
 

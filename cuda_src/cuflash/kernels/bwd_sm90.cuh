@@ -1,4 +1,4 @@
-// FlashAttention backward for Hopper: the gradients of K and V, and if need be sums for that of Q (FlashAttention-3,
+// FlashAttention backward for Hopper: the gradients of K and V, and sums for that of Q (FlashAttention-3,
 // arXiv:2407.08608, appendix B). docs/kernels.md draws it.
 #pragma once
 
@@ -8,23 +8,17 @@
 
 namespace cuflash {
 
-// Gradients of scores that consumers hand to each other for dQ, of this tile and of the one before.
-template <class Tile, bool kAddsDq>
-struct HandedDs {
-  Tile tiles[2];
-};
-template <class Tile>
-struct HandedDs<Tile, false> {};
-
 // Each of two consumers has 64 keys of a job. Scores are computed transposed (keys are rows): P and dS lie in registers
-// as the first factors of dV and dK. With kAddsDq dS also goes to shared memory, where it is the first factor of dQ, of
-// which each consumer computes a half and adds it to sums in global memory. The next Q K^T starts before the last
-// product of a tile has ended.
+// as the first factors of dV and dK. dS also goes to shared memory, where it is the first factor of dQ, of which each
+// consumer computes a half and adds it to sums in global memory. The next Q K^T starts before the last product of a
+// tile has ended.
 template <class Number, class Options, int kHeadDim, int kHeadDimV, int kBlockM, int kBlockN, int kStagesKv,
-          int kStages, int kStagesPairs, bool kAddsDq>
+          int kStages, int kStagesPairs>
 struct BwdSm90 {
   using Element = typename Number::Element;
-  using Handed = HandedDs<SwizzledTile<Element, kBlockN, kBlockM>, kAddsDq>;
+  struct Handed {
+    SwizzledTile<Element, kBlockN, kBlockM> ds[2];  // of the tile at hand, and of the one before
+  };
   using Block =
       BackwardBlock<Element, Options, kHeadDim, kHeadDimV, kBlockM, kBlockN, kStagesKv, kStages, kStagesPairs, Handed>;
   using Arrays = typename Block::Arrays;
@@ -40,7 +34,7 @@ struct BwdSm90 {
   // first half goes by way of the dS of the tile before, which nobody reads any more; but not where blocks keep step,
   // whose copy engines would add to the same sums at once.
   static constexpr int kPieces = Sums::Layout::kPieces;
-  static constexpr int kPiecesStaged = kAddsDq && kHeadDim > 64 && Block::kArrayBytes == 0 ? kPieces / 2 : 0;
+  static constexpr int kPiecesStaged = kHeadDim > 64 && Block::kArrayBytes == 0 ? kPieces / 2 : 0;
   static constexpr int kPiecesFirst = kHeadDim <= 64 ? kPieces / 4 : kPieces / 4 * 3;
 
   using Shared = typename Block::Shared;
@@ -131,33 +125,30 @@ struct BwdSm90 {
         start_adding_across(dv, weights, shared.dout[stage]);
         ptx::wgmma_wait<1>();
         const Factor dscores = gradients.differentiate(dweights, slopes, survives);
+        auto &ds = shared.handed.ds[at.count() % 2], &before = shared.handed.ds[(at.count() + 1) % 2];
         if constexpr (kPiecesStaged > 0) {
           if (lane == 0) ptx::bulk_add_wait_read();
           __syncwarp();
         }
-        if constexpr (kAddsDq) {
-          auto& ds = shared.handed.tiles[at.count() % 2];
-          ds.store(dscores, 64 * consumer + 16 * warp, lane);
-          ptx::async_proxy_fence();
-          ptx::named_barrier_sync(kDsIsThere, 256);
-          start_product_across(dq, ds, Sums::Layout::first_query(consumer), k, Sums::Layout::first_col(consumer));
-        }
+        ds.store(dscores, 64 * consumer + 16 * warp, lane);
+        ptx::async_proxy_fence();
+        ptx::named_barrier_sync(kDsIsThere, 256);
+        start_product_across(dq, ds, Sums::Layout::first_query(consumer), k, Sums::Layout::first_col(consumer));
         start_adding_across(dk, dscores, shared.q[stage]);
 
         ptx::wgmma_wait<1>();
         release(rings.dout, at);
         const Sums sums(arrays.dq_sums, problem, job, walk, thread);
         if constexpr (kPiecesStaged > 0) {
-          auto& before = shared.handed.tiles[(at.count() + 1) % 2];
           sums.template add_staged<kPiecesStaged>(before.piece(64 * consumer + 16 * warp, 0), consumer, dq);
         }
-        if constexpr (kAddsDq) sums.template add<kPiecesStaged, kPiecesFirst>(consumer, dq);
+        sums.template add<kPiecesStaged, kPiecesFirst>(consumer, dq);
         auto next = at;
         next.advance();
         walk.advance();
         if (!walk.done()) rings.q.wait_full(next);
         start_scores(next);  // after the last tile nobody asks for them
-        if constexpr (kAddsDq) sums.template add<kPiecesFirst>(consumer, dq);
+        sums.template add<kPiecesFirst>(consumer, dq);
         ptx::wgmma_wait<1>();
         release(rings.q, at);
         at = next;

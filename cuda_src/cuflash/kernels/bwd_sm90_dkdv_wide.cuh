@@ -37,7 +37,7 @@ struct Slopes {
 // and of scores, and dK. Each starts the next product of scores before its last one of a tile has ended.
 template <class Number, class Options, int kHeadDim, int kHeadDimV, int kBlockM, int kBlockN, int kStagesKv,
           int kStages, int kStagesPairs>
-struct BwdSm90Wide {
+struct BwdSm90DkDvWide {
   using Element = typename Number::Element;
   using Gradients = ScoreGradients<Element, Options, kBlockM>;
   using Scores = typename Gradients::Scores;
