@@ -283,9 +283,9 @@ def attention_backward(
     return_dbias, return_dsinks : bool
         Whether to return the gradients of ``bias`` and of ``sinks`` too.
     deterministic : bool
-        Whether the result must be bitwise the same in every run. If not, "sm90" and "sm80" add up ``dq`` in float32 in
-        whatever order their blocks come, which is faster; the results of the other families are the same bits in any
-        case.
+        Whether the result must be bitwise the same in every run. If not, "sm90" up to 128 columns and "sm80" add up
+        ``dq`` in float32 in whatever order their blocks come, which is mostly faster; other results are the same bits
+        in any case.
 
     Returns
     -------
@@ -306,8 +306,8 @@ def attention_backward(
     -----
     Beyond the results it takes 4 bytes for each row of queries of a head ("sm90" 8), and for an input that was
     broadcast along the batch its gradient for the whole batch, in its own dtype and in float32. "sm90" takes the
-    float32 sums of ``dq`` too, with 64, 128, 192 or 256 columns and in whole tiles of up to 128 rows, and 4 bytes for
-    128 keys of a head, or for 64 beyond 128 columns; with ``deterministic`` no sums, but 4 bytes for 128 queries of a
+    float32 sums of ``dq`` too, with 64 or 128 columns and in whole tiles of up to 128 rows, and 4 bytes for 128 keys of
+    a head; beyond 128 columns, and with ``deterministic``, no sums, but 4 bytes for 128 queries and for 64 keys of a
     head. "sm80" takes such sums, but with ``deterministic`` none.
 
     References

@@ -209,8 +209,6 @@ MAY_PARK = {
     "bwd_sm90_bf16_d64x64_mod": {90: 48},
     "bwd_sm90_bf16_d64x64_mod_block_mask": {90: 20},
     "bwd_sm90_bf16_d64x64_softcap": {90: 160},
-    "bwd_sm90_bf16_d192x128": {90: 8},
-    "bwd_sm90_f16_d192x128": {90: 8},
     "bwd_sm90_bf16_d128x128_softcap": {90: 8},
     "bwd_sm90_bf16_d128x128_bias": {90: 32},
     "bwd_sm90_bf16_d128x128_dropout": {90: 612},
@@ -218,8 +216,10 @@ MAY_PARK = {
     "bwd_sm90_bf16_d128x128_mod": {90: 8},
     "bwd_sm90_bf16_d128x128_mod_block_mask": {90: 20},
     "bwd_sm90_bf16_d128x128_packed": {90: 64},
-    "bwd_sm90_bf16_d256x256_dropout": {90: 236},
-    "bwd_sm90_bf16_d256x256_mod_block_mask": {90: 20},
+    "bwd_sm90_dkdv_bf16_d192x128": {90: 8},
+    "bwd_sm90_dkdv_f16_d192x128": {90: 8},
+    "bwd_sm90_dkdv_bf16_d256x256_dropout": {90: 236},
+    "bwd_sm90_dkdv_bf16_d256x256_mod_block_mask": {90: 20},
     "bwd_sm90_dq_bf16_d128x128_mod": {90: 8},
     "bwd_wmma_dkdv_bf16_d128x128_mod": {80: 96, 90: 64, 100: 32},
     "bwd_wmma_dq_bf16_d128x128_mask": {80: 64},
@@ -263,8 +263,8 @@ def test_a_kernel_compiles_within_its_registers_and_uses_tensor_cores(kernel: Ke
         assert found["HGMMA"] > 0
         assert found["UTMALDG"] > 0, "tiles must be copied by TMA"
         assert SERIALIZED not in log, log
-    if kernel.header in ("bwd_sm90", "bwd_sm90_wide"):
-        adds_dq = kernel.header == "bwd_sm90" and "deterministic" not in kernel.symbol
+    if kernel.header.startswith("bwd_sm90"):
+        adds_dq = kernel.header == "bwd_sm90"
         assert (found["REDG"] > 0) == adds_dq, "sums of dQ are added in memory, by instructions that return nothing"
         # Blocks keep step where arrays of pairs come with each tile: there the copy engines would meet.
         by_copies = adds_dq and "d128x128" in kernel.symbol and not {"bias", "mask"} & set(kernel.options.names)

@@ -195,18 +195,21 @@ def test_other_chips(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int
     assert other.symbols == ["cuflash_fwd_sm80_bf16_d64x64"]
 
 
+FINISH = "_finish_without_sums"
+
+
 def test_gradients_have_kernels_of_their_own(notebook: Notebook) -> None:
     q, k, v = arrays()
-    delta, main, finish = (
-        f"cuflash_bwd_{name}" for name in ("delta_bf16", "sm90_bf16_d64x64", "sm90_finish_bf16_d64x64")
+    delta, main, finish, dkdv, of_dq, finish_without_sums = (
+        f"cuflash_bwd_{name}"
+        for name in ("delta_bf16", *(f"sm90{part}_bf16_d64x64" for part in ("", "_finish", "_dkdv", "_dq", FINISH)))
     )
     for kernel in ("auto", "sm90"):
         backward(q, k, v, kernel=kernel)
         assert notebook.symbols[-3:] == [delta, main, finish]
-    of_dq = "cuflash_bwd_sm90_dq_bf16_d64x64"
     for kernel, causal in itertools.product(("auto", "sm90"), (False, True)):
         backward(q, k, v, kernel=kernel, causal=causal, deterministic=True)
-        assert notebook.symbols[-4:] == [delta, main + "_deterministic", of_dq, finish + "_deterministic"]
+        assert notebook.symbols[-4:] == [delta, dkdv, of_dq, finish_without_sums]
 
 
 @pytest.mark.parametrize(("head_dims", "name"), [((64, 40), "d64x64"), ((64, 96), "d128x128")])
@@ -224,7 +227,7 @@ def test_beyond_128_columns_dq_has_a_kernel_of_its_own(
 ) -> None:
     """Whether it is asked for or not: the same kernels, and so the same bits in every run."""
     backward(*arrays(64, *head_dims), kernel="sm90", deterministic=deterministic)
-    assert notebook.symbols[-3:] == [f"cuflash_bwd_sm90_{part}bf16_{name}" for part in ("", "dq_", "finish_")]
+    assert notebook.symbols[-3:] == [f"cuflash_bwd_sm90{part}_bf16_{name}" for part in ("_dkdv", "_dq", FINISH)]
 
 
 @pytest.mark.parametrize("name", [*"qkv", "dout"])
