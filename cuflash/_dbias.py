@@ -15,7 +15,7 @@ from ._options import Options
 from ._params import PARAMS, fill
 from ._problem import FULL, Operand, Problem, ceil_div
 from ._tensor_maps import PANEL, MappedParams, why_not_array
-from ._wgmma import wgmma
+from ._wgmma import ARCH, wgmma
 
 TILE_BYTES, WALK_BYTES = 24, 100  # of a tile of pairs, and of the way through them (attention/bias_tiles.cuh)
 MIN_TILES = 32  # that blocks stay for, if the tiles differ in length: then those of each make up for it
@@ -158,7 +158,7 @@ def sm90(problem: Problem, options: Options, number: str, chip: Chip, dbias: Ope
         options=options,
         definitions=wgmma(number, tile.block_n),
         cluster=tile.cluster,
-        arch="sm_90a",
+        arch=ARCH,
     )
     num_tiles = _num_tiles(dbias, tile.block_m, tile.cluster * tile.block_n)
     return kernel, tile, tile.cluster * _num_blocks(problem, options, num_tiles, chip.multiprocessors // tile.cluster)

@@ -14,9 +14,9 @@ from ._kernel import NUMBERS, Kernel, padded_head_dims
 from ._options import PLAIN, Options
 from ._params import PARAMS, fill
 from ._problem import Operand, Problem
-from ._sm90_block import ARCH, Tile, num_query_tiles, shared_bytes
+from ._sm90_block import Tile, num_query_tiles, shared_bytes
 from ._tensor_maps import PANEL, MappedParams, why_not_array
-from ._wgmma import wgmma
+from ._wgmma import ARCH, wgmma
 
 CAPABILITY = (9, 0)
 MIN_SCALE = float(np.finfo(np.float32).tiny)  # less is 0 for kernels

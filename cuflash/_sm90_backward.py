@@ -14,9 +14,9 @@ from ._kernel import NUMBERS, Kernel
 from ._options import Options
 from ._params import PARAMS, fill
 from ._problem import Problem, ceil_div
-from ._sm90_block import ARCH, JOB_BYTES, num_query_tiles
+from ._sm90_block import JOB_BYTES, num_query_tiles
 from ._tensor_maps import PANEL, MappedParams
-from ._wgmma import wgmma
+from ._wgmma import ARCH, wgmma
 
 ROUND_KEYS_BYTES = 64  # attention/dropout.cuh
 NUM_THREADS = 384

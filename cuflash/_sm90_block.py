@@ -8,7 +8,6 @@ from ._options import Options
 from ._problem import Problem, ceil_div
 from ._tensor_maps import PANEL
 
-ARCH = "sm_90a"
 JOB_BYTES = 36  # attention/sequence.cuh
 VISITED_BYTES = 8  # attention/key_blocks.cuh
 

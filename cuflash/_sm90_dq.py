@@ -7,8 +7,8 @@ from typing import NamedTuple
 from ._device import Chip
 from ._kernel import NUMBERS, Kernel
 from ._options import Options
-from ._sm90_block import ARCH, Tile, shared_bytes
-from ._wgmma import wgmma
+from ._sm90_block import Tile, shared_bytes
+from ._wgmma import ARCH, wgmma
 
 # By head_dim and head_dim_v; the first that fits the shared memory is taken, with arrays of pairs the first that has
 # two places for them. What the tile calls Q, K and V are dO, V and K here, and Q comes along with dO. S and dP of 128

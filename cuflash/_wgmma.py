@@ -5,6 +5,7 @@ from __future__ import annotations
 from ._features import ELEMENTS
 from ._kernel import NUMBERS
 
+ARCH = "sm_90a"  # Hopper, with what only Hopper has
 WIDTHS = range(8, 257, 8)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from cuflash import _dbias, _parts, _sm80, _sm80_tiles, _sm90, _sm90_backward, _sm90_block, _sm90_dq, _wmma
+from cuflash import _dbias, _parts, _sm80, _sm80_tiles, _sm90, _sm90_backward, _sm90_dq, _wgmma, _wmma
 from cuflash._device import KernelSource
 from cuflash._kernel import HEAD_DIMS, NUMBERS, Kernel, find_blocks
 from cuflash._options import Options
@@ -259,7 +259,7 @@ def test_a_kernel_compiles_within_its_registers_and_uses_tensor_cores(kernel: Ke
     found = cubin.opcodes(code)
     assert found["EXIT"] > 0
     assert allowed or not {"LDL", "STL"} & set(found)
-    if kernel.arch == _sm90_block.ARCH:
+    if kernel.arch == _wgmma.ARCH:
         assert found["HGMMA"] > 0
         assert found["UTMALDG"] > 0, "tiles must be copied by TMA"
         assert SERIALIZED not in log, log
@@ -361,5 +361,5 @@ extern "C" __global__ void product(float* out, TileDescriptor a, TileDescriptor 
 def test_a_serialized_wgmma_would_be_seen(between: str, serialized: bool) -> None:
     """The note is in the log if a sum is used before its product was waited for."""
     code = PRODUCT.format(wgmma=wgmma("float16", 64), between=between)
-    _, log = cubin.compile_for(KernelSource("product", code, 128, 0, _sm90_block.ARCH), "sm_90")
+    _, log = cubin.compile_for(KernelSource("product", code, 128, 0, _wgmma.ARCH), "sm_90")
     assert (SERIALIZED in log) == serialized

@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import cuflash
-from cuflash import _backends, _launch, _sm90, _sm90_backward, _sm90_block, _sm90_dq, _tensor_maps
+from cuflash import _backends, _launch, _sm90, _sm90_backward, _sm90_block, _sm90_dq, _tensor_maps, _wgmma
 from cuflash._device import Chip, KernelSource, Launch, TensorBox
 from cuflash._kernel import HEAD_DIMS
 from cuflash._launch import LaunchBackend
@@ -571,7 +571,7 @@ def test_every_instruction_compiles(number: str, element: str) -> None:
     pytest.importorskip("cupy")
     uses = "".join(USE.format(size=width // 2, element=element, width=width) for width in WIDTHS)
     code = USES.format(definitions="".join(wgmma(number, width) for width in WIDTHS), statements=uses)
-    binary, _ = cubin.compile_for(KernelSource("uses", code, 128, 0, _sm90.ARCH), "sm_90")
+    binary, _ = cubin.compile_for(KernelSource("uses", code, 128, 0, _wgmma.ARCH), "sm_90")
     assert cubin.opcodes(binary)["HGMMA"] == 3 * len(WIDTHS)
 
 

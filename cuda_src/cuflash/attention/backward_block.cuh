@@ -288,6 +288,13 @@ struct BackwardBlock {
 
   // ---- For the consumers
 
+  // Of a tile of queries and some keys. Queries behind the end are hidden.
+  static __device__ __forceinline__ AllVisible all_visible(const Options& options, const Band& band, int seqlen_q,
+                                                           int first_query, const Range& keys) {
+    const Range queries = {first_query, first_query + kBlockM};
+    return {band.all_visible(queries, keys) && queries.end <= seqlen_q, !Options::kHidesPairs || options.shows_all()};
+  }
+
   // Which weights survive of the pairs of a warp's 16 keys, of the tile at hand.
   static __device__ __forceinline__ KeptElements<kBlockM> survivors(TileOfPairs& pairs, int warp_row, int lane) {
     if constexpr (Options::kHasDropout) {

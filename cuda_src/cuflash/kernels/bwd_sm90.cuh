@@ -108,10 +108,8 @@ struct BwdSm90 {
         start_product_along<kHeadDimV>(dweights, v, 64 * consumer, shared.dout[stage]);
         if constexpr (Block::kLoadsPairs) rings.pairs.wait_full(pairs_at);
         here.template look_at<kBlockM, kBlockN>(shared.pairs[pairs_at.stage()].memory, first_query, job.tile * kBlockN);
-        const AllVisible all_visible = {
-            band.all_visible({first_query, first_query + kBlockM}, {warpgroup_key, warpgroup_key + 64}) &&
-                first_query + kBlockM <= sequence.seqlen_q,
-            !Options::kHidesPairs || here.shows_all()};
+        const AllVisible all_visible =
+            Block::all_visible(here, band, sequence.seqlen_q, first_query, {warpgroup_key, warpgroup_key + 64});
         hides_pairs |= !all_visible;
         const Gradients gradients = {pairs, first_query + first_col, first_key, shared.rows[stage], first_col};
         const typename Gradients::Survivors survives =

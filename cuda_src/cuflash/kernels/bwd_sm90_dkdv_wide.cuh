@@ -124,10 +124,8 @@ struct BwdSm90DkDvWide {
         const Gradients gradients = {pairs, first_query + first_col, first_key, shared.rows[stage], first_col};
         if constexpr (kLooksAtPairs) rings.pairs.wait_full(pairs_at);
         here.template look_at<kBlockM, kBlockN>(shared.pairs[pairs_at.stage()].memory, first_query, block_key);
-        const AllVisible all_visible = {
-            band.all_visible({first_query, first_query + kBlockM}, {block_key, block_key + 64}) &&
-                first_query + kBlockM <= sequence.seqlen_q,
-            !Options::kHidesPairs || here.shows_all()};
+        const AllVisible all_visible =
+            Block::all_visible(here, band, sequence.seqlen_q, first_query, {block_key, block_key + 64});
         hides_pairs |= !all_visible;
         const typename Gradients::Survivors survives = Block::survivors(shared.pairs[pairs_at.stage()], warp_row, lane);
         ptx::wgmma_wait<0>();
