@@ -307,8 +307,8 @@ def attention_backward(
     Beyond the results it takes 4 bytes for each row of queries of a head ("sm90" 8), and for an input that was
     broadcast along the batch its gradient for the whole batch, in its own dtype and in float32. "sm90" takes the
     float32 sums of ``dq`` too, with 64 or 128 columns and in whole tiles of up to 128 rows, and 4 bytes for 128 keys of
-    a head; beyond 128 columns, and with ``deterministic``, no sums, but 4 bytes for 128 queries and for 64 keys of a
-    head. "sm80" takes such sums, but with ``deterministic`` none.
+    a head; beyond 128 columns, and with ``deterministic``, no sums, but 4 bytes for 128 queries of a head, and for its
+    128 keys, or 64. "sm80" takes such sums, but with ``deterministic`` none.
 
     References
     ----------

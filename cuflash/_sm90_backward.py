@@ -44,13 +44,13 @@ class Tile(NamedTuple):
 # masks and survivors come ahead.
 TILES: dict[tuple[int, int], tuple[Tile, ...]] = {
     (64, 64): (
-        *(Tile(128, 128, *stages) for stages in ((2, 2, 2), (1, 2, 2), (1, 2, 1))),
-        *(Tile(64, 128, *stages) for stages in ((2, 4, 2), (2, 2, 2), (1, 2, 1))),
+        *(Tile(128, 128, *stages) for stages in ((2, 2, 2), (1, 2, 2))),
+        *(Tile(64, 128, *stages) for stages in ((2, 4, 2), (2, 2, 2))),
     ),
     (128, 128): tuple(Tile(64, 128, *stages) for stages in ((2, 2, 1), (1, 2, 2), (1, 2, 1))),
-    (192, 128): (Tile(64, 64, 2, 2, 2), Tile(64, 64, 1, 2, 2)),
-    (192, 192): (Tile(64, 64, 2, 2, 2), Tile(64, 64, 1, 2, 2), Tile(64, 64, 1, 2, 1)),
-    (256, 256): (Tile(64, 64, 1, 2, 2), Tile(64, 64, 1, 2, 1), Tile(64, 64, 1, 1, 1)),
+    (192, 128): (Tile(64, 64, 2, 2, 2),),
+    (192, 192): (Tile(64, 64, 2, 2, 2), Tile(64, 64, 1, 2, 2)),
+    (256, 256): (Tile(64, 64, 1, 2, 2), Tile(64, 64, 1, 2, 1)),
 }
 
 
@@ -116,6 +116,7 @@ class Kernels(NamedTuple):
     finish: Kernel
     tile: Tile
     of_dq: _sm90_dq.KernelOfTile | None
+    block_m: int  # queries of a tile of dq
 
 
 def kernels(problem: Problem, options: Options, number: str, chip: Chip, *, deterministic: bool = False) -> Kernels:
@@ -165,18 +166,18 @@ def kernels(problem: Problem, options: Options, number: str, chip: Chip, *, dete
         shared_bytes=WARPS_OF_FINISH * max(options.tile_bytes(16, 16), 16),
         options=options,
     )
-    return Kernels(main, finish, tile, of_dq)
+    return Kernels(main, finish, tile, of_dq, block_m)
 
 
 def plan(call: Call) -> Run:
     """A function of (dout, q, k, v, out, lse, dq, dk, dv) and the arrays of the options that computes gradients."""
     device, problem, operands = call.device, call.problem, call.operands
-    main, finish, tile, of_dq = kernels(problem, call.options, call.number, call.chip, deterministic=call.deterministic)
+    made = kernels(problem, call.options, call.number, call.chip, deterministic=call.deterministic)
+    main, finish, tile, of_dq, block_m = made
     delta = _wmma.operand_of_delta(problem)
     key_tiles = ceil_div(problem.seqlen_k, tile.block_n) * problem.batch * problem.num_heads_kv
     if problem.packed:  # attention/packed.cuh
         key_tiles = (problem.seqlen_k // tile.block_n + problem.batch + 1) * problem.num_heads_kv
-    block_m = tile.block_m if of_dq is None else of_dq.tile.block_m
     query_tiles = num_query_tiles(problem, block_m)
     num_jobs = max(key_tiles, query_tiles)
     if num_jobs >= 2**31 - call.chip.multiprocessors:  # blocks ask once in vain

@@ -361,12 +361,15 @@ def test_every_set_of_options_has_a_tile_and_every_tile_a_call() -> None:
     assert used == {(dims, tile) for table in TABLES for dims, tiles in table.items() for tile in tiles}
 
 
-def test_every_set_of_options_has_a_tile_for_its_gradients() -> None:
+def test_every_set_of_options_has_a_tile_for_its_gradients_and_every_tile_a_call() -> None:
+    used = set()
     for head_dims, options, deterministic in itertools.product(_sm90_backward.TILES, combinations(), (False, True)):
         problem = Problem("bfloat16", 1, 1, 1, 64, 64, *head_dims, 1.0, packed="packed" in options.names)
         assert _sm90.why_no_backward(problem, H200, options) is None
-        kernels = _sm90_backward.kernels(problem, options, "bfloat16", H200, deterministic=deterministic)
-        assert max(kernel.shared_bytes for kernel in kernels[:2]) <= H200.shared_memory
+        made = _sm90_backward.kernels(problem, options, "bfloat16", H200, deterministic=deterministic)
+        assert max(made.main.shared_bytes, made.finish.shared_bytes) <= H200.shared_memory
+        used.add((head_dims, made.tile))
+    assert used == {(dims, tile) for dims, tiles in _sm90_backward.TILES.items() for tile in tiles}
 
 
 def test_every_set_of_options_has_a_tile_for_dq_and_every_tile_a_call() -> None:

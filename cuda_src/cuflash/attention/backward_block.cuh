@@ -21,6 +21,8 @@ template <class Element, class Options, int kHeadDim, int kHeadDimV, int kBlockM
           int kStages, int kStagesPairs, class Handed>
 struct BackwardBlock {
   static constexpr int kNumConsumers = 2, kNumThreads = 128 * (1 + kNumConsumers);
+  static_assert(kStages > 1, "the next scores are started before a tile is released");
+
   using Rows = RowsOfTile<kBlockM>;
   using TileQ = SwizzledTile<Element, kBlockM, kHeadDim>;
   using TileDout = SwizzledTile<Element, kBlockM, kHeadDimV>;
@@ -79,8 +81,8 @@ struct BackwardBlock {
 
   struct Arrays {
     const float *lse_log2, *delta;  // both with the strides of delta
-    float* dq_sums;
-    unsigned* spoiled;  // of each tile of keys, whether its gradients must be computed once more
+    float* dq_sums;                 // of bwd_sm90 alone
+    unsigned* spoiled;              // of each tile of keys, whether its gradients must be computed once more
     Element *dk, *dv;
     unsigned* counter;  // 0 before and after the kernel
   };

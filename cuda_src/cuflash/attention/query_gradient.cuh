@@ -1,7 +1,6 @@
 // Sums of dQ in memory, to which many blocks of threads add: in the order in which warpgroups hold them.
 #pragma once
 
-#include <cuflash/common/math.cuh>
 #include <cuflash/tile/warpgroup_tile.cuh>
 
 namespace cuflash {

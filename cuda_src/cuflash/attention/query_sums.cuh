@@ -26,7 +26,7 @@ struct QuerySums {
         thread(thread) {}
 
   // Adds pieces of a part, from one to another.
-  template <int kBegin = 0, int kEnd = Layout::kPieces>
+  template <int kBegin, int kEnd = Layout::kPieces>
   __device__ __forceinline__ void add(int part, const typename Layout::Part& dq) const {
     float4* const pieces = Layout::pieces(sums, tile, part, thread);
 #pragma unroll

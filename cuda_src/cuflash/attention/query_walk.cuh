@@ -7,7 +7,7 @@ namespace cuflash {
 
 // Goes through those of one query head of the group after another, without the ones that options hide altogether. With
 // kStaggered each head begins with the queries beside the keys: blocks of threads that go through the same heads keep
-// step, and would otherwise add to the same sums at the same time.
+// step, and would otherwise add to the same sums, or ask for the same tiles, at the same time.
 template <int kBlockM, int kBlockN, class Options, bool kStaggered>
 struct QueryWalk {
   const Options& options;

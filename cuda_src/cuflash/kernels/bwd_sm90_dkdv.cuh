@@ -46,7 +46,7 @@ struct BwdSm90DkDv {
     typename Block::RingKv::Position kv_at;
     typename Block::Ring::Position at;
     typename Block::RingPairs::Position pairs_at;
-    const auto release = [&](auto& ring, auto& at) {
+    const auto release = [&](auto& ring, const auto& at) {
       if (lane == 0) ring.release(at);
     };
 
@@ -65,14 +65,11 @@ struct BwdSm90DkDv {
       bool hides_pairs = false;
 
       Scores scores, dweights;
-      const auto first_row = [&] {
-        unsigned number = consumer;
-        ptx::make_opaque(number);  // else the loop keeps descriptors of all of K and V, for which registers are too few
-        return 64 * uniform(number);
+      const auto start_scores = [&] {
+        start_product_along<kHeadDim>(scores, k, first_row_of(consumer), shared.q[at.stage()]);
       };
-      const auto start_scores = [&] { start_product_along<kHeadDim>(scores, k, first_row(), shared.q[at.stage()]); };
       const auto start_dweights = [&] {
-        start_product_along<kHeadDimV>(dweights, v, first_row(), shared.dout[at.stage()]);
+        start_product_along<kHeadDimV>(dweights, v, first_row_of(consumer), shared.dout[at.stage()]);
       };
 
       rings.kv.wait_full(kv_at);
@@ -135,6 +132,7 @@ struct BwdSm90DkDv {
         release(rings.q, at);
         at.advance();
       }
+      ptx::wgmma_wait<0>();  // without queries too the lanes of a warp come together before one of them tells
       release(rings.kv, kv_at);
       kv_at.advance();
 

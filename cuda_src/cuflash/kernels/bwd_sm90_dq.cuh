@@ -1,5 +1,5 @@
-// FlashAttention backward for Hopper: the gradient of Q alone, for gradients that are the same bits in every run.
-// docs/kernels.md says how it goes with the others.
+// FlashAttention backward for Hopper: the gradient of Q alone, for gradients that are the same bits in every run, and
+// beyond 128 columns. docs/kernels.md says how it goes with the others.
 #pragma once
 
 #include <cuflash/attention/backward_maps.cuh>
@@ -63,16 +63,11 @@ struct BwdSm90Dq {
     typename Block::RingPairs::Position pairs_at;
 
     Scores scores, dweights;
-    const auto first_row = [&] {
-      unsigned number = consumer;
-      ptx::make_opaque(number);  // else the loop keeps descriptors of all of Q and dO, for which registers are too few
-      return 64 * uniform(number);
-    };
     const auto start_scores = [&] {
-      start_product_along<kHeadDim>(scores, shared.more[q_at.stage()], first_row(), shared.v[k_at.stage()]);
+      start_product_along<kHeadDim>(scores, shared.more[q_at.stage()], first_row_of(consumer), shared.v[k_at.stage()]);
     };
     const auto start_dweights = [&] {
-      start_product_along<kHeadDimV>(dweights, shared.q[q_at.stage()], first_row(), shared.k[v_at.stage()]);
+      start_product_along<kHeadDimV>(dweights, shared.q[q_at.stage()], first_row_of(consumer), shared.k[v_at.stage()]);
     };
     const auto release = [&](auto& ring, auto& at) {
       if (lane == 0) ring.release(at);

@@ -9,8 +9,8 @@
 
 namespace cuflash {
 
-// A block writes the rows of a tile of queries of one head: its warpgroups take turns with the parts of the sums.
-// Each warp of the blocks behind those looks after a tile of keys. Without kHasSums dQ is there already.
+// A block writes the rows of a tile of queries of one head: each of its warpgroups has a part of the sums. Each warp of
+// the blocks behind those looks after a tile of keys. Without kHasSums dQ is there already.
 template <class Number, class Options, int kHeadDim, int kHeadDimV, int kBlockM, int kBlockN, bool kHasSums>
 struct BwdSm90Finish {
   using Element = typename Number::Element;
@@ -68,22 +68,20 @@ struct BwdSm90Finish {
                              problem.head_dim);
     const int thread = threadIdx.x % 128;
     const float scale[2] = {problem.softmax_scale, problem.softmax_scale};
-    bool finite = true;
-    for (int part = threadIdx.x / 128; part < Sums::kParts; part += kNumThreads / 128) {
-      const float4* const pieces = Sums::pieces(arrays.dq_sums, tile, part, thread);
-      typename Sums::Part sums;
+    static_assert(kNumThreads / 128 == Sums::kParts);
+    const int part = threadIdx.x / 128;
+    const float4* const pieces = Sums::pieces(arrays.dq_sums, tile, part, thread);
+    typename Sums::Part sums;
 #pragma unroll
-      for (int i = 0; i < Sums::kPieces; ++i) {
-        const float4 piece = pieces[i * 32];
-        sums.x[4 * i] = piece.x;
-        sums.x[4 * i + 1] = piece.y;
-        sums.x[4 * i + 2] = piece.z;
-        sums.x[4 * i + 3] = piece.w;
-      }
-      const int first_row = job.tile * kBlockM + Sums::first_query(part) + thread / 32 * 16 + thread % 32 / 4;
-      finite &= store_rows_16<16, true>(dq, sums, scale, first_row, Sums::first_col(part));
+    for (int i = 0; i < Sums::kPieces; ++i) {
+      const float4 piece = pieces[i * 32];
+      sums.x[4 * i] = piece.x;
+      sums.x[4 * i + 1] = piece.y;
+      sums.x[4 * i + 2] = piece.z;
+      sums.x[4 * i + 3] = piece.w;
     }
-    return finite;
+    const int first_row = job.tile * kBlockM + Sums::first_query(part) + thread / 32 * 16 + thread % 32 / 4;
+    return store_rows_16<16, true>(dq, sums, scale, first_row, Sums::first_col(part));
   }
 
   // Of this warp.

@@ -2,10 +2,19 @@
 // shared memory.
 #pragma once
 
+#include <cuflash/common/math.cuh>
+#include <cuflash/ptx/opaque.cuh>
 #include <cuflash/tile/swizzled_tile.cuh>
 #include <cuflash/tile/warpgroup_tile.cuh>
 
 namespace cuflash {
+
+// The first of the 64 rows that are a consumer's, computed anew for each product: else a loop whose first factors stay
+// the same keeps descriptors of all of them, for which registers are too few.
+__device__ __forceinline__ int first_row_of(unsigned consumer) {
+  ptx::make_opaque(consumer);
+  return 64 * uniform(consumer);
+}
 
 // sum = a b^T over kDepth columns of both, for 64 rows of a from `row` on; added to what is there if `adds`.
 template <int kDepth, class Element, int kRowsA, int kColsA, int kRowsB, int kColsB>
