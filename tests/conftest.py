@@ -131,10 +131,14 @@ class Ring:
         options = problem.options | {"dlse": problem.dlse()} | self._named(problem, others)
         assert_gradients_accurate(problem.dout(), *problem.arrays(), dq, dk, dv, **options)
 
-    def check_varlen(self, problem: PackedProblem) -> None:
-        """Hold the results of a packed problem, forward and backward, against the reference."""
+    def check_varlen_forward(self, problem: PackedProblem) -> None:
+        """Hold the output and the log-sum-exp of a packed problem against the reference."""
         out, lse = self.attention_varlen(*problem.arrays(self.xp), return_lse=True, **self.options(problem))
         assert_attention_varlen_accurate(*problem.arrays(), out, lse, **problem.options)
+
+    def check_varlen(self, problem: PackedProblem) -> None:
+        """Hold the results of a packed problem, forward and backward, against the reference."""
+        self.check_varlen_forward(problem)
         dq, dk, dv, *others = self.gradients(problem)
         options = problem.options | {"dlse": problem.dlse()} | self._named(problem, others)
         assert_gradients_varlen_accurate(problem.dout(), *problem.arrays(), dq, dk, dv, **options)
@@ -273,8 +277,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.hookimpl(tryfirst=True)  # before -m is looked at
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if item.get_closest_marker("host") and item.get_closest_marker("thorough_on_host"):
+        on_host = item.get_closest_marker("host") and item.get_closest_marker("thorough_on_host")
+        if on_host or (runs_by_wmma(item) and item.get_closest_marker("thorough_on_wmma")):
             item.add_marker(pytest.mark.thorough)
+
+
+def runs_by_wmma(item: pytest.Item) -> bool:
+    """Whether a test that the host ring runs by the family sm80 too is here the one by wmma."""
+    return hasattr(item, "callspec") and item.callspec.params.get("ring") == ("host", "wmma")
 
 
 RINGS = [

@@ -48,6 +48,7 @@ def test_every_length_is_accurate(ring: Ring, seqlen_q: int, seqlen_k: int, caus
         ring.check_backward(AttentionProblem(q, kv, kv, dtype, causal=causal))
 
 
+@pytest.mark.thorough_on_wmma
 @pytest.mark.parametrize("causal", CAUSALS)
 @pytest.mark.parametrize("window", [(0, 0), (0, None), (None, 0), (5, 3), (70, 1), (1, 70), (None, None)])
 def test_every_window_is_accurate(ring: Ring, window: Any, causal: Any) -> None:
@@ -94,6 +95,7 @@ def test_rows_that_see_no_key_have_no_gradient(ring: Ring) -> None:
                 ring.assert_untouched(gradient, same, np.nan)
 
 
+@pytest.mark.thorough_on_wmma
 @pytest.mark.parametrize(
     ("q", "k", "v"),
     [
@@ -124,8 +126,9 @@ def test_vjp_is_attention_and_its_backward(ring: Ring) -> None:
         ring.assert_same_bits(results[2], results[0])
 
 
+@pytest.mark.thorough_on_wmma
 @pytest.mark.parametrize("strides", STRIDES)
-@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("dtype", ["float16", pytest.param("float32", marks=pytest.mark.thorough_on_host)])
 def test_strides_do_not_change_a_bit(ring: Ring, strides: Any, dtype: str) -> None:
     problem = dataclasses.replace(GROUPED, dtype=dtype, strides=(strides,) * 4)
     arrays, dout = problem.arrays(ring.xp), problem.dout(ring.xp)
@@ -174,7 +177,7 @@ def test_nothing_around_the_inputs_is_read_and_they_are_not_written(ring: Ring) 
 
 
 @pytest.mark.parametrize("name", ["q", "k", "v", "dout"])
-@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("value", [np.nan, pytest.param(np.inf, marks=pytest.mark.thorough_on_host)])
 def test_nan_and_infinity_spread_as_in_the_reference(ring: Ring, name: str, value: float) -> None:
     for dtype in ("float16", "float32"):
         for options in ({}, {"causal": True}, {"window_size": (3, 2)}):

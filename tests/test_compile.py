@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import cache
 from itertools import product
 from typing import Any
 
@@ -149,7 +150,18 @@ def reachable(arch: int) -> Iterator[Kernel]:
     yield from kernels_with_options(arch)
 
 
-RARE_HEAD_DIMS = ("d32x32", "d96x96", "d192x192")
+def dims_of(kernel: Kernel) -> str:
+    """As in symbols; empty for a kernel that knows no head dimension."""
+    found = re.search(r"d\d+x\d+", kernel.symbol)
+    return found.group() if found else ""
+
+
+@cache
+def plain_on_sm80() -> frozenset[tuple[str, tuple[str | int, ...]]]:
+    return frozenset((kernel.symbol, kernel.arguments) for kernel in plain_kernels(80))
+
+
+MOST_USED = ("", "d64x64", "d128x128", "d256x256")
 
 
 def is_thorough(kernel: Kernel, arch: int) -> bool:
@@ -158,30 +170,56 @@ def is_thorough(kernel: Kernel, arch: int) -> bool:
     sm_75 takes the code of sm_70, sm_86 and sm_89 the tiles of sm_120; float16 the code of bfloat16, and one TF32
     product less than that of three, so that D 64 is enough, on sm_80 and in the family sm90.
     """
-    symbol, header = kernel.symbol, kernel.header
-    rare = any(dims in symbol for dims in RARE_HEAD_DIMS) or ("d192x128" in symbol and "sm90" not in header)
-    if arch < 80:
-        return arch != 70 or ("dbias" in header and rare)
-    one_is_enough = "d64x64" in symbol and (arch == 80 or "sm90" in header)
-    like_another = ("_f16" in symbol or "_tf32" in symbol) and not one_is_enough
-    if arch in (86, 89) or like_another:
+    if arch in (75, 86, 89):
         return True
-    if "dbias" in header:  # whatever the family
-        return rare or (arch != 80 and "sm90" not in header)
     if kernel.options is not None and kernel.options.names:
-        return "wmma" in header or is_thorough_with_options(header, symbol, arch)
-    # sm_90 and sm_100 have the same memory, so the same tiles of sm80: one for float32, one for 16 bits.
-    same_tiles = {90: "_bf16" in symbol and "d128x128" not in symbol, 100: "_f32" in symbol}
-    return "wmma" in header or (rare and arch != 80) or ("sm80" in header and same_tiles.get(arch, False))
+        return is_thorough_with_options(kernel, arch)
+    symbol, header, dims = kernel.symbol, kernel.header, dims_of(kernel)
+    if "sm90" in header:
+        return "_f16" in symbol and (dims != "d64x64" or "finish" in header)
+    if arch == 70:
+        return dims not in ("", "d128x128", "d256x256")
+    if "wmma" in header:
+        return True
+    return is_thorough_by_sm80(symbol, dims, arch) or (arch != 80 and (symbol, kernel.arguments) in plain_on_sm80())
 
 
-def is_thorough_with_options(header: str, symbol: str, arch: int) -> bool:
+def is_thorough_by_sm80(symbol: str, dims: str, arch: int) -> bool:
+    """Likewise, of the kernels for sm_80 and later: on sm_80 most, on others those of other tiles."""
+    # Parts have the code of the forward, and dK and dV alone that of the backward in one pass.
+    like_another = any(part in symbol for part in ("delta", "merge", "finish", "parts", "dkdv_bf16", "dkdv_f16"))
+    if "_f16" in symbol or "_tf32" in symbol:
+        return like_another or dims != "d64x64" or arch != 80
+    if arch != 80:
+        # sm_90 and sm_100 have the same memory, so the same tiles: those of float32 on one, of 16 bits on the other.
+        elsewhere = ("_f32" in symbol) if arch == 100 else (arch == 90 and "_f32" not in symbol)
+        return like_another or elsewhere or "dq_bf16" in symbol or dims not in ("d128x128", "d256x256")
+    if like_another or "dq_bf16" in symbol:
+        return dims not in ("", "d128x128")
+    # The rare ones of the forward and of the backward in one pass that are no multiple of another.
+    rare = ("d96x96", "d192x128") if "fwd_sm80_bf16" in symbol or "bwd_sm80_bf16" in symbol else ()
+    return dims not in (*MOST_USED, *rare)
+
+
+def is_thorough_with_options(kernel: Kernel, arch: int) -> bool:
     """Likewise, of a kernel with an option: each goes once through every forward and every backward in one pass."""
+    symbol, header, dims, names = kernel.symbol, kernel.header, dims_of(kernel), kernel.options.names
+    if "dbias" in header:
+        usual = ("d128x128",) if "wmma" in header else MOST_USED
+        chips = (90,) if "sm90" in header else (70, 80)
+        return dims not in usual or arch not in chips or ("_f16" in symbol and arch != 70)
+    if header == "bwd_sm90_dq":
+        return (dims, names) != ("d128x128", ("mod",))
+    if header == "bwd_sm90_dkdv_wide":  # most of what it asks, bwd_sm90 asks too
+        return names not in (("dropout",), ("mod",))
     # The last step needs few registers, whatever the options; parts and two passes ask them the same as the whole.
-    if any(part in symbol for part in ("finish", "parts", "dkdv", "dq")):
+    if "wmma" in header or any(part in symbol for part in ("finish", "parts", "dkdv", "dq")):
         return True
     if "sm90" in header:  # the forward where registers are fewest, the backward as most models have it
-        return ("d128x128" if "fwd" in header else "d64x64") in symbol
+        return dims == ("d128x128" if "fwd" in header else "d64x64")
+    if header == "fwd_sm80":  # of what the backward is asked for too, what takes most registers
+        few_queries = kernel.arguments[4] == _sm80_tiles.SHORT_TILES[128, 128].block_m
+        return arch != 80 or few_queries or names not in (("bias",), ("dropout",), ("mod", "block_mask"))
     return arch != 80 and header != "find_blocks"
 
 

@@ -232,6 +232,7 @@ def test_the_examples_of_the_variants_run(section: str, capsys: pytest.CaptureFi
 PROGRAMMED = [section for section in sections(VARIANTS) if FOR_CUPY in section]
 
 
+@pytest.mark.thorough_on_wmma
 @pytest.mark.parametrize("section", PROGRAMMED, ids=lambda section: section.partition("\n")[0])
 def test_expressions_compute_what_callables_do(section: str, ring: Ring, capsys: pytest.CaptureFixture[str]) -> None:
     if ring.name == "numpy":
@@ -239,6 +240,7 @@ def test_expressions_compute_what_callables_do(section: str, ring: Ring, capsys:
     check_expressions(section, ring, capsys)
 
 
+@pytest.mark.thorough_on_wmma
 def test_a_wrong_expression_is_found(ring: Ring, capsys: pytest.CaptureFixture[str]) -> None:
     if ring.name == "numpy":
         pytest.skip("expressions are for kernels")

@@ -163,6 +163,7 @@ def test_the_gpt_learns_and_a_seed_decides_what(tmp_path: Path) -> None:
     assert plot.exists() == bool(importlib.util.find_spec("matplotlib"))
 
 
+@pytest.mark.thorough
 def test_the_gpt_learns_in_half_precision(tmp_path: Path) -> None:
     printed = run("gpt.py", "--quick", "--dtype", "float16", "--plot", str(tmp_path / "loss.png"))
     assert "attention in float16" in printed

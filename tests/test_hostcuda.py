@@ -309,8 +309,10 @@ def test_fragments_start_as_nan() -> None:
         *({"schedule": schedule, "seed": 5} for schedule in SCHEDULES),
         *({"flavour": "fast", "isolated": True}, {"flavour": "asan"}, {"flavour": "tsan"}),
         {"flags": ("-DHOSTCUDA_UCONTEXT",)},
-        {"flags": ("-DHOSTCUDA_UCONTEXT",), "flavour": "asan"},
-        {"flags": ("-DHOSTCUDA_UCONTEXT",), "flavour": "tsan"},
+        *(
+            pytest.param({"flags": ("-DHOSTCUDA_UCONTEXT",), "flavour": flavour}, marks=pytest.mark.thorough)
+            for flavour in ("asan", "tsan")
+        ),
     ],
     ids=str,
 )

@@ -138,8 +138,7 @@ def test_a_wrong_python_import_is_found(tmp_path: Path, file: str, line: str) ->
     shutil.copytree(ROOT / "cuflash", package, ignore=shutil.ignore_patterns("__pycache__"))
     with (package / file).open("a") as source:
         source.write(f"\n{line}\n")
-    found = set(python_violations(package)) - set(python_violations(ROOT / "cuflash"))
-    assert {violation.split(":")[0] for violation in found} == {file}
+    assert {violation.split(":")[0] for violation in python_violations(package)} == {file}
 
 
 @pytest.mark.parametrize(
@@ -156,6 +155,6 @@ def test_a_wrong_cuda_include_is_found(tmp_path: Path, file: str, line: str) -> 
     shutil.copytree(ROOT / "cuda_src", tmp_path / "cuda_src")
     with (tmp_path / "cuda_src" / "cuflash" / file).open("a") as source:
         source.write(f"\n{line}\n")
-    found = set(cuda_violations(tmp_path / "cuda_src")) - set(cuda_violations(ROOT / "cuda_src"))
+    found = cuda_violations(tmp_path / "cuda_src")
     assert found
     assert all(file in violation for violation in found)  # an include that goes up may close a cycle too

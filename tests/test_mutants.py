@@ -26,6 +26,7 @@ from tests.hostcuda import CompileError, HostCudaError, HostDevice
 from tests.hostcuda.build import can_instrument
 from tests.hostcuda.device import HOST_CHIP
 from tests.hostcuda.sources import CUDA_SRC
+from tests.mistakes import seed_mistake
 
 pytestmark = [
     pytest.mark.host,
@@ -161,16 +162,10 @@ class Mutant:
     problem: Problem | AttentionProblem | PackedProblem
     ways: tuple[str, ...]  # each of them alone shows the mistake, the first in the least time
     family: str = "wmma"
+    slow: bool = False  # several kernels with a sanitizer, and the likes of it are shown by others
 
     def __str__(self) -> str:
         return f"{self.family} {self.direction}: {self.name}"
-
-    def apply(self, cuda_src: Path) -> None:
-        path = cuda_src / "cuflash" / self.file
-        text = path.read_text()
-        count = text.count(self.old)
-        assert count == 1, f"{self.old!r} is {count} times in {self.file}: bring this mutant up to date"
-        path.write_text(text.replace(self.old, self.new))
 
 
 FORWARD = "kernels/fwd_wmma.cuh"
@@ -266,6 +261,7 @@ MUTANTS = [
         "break;",
         UNSEEN,
         ("tsan",),
+        slow=True,
     ),
     Mutant(
         "no warp barrier before dS is read",
@@ -275,6 +271,7 @@ MUTANTS = [
         "//",
         PLAIN,
         ("tsan",),  # the emulation reads fragments when all lanes of a warp are there
+        slow=True,
     ),
     Mutant(
         "no barrier before another warp's dS is read",
@@ -284,6 +281,7 @@ MUTANTS = [
         "}",
         ONE_STAGE,
         ("tsan",),  # what is not there yet is NaN: the second, careful round has more barriers
+        slow=True,
     ),
     # Out of bounds
     Mutant(
@@ -321,6 +319,7 @@ MUTANTS = [
         "",
         CAUSAL,
         ("asan",),
+        slow=True,
     ),
     # Fragment layouts
     Mutant(
@@ -1262,7 +1261,7 @@ MUTANTS += [
     ),
 ]
 CASES = [(mutant, way) for mutant in MUTANTS for way in mutant.ways]
-FIRST_CASES = [(mutant, mutant.ways[0]) for mutant in MUTANTS]
+FIRST_CASES = [(mutant, mutant.ways[0]) for mutant in MUTANTS if not mutant.slow]
 
 
 def cases_without_mistakes(cases: list[tuple[Mutant, str]]) -> set[tuple[Any, ...]]:
@@ -1325,14 +1324,27 @@ def run_plain(direction: str, problem: Problem, way: str, cuda_src: Path, family
 def run_with_options(
     direction: str, problem: AttentionProblem | PackedProblem, way: str, cuda_src: Path, family: str
 ) -> None:
-    ring = host_ring(family)
-    with numpy_arrays_on(HostDevice(**WAYS[way], cuda_src=cuda_src), family):
-        if isinstance(problem, PackedProblem):
-            ring.check_varlen(problem)
-        elif direction == "forward":
+    ring, device = host_ring(family), HostDevice(**WAYS[way], cuda_src=cuda_src)
+    if isinstance(problem, PackedProblem):
+        with numpy_arrays_on(device, family):
+            (ring.check_varlen_forward if direction == "forward" else ring.check_varlen)(problem)
+    elif direction == "forward":
+        with numpy_arrays_on(device, family):
             ring.check_forward(problem)
-        else:
-            ring.check_backward(problem)
+    else:
+        check_backward_alone(problem, device, family)
+
+
+def check_backward_alone(problem: AttentionProblem, device: HostDevice, family: str) -> None:
+    """The forward is NumPy's: a kernel less to compile."""
+    arrays, dout, dlse = problem.arrays(), problem.dout(), problem.dlse()
+    out, lse = cuflash.attention(*arrays, return_lse=True, **problem.options)
+    names = [name for name in ("bias", "sinks") if name in problem.options]
+    options = problem.options_for(np, "expression") | {f"return_d{name}": True for name in names}
+    with numpy_arrays_on(device, family):
+        dq, dk, dv, *others = cuflash.attention_backward(dout, *arrays, out, lse, dlse=dlse, kernel=family, **options)
+    judged = {f"d{name}": gradient for name, gradient in zip(names, others, strict=True)}
+    assert_gradients_accurate(dout, *arrays, dq, dk, dv, dlse=dlse, **judged, **problem.options)
 
 
 @pytest.mark.parametrize(
@@ -1341,9 +1353,7 @@ def run_with_options(
     ids=lambda value: str(value).replace(" ", "_"),
 )
 def test_mutants_are_caught(mutant: Mutant, way: str, tmp_path: Path) -> None:
-    cuda_src = tmp_path / "cuda_src"
-    shutil.copytree(CUDA_SRC, cuda_src)
-    mutant.apply(cuda_src)
+    cuda_src = seed_mistake(tmp_path, mutant.file, mutant.old, mutant.new)
     with pytest.raises((HostCudaError, AssertionError)) as error:
         run(mutant.direction, mutant.problem, way, cuda_src, mutant.family)
     assert not isinstance(error.value, CompileError), "a mutant that does not compile proves nothing"
@@ -1352,7 +1362,7 @@ def test_mutants_are_caught(mutant: Mutant, way: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("direction", "problem", "way", "family"),
     [
-        thorough_unless(case, cases_without_mistakes(FIRST_CASES))
+        thorough_unless(case, {case for case in cases_without_mistakes(FIRST_CASES) if case[2] != "forward"})
         for case in sorted(cases_without_mistakes(CASES), key=str)
     ],
     ids=lambda value: str(value).replace(" ", ""),

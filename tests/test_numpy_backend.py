@@ -75,7 +75,7 @@ VARIANT = AttentionProblem(
 )
 
 
-@pytest.mark.parametrize("block", [(5, 7), (16, 64), (_numpy.BLOCK_ROWS, _numpy.BLOCK_KEYS)])
+@pytest.mark.parametrize("block", [(11, 37), (16, 64), (_numpy.BLOCK_ROWS, _numpy.BLOCK_KEYS)])
 def test_block_sizes_do_not_matter_to_any_option(monkeypatch: pytest.MonkeyPatch, block: Any) -> None:
     monkeypatch.setattr(_numpy, "BLOCK_ROWS", block[0])
     monkeypatch.setattr(_numpy, "BLOCK_KEYS", block[1])
@@ -88,7 +88,7 @@ def test_block_sizes_do_not_matter_to_any_option(monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_problem_of_several_blocks() -> None:
-    seqlen = 3 * _numpy.BLOCK_ROWS + 1
+    seqlen = max(_numpy.BLOCK_ROWS, 2 * _numpy.BLOCK_KEYS) + 1
     problem = AttentionProblem((1, seqlen, 8), (1, seqlen, 8), (1, seqlen, 8), causal=True)
     arrays, dout = problem.arrays(), problem.dout()
     out, lse = cuflash.attention(*arrays, return_lse=True, causal=True)

@@ -28,6 +28,7 @@ from tests.conftest import Ring, gpu_ring, host_backend, host_ring, why_no_gpu
 from tests.hostcuda import CompileError, HostCudaError, HostDevice
 from tests.hostcuda.build import can_instrument
 from tests.hostcuda.sources import CUDA_SRC
+from tests.mistakes import seed_mistake
 from tests.test_docs import ALGORITHM, table
 
 FAMILIES = ("fa1", "naive")
@@ -236,12 +237,7 @@ class TestMistakesAreCaught:
         ],
     )
     def test_a_mistake(self, tmp_path: Path, old: str, new: str, way: str) -> None:
-        cuda_src = tmp_path / "cuda_src"
-        shutil.copytree(CUDA_SRC, cuda_src)
-        path = cuda_src / "cuflash/kernels/fwd_fa1.cuh"
-        text = path.read_text()
-        assert text.count(old) == 1, f"{old!r}: bring this mistake up to date"
-        path.write_text(text.replace(old, new))
+        cuda_src = seed_mistake(tmp_path, "kernels/fwd_fa1.cuh", old, new)
         with pytest.raises((HostCudaError, AssertionError)) as error:
             check_on(way, cuda_src)
         assert not isinstance(error.value, CompileError)
@@ -313,14 +309,15 @@ def test_the_traffic_that_the_document_tells() -> None:
 
 
 def kernels() -> Iterator[Any]:
-    """By default on the chips of two generations, of the second not every number: "auto" never takes fa1."""
+    """By default on the chips of two generations, and of the second not every number: "auto" never takes fa1."""
     for arch, chip in cubin.CHIPS.items():
         for number in NUMBERS:
             for dims in HEAD_DIMS:
                 problem = Problem("float16", 1, 1, 1, 64, 64, *dims, 1.0)
                 if _fa1.why_not(problem, number, chip) is None:
                     kernel, _ = _fa1.forward(problem, number, chip)
-                    usual = arch == 70 or (arch == 80 and number in ("bfloat16", "float32"))
+                    usual = dims in ((64, 64), (256, 256))
+                    usual &= arch == 70 or (arch == 80 and number in ("bfloat16", "float32"))
                     marks = [] if usual else [pytest.mark.thorough]
                     yield pytest.param(kernel, arch, id=f"{kernel.symbol}-sm_{arch}", marks=marks)
 

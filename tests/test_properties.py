@@ -38,6 +38,7 @@ def merge(out_a: Any, lse_a: Any, out_b: Any, lse_b: Any) -> tuple[Any, Any]:
     return out_a * np.exp(lse_a - seen)[..., None] + out_b * np.exp(lse_b - seen)[..., None], lse
 
 
+@pytest.mark.thorough_on_wmma
 def test_the_order_of_keys_does_not_matter(ring: Ring) -> None:
     for dtype in ring.dtypes[:3]:
         problem = AttentionProblem(*SHAPES, dtype)
@@ -63,6 +64,7 @@ def test_parts_of_the_keys_merge_by_their_lse(ring: Ring) -> None:
     assert_attention_accurate(q, k[:, :, :65], v[:, :, :65], out, lse, **whole.options)
 
 
+@pytest.mark.thorough_on_wmma
 def test_a_batch_entry_does_not_depend_on_the_others(ring: Ring) -> None:
     for dtype in ring.dtypes:
         problem = AttentionProblem((3, 4, 65, 32), (3, 2, 70, 32), (3, 2, 70, 32), dtype, causal=True)
@@ -145,6 +147,7 @@ def test_keys_that_nobody_sees_are_inert(ring: Ring, poison: float) -> None:
         assert (poisoned[4][:, :, 40:] == 0).all()
 
 
+@pytest.mark.thorough_on_wmma
 def test_a_key_reaches_only_the_rows_that_see_it(ring: Ring) -> None:
     for dtype in ring.dtypes:
         for options in ({"causal": True}, {"window_size": (7, 4)}):

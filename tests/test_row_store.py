@@ -1,4 +1,4 @@
-"""Rows that lanes write together, 8 or 16 bytes each: the Hopper forward takes 8, and runs on GPUs only."""
+"""Rows that lanes write together, 8 or 16 bytes each, without the kernels around them."""
 
 from __future__ import annotations
 

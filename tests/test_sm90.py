@@ -569,13 +569,20 @@ USE = """\
 
 
 @pytest.mark.compile
-@pytest.mark.parametrize(("number", "element"), [("float16", "__half"), ("bfloat16", "__nv_bfloat16")])
-def test_every_instruction_compiles(number: str, element: str) -> None:
+@pytest.mark.parametrize(
+    ("number", "element", "widths"),
+    [
+        ("float16", "__half", (32, 256)),
+        ("bfloat16", "__nv_bfloat16", WIDTHS[3::4]),  # 32, 64 and so on: what kernels use
+        pytest.param("bfloat16", "__nv_bfloat16", WIDTHS, marks=pytest.mark.thorough),
+    ],
+)
+def test_every_instruction_compiles(number: str, element: str, widths: Sequence[int]) -> None:
     pytest.importorskip("cupy")
-    uses = "".join(USE.format(size=width // 2, element=element, width=width) for width in WIDTHS)
-    code = USES.format(definitions="".join(wgmma(number, width) for width in WIDTHS), statements=uses)
+    uses = "".join(USE.format(size=width // 2, element=element, width=width) for width in widths)
+    code = USES.format(definitions="".join(wgmma(number, width) for width in widths), statements=uses)
     binary, _ = cubin.compile_for(KernelSource("uses", code, 128, 0, _wgmma.ARCH), "sm_90")
-    assert cubin.opcodes(binary)["HGMMA"] == 3 * len(WIDTHS)
+    assert cubin.opcodes(binary)["HGMMA"] == 3 * len(widths)
 
 
 # The counters of its jobs
@@ -857,6 +864,17 @@ def test_gradients_of_options_are_accurate(hopper: Any, head_dim: int, name: str
     problem = long(head_dim, **GRADIENTS_OF_OPTIONS[name])
     inputs = inputs_by_name(problem)
     assert_right(problem, inputs, gradients_of(problem, inputs, deterministic=deterministic))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("alibi", [None, "heads"])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_the_gradient_of_a_bias_where_a_block_of_a_cluster_has_no_keys(hopper: Any, head_dim: int, alibi: Any) -> None:
+    """Of the last 256 columns there are 76, so that the second block has none; and rows fill no tile."""
+    kv = (2, 1100, head_dim)
+    problem = AttentionProblem((4, 70, head_dim), kv, kv, "bfloat16", bias=PairArray((4, 70, 1100)), alibi=alibi)
+    inputs = inputs_by_name(problem)
+    assert_right(problem, inputs, gradients_of(problem, inputs))
 
 
 @pytest.mark.gpu

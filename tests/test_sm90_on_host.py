@@ -21,7 +21,7 @@ from cuflash._launch import LaunchBackend
 from cuflash.testing.strategies import AttentionProblem, PackedProblem, PairArray
 from tests.conftest import Ring, forget_plans, host_ring
 from tests.hostcuda import CompileError, HostCudaError, HostDevice
-from tests.hostcuda.sources import CUDA_SRC
+from tests.mistakes import seed_mistake
 
 pytestmark = [
     pytest.mark.host,
@@ -69,6 +69,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "random": {"schedule": "random", "seed": 1, "cp_async": "lazy"},
 }
 CAUSAL = problem(causal=True)
+WIDE = problem(256, softcap=5.0)
 WITH_BIAS = problem(bias=PairArray((2, 157, 203)), causal=True)
 PACKED = PackedProblem(
     lengths_q=(30, 0, 140, 1),
@@ -100,20 +101,28 @@ def test_causal_in_every_way(way: str) -> None:
 def test_other_calls(case: AttentionProblem) -> None:
     with ring_on(Hopper(**WAYS["lazy"])) as ring:
         ring.check_forward(case)
-        ring.check_backward(case)
+        for deterministic in (False, True):
+            ring.check_backward(case, deterministic=deterministic)
 
 
 def test_wide_rows() -> None:
     device = Hopper(**WAYS["lazy"])
     with ring_on(device) as ring:
-        ring.check_backward(problem(256, softcap=5.0))
+        ring.check_backward(WIDE)
     assert device.headers >= {"bwd_sm90_dkdv_wide", "bwd_sm90_dq"}
 
 
-def test_the_gradient_of_a_bias() -> None:
+# With the last keys the first block of a cluster has some, and the second none.
+SECOND_BLOCK_WITHOUT_KEYS = problem(seqlens=(10, 1030), bias=PairArray((2, 10, 1030)))
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(WITH_BIAS, id="causal"), pytest.param(SECOND_BLOCK_WITHOUT_KEYS, id="a block without keys")]
+)
+def test_the_gradient_of_a_bias(case: AttentionProblem) -> None:
     device = Hopper(**WAYS["lazy"])
     with ring_on(device) as ring:
-        ring.check_backward(WITH_BIAS, deterministic=True)
+        ring.check_backward(case, deterministic=True)
     assert "bwd_sm90_dbias" in device.headers
 
 
@@ -124,7 +133,7 @@ def test_packed_sequences() -> None:
 
 @dataclass(frozen=True)
 class Mutant:
-    """A mistake: text of a file that is replaced wherever it stands, and what brings it to light."""
+    """A mistake: text that is replaced, as often as a file has it, and what brings it to light."""
 
     name: str
     path: str
@@ -132,19 +141,14 @@ class Mutant:
     replacement: str
     way: str
     case: AttentionProblem
+    count: int = 1
 
     def __str__(self) -> str:
         return self.name.replace(" ", "_")
 
-    def apply(self, cuda_src: Path) -> None:
-        path = cuda_src / "cuflash" / self.path
-        before = path.read_text()
-        assert self.text in before, "the source has changed: adapt the mutant"
-        path.write_text(before.replace(self.text, self.replacement))
-
 
 MUTANTS = [
-    Mutant("no wait for V", "kernels/fwd_sm90.cuh", "shared.rings.v.wait_full(v_at);", "", "lazy", CAUSAL),
+    Mutant("no wait for V", "kernels/fwd_sm90.cuh", "shared.rings.v.wait_full(v_at);", "", "lazy", CAUSAL, count=3),
     Mutant("Q is not given back", "kernels/bwd_sm90.cuh", "release(rings.q, at);", "", "forward", CAUSAL),
     Mutant(
         "no barrier before dS of both consumers is read",
@@ -163,6 +167,14 @@ MUTANTS = [
         CAUSAL,
     ),
     Mutant(
+        "no wait until weights before were read",
+        "kernels/bwd_sm90_dkdv_wide.cuh",
+        "ptx::named_barrier_sync(kSlopesAreRead, 256);",
+        "",
+        "greedy",
+        WIDE,
+    ),
+    Mutant(
         "one block of a cluster gets all tiles",
         "tile/swizzled_tile.cuh",
         "(1 << kCluster) - 1",
@@ -175,9 +187,7 @@ MUTANTS = [
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=str)
 def test_mutants_are_caught(mutant: Mutant, tmp_path: Path) -> None:
-    cuda_src = tmp_path / "cuda_src"
-    shutil.copytree(CUDA_SRC, cuda_src)
-    mutant.apply(cuda_src)
+    cuda_src = seed_mistake(tmp_path, mutant.path, mutant.text, mutant.replacement, count=mutant.count)
     with (
         ring_on(Hopper(**WAYS[mutant.way], cuda_src=cuda_src, isolated=True, timeout=60)) as ring,
         pytest.raises((HostCudaError, AssertionError)) as error,

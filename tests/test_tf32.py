@@ -46,7 +46,7 @@ def errors(xp: Any, kernel: str) -> list[float]:
     return [float(abs(result - exact).max() / abs(exact).max()) for result, exact in pairs]
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", [pytest.param("wmma", marks=pytest.mark.thorough), "sm80"])
 @pytest.mark.host
 def test_tf32_on_request(monkeypatch: pytest.MonkeyPatch, kernel: str) -> None:
     monkeypatch.setattr(_backends, "numpy_backend", LaunchBackend(HostDevice()))
@@ -88,10 +88,16 @@ def test_sm80_has_no_gradients_of_the_longest_rows_where_memory_is_little(monkey
     assert {symbol[:19] for symbol in notebook.symbols[1:]} == {"cuflash_bwd_wmma_dk", "cuflash_bwd_wmma_dq"}
 
 
+LESS_COMMON = [(*dims, kib) for dims in ((192, 128), (192, 192)) for kib in (99, 163, 227)] + [(256, 256, 163)]
+
+
 @pytest.mark.host
-@pytest.mark.parametrize("kib", [99, pytest.param(163, marks=pytest.mark.thorough), 227])
 @pytest.mark.parametrize(
-    ("head_dim", "head_dim_v"), [(192, 128), pytest.param(192, 192, marks=pytest.mark.thorough), (256, 256)]
+    ("head_dim", "head_dim_v", "kib"),
+    [
+        *((256, 256, 99), (256, 256, 227)),
+        *(pytest.param(*case, marks=pytest.mark.thorough) for case in LESS_COMMON),
+    ],
 )
 def test_long_rows_by_sm80(monkeypatch: pytest.MonkeyPatch, head_dim: int, head_dim_v: int, kib: int) -> None:
     device = HostDevice(Chip("chip", (8, 0), kib << 10), schedule="greedy", cp_async="lazy")

@@ -25,8 +25,9 @@ def test_random_problems_are_accurate(ring: Ring) -> None:
     check()
 
 
+@pytest.mark.thorough_on_wmma
 def test_every_combination_is_accurate(ring: Ring) -> None:
-    @ring.given(packed=True, variants=PACKED_VARIANTS, examples=60 if ring.name != "host" else 6)
+    @ring.given(packed=True, variants=PACKED_VARIANTS, examples=60 if ring.name != "host" else 3)
     def check(problem: PackedProblem) -> None:
         ring.check_varlen(problem)
 
@@ -68,6 +69,7 @@ def test_keys_out_of_use_have_no_gradient_beside_nan(ring: Ring) -> None:
         assert (gradient[1:70] == 0).all()
 
 
+@pytest.mark.thorough_on_wmma
 def test_no_sequences_at_all(ring: Ring) -> None:
     ring.check_varlen(PackedProblem((), (), tails=(3, 2)))
     ring.check_varlen(PackedProblem((), (), tails=(3, 2), alibi="batch"))
@@ -85,14 +87,14 @@ def test_slopes_of_no_sequence_are_not_read(ring: Ring) -> None:
 @pytest.mark.parametrize(
     "variant",
     [
-        {"softcap": 2.0},
-        {"alibi": "heads"},
+        pytest.param({"softcap": 2.0}, marks=pytest.mark.thorough_on_host),
+        pytest.param({"alibi": "heads"}, marks=pytest.mark.thorough_on_host),
         {"alibi": "batch"},
-        {"sinks": "float32"},
+        pytest.param({"sinks": "float32"}, marks=pytest.mark.thorough_on_host),
         {"dropout_p": 0.3},
-        {"score_mod": "strength"},  # the first sequence alone
-        {"score_mod": "relative"},
-        {"mask_mod": "padding"},
+        pytest.param({"score_mod": "strength"}, marks=pytest.mark.thorough_on_wmma),  # the first sequence alone
+        pytest.param({"score_mod": "relative"}, marks=pytest.mark.thorough_on_host),
+        pytest.param({"mask_mod": "padding"}, marks=pytest.mark.thorough_on_wmma),
         {"with_dlse": True},
     ],
     ids=str,
@@ -102,6 +104,7 @@ def test_variants(ring: Ring, variant: dict[str, Any]) -> None:
     ring.check_varlen(dataclasses.replace(PACKED, causal=True, **variant))
 
 
+@pytest.mark.thorough_on_wmma
 @pytest.mark.parametrize("strides", ["transposed", "negative", "sliced", "broadcast"])
 def test_any_strides(ring: Ring, strides: Any) -> None:
     ring.check_varlen(dataclasses.replace(PACKED, strides=(strides,) * 4))
