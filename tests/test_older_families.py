@@ -67,6 +67,9 @@ def fa1(place: str) -> Ring:
     return ring_of(place, "fa1")
 
 
+MORE_LENGTHS = [pytest.param(*lengths, marks=pytest.mark.thorough_on_host) for lengths in ((300, 1), (150, 400))]
+
+
 class TestForward:
     def test_random_problems_are_accurate(self, older: Ring) -> None:
         @older.given()
@@ -76,7 +79,7 @@ class TestForward:
         check()
 
     @pytest.mark.parametrize("causal", [False, True, "top-left"])
-    @pytest.mark.parametrize(("seqlen_q", "seqlen_k"), [(1, 300), (300, 1), (129, 129), (300, 270), (150, 400)])
+    @pytest.mark.parametrize(("seqlen_q", "seqlen_k"), [(1, 300), (129, 129), (300, 270), *MORE_LENGTHS])
     def test_several_tiles_of_keys_and_queries(self, older: Ring, seqlen_q: int, seqlen_k: int, causal: Any) -> None:
         q, kv = (4, seqlen_q, 32), (2, seqlen_k, 32)
         for dtype in older.dtypes:

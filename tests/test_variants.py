@@ -102,7 +102,7 @@ def test_bias_of_bfloat16(ring: Ring) -> None:
 
 @pytest.mark.thorough_on_wmma
 @pytest.mark.parametrize("shape", [(1, 2, 150, 300), (2, 1, 150, 300), (2, 2, 1, 300), (150, 1), (1, 1)])
-@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("causal", [pytest.param(False, marks=pytest.mark.thorough_on_host), True])
 def test_bias_of_several_tiles(
     ring: Ring, shape: tuple[int, ...], causal: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -145,6 +145,7 @@ def test_bias_of_several_batch_entries_beside_another_option(ring: Ring, other: 
     ring.check_backward(dataclasses.replace(problem, bias=PairArray((2, 150, 140)), **{other: values[other]}))
 
 
+@pytest.mark.thorough_on_wmma
 @pytest.mark.parametrize("name", ["dout", "q", "k", "v"])
 @pytest.mark.parametrize("shape", [(2, 40, 70), (1, 70), (40, 1)])
 def test_nan_spreads_to_the_gradient_of_a_bias_as_in_the_reference(
