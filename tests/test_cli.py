@@ -299,6 +299,13 @@ class TestTables:
         assert float(row["sm90"]) == pytest.approx(2 * float(row["wmma"]), rel=0.01)
         assert row["× naive"] == "4.00"
 
+    def test_peers_are_those_beside_the_fastest_kernel(self):
+        """Another kernel's record may be of a run on another machine."""
+        of_one_run, of_another = record(ms=2.0, naive={"ms": 9.0}), record(kernel="sm90", ms=1.0, naive={"ms": 4.0})
+        for merged in ([of_one_run, of_another], [of_another, of_one_run]):
+            (row,) = tables.speed(records.merge({}, HEAD, {"records": merged}), "forward").rows
+            assert row[-1] == "4.00"
+
     def test_memory_tells_who_ran_out_of_it(self, results):
         rows = {(row[0], row[4]): row[-2:] for row in tables.memory(results).rows}
         assert list(rows["forward", "1024"]) == ["32 KiB", "3.0 GiB"]

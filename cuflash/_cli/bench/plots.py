@@ -7,7 +7,7 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-from cuflash._cli.bench.records import Record, Results
+from cuflash._cli.bench.records import Record, Results, fastest
 from cuflash._cli.bench.tables import ORDER, bar_of, speed_unit
 
 STYLES: dict[str, dict[str, Any]] = {
@@ -151,9 +151,11 @@ def _lines(panel: Any, records: Sequence[Record], own: str, peer_key: str, peer_
     points: dict[str, dict[int, float]] = {}
     for record in records:
         points.setdefault(record["kernel"], {})[record["seqlen"]] = record[own] * factor
-        for name, peer in record.get("peers", {}).items():
+    for seqlen in sorted({record["seqlen"] for record in records}):
+        best = fastest(record for record in records if record["seqlen"] == seqlen)
+        for name, peer in best.get("peers", {}).items():
             if peer_key in peer:
-                points.setdefault(name, {})[record["seqlen"]] = peer_value(record, peer[peer_key]) * factor
+                points.setdefault(name, {})[seqlen] = peer_value(best, peer[peer_key]) * factor
     colors = cycle(OUR_COLORS)
     for name, line in points.items():
         seqlens = sorted(line)

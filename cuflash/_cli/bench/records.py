@@ -40,6 +40,11 @@ def merge(results: Results, head: Record, measured: dict[str, list[Record]]) -> 
     return merged
 
 
+def fastest(cell: Iterable[Record]) -> Record:
+    """Of our kernels on one cell: what peers did is told as it was measured beside it, in the same run."""
+    return max(cell, key=lambda record: float(record.get("tflops", 0)))
+
+
 def load(path: Path) -> Results:
     """The results in a file; none when there is no such file yet."""
     if not path.exists():

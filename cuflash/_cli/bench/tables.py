@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cuflash._cli.bench.cells import HISTORY, OPS
-from cuflash._cli.bench.records import Record, Results, digests, load
+from cuflash._cli.bench.records import Record, Results, digests, fastest, load
 from cuflash._cli.bench.variants import VARIANTS
 from cuflash._cli.console import Table
 
@@ -39,14 +39,15 @@ def _speed_table(title: str, records: Sequence[Record]) -> Table:
     rows = []
     for cell in _grouped(records):
         ours = {record["kernel"]: record["tflops"] for record in cell}
-        theirs = {name: cell[0].get("peers", {}).get(name, {}) for name in peers}
-        tflops = {name: _peer_tflops(cell[0], peer) for name, peer in theirs.items()}
+        best = fastest(cell)
+        theirs = {name: best.get("peers", {}).get(name, {}) for name in peers}
+        tflops = {name: _peer_tflops(best, peer) for name, peer in theirs.items()}
         rows.append(
             [
-                *_cell_columns(cell[0]),
+                *_cell_columns(best),
                 *(_number(ours.get(kernel), factor) for kernel in kernels),
                 *(_number(tflops[name], factor) or _failure(peer) for name, peer in theirs.items()),
-                *(_ratio(max(ours.values()), value) for value in tflops.values()),
+                *(_ratio(best["tflops"], value) for value in tflops.values()),
             ]
         )
     columns = [*CELL_COLUMNS, *kernels, *peers, *(f"× {name}" for name in peers)]
