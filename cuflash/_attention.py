@@ -81,7 +81,7 @@ def attention(
 
     window_size : (int or None, int or None), optional
         How many keys a query sees to the left and to the right of its own position, which is aligned as for
-        ``causal``; None means no limit.
+        ``causal``, without it as for "bottom-right"; None means no limit.
     softcap : float, optional
         Bounds the scores to ``-softcap`` to ``softcap``; greater than 0 [2]_.
     alibi_slopes : array, shape (Hq,) or (B, Hq), optional
@@ -121,9 +121,9 @@ def attention(
     kernel : {"auto", "sm90", "sm80", "wmma", "fa1", "naive"}
         Kernel family for CuPy arrays; NumPy arrays take "auto" alone. "auto" is the fastest that can compute the call:
         "sm90" for float16 and bfloat16 on a Hopper GPU, where its copy engine can take the arrays (last axis
-        contiguous, rows that begin at multiples of 16 bytes), "sm80" for them on any GPU since compute capability 8.0,
-        else "wmma". A family by name either computes the call or says why not, in a ``NotImplementedError``. "fa1" and
-        "naive" are older ways, to compare with.
+        contiguous, rows that begin at multiples of 16 bytes), "sm80" for all dtypes on any GPU since compute capability
+        8.0, also on Hopper where few queries meet many keys, else "wmma". A family by name either computes the call or
+        says why not, in a ``NotImplementedError``. "fa1" and "naive" are older ways, to compare with.
 
     Returns
     -------

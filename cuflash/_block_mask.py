@@ -157,6 +157,8 @@ def make_block_mask(
     >>> cuflash.attention(q, q, q, mask_mod=same_document, block_mask=block_mask).shape
     (8, 400, 64)
     """
+    if mask_mod is None and (callable(mask) or isinstance(mask, str)):
+        raise TypeError(f"mask: got {mask!r}; it must be an array of bool; is it mask_mod=?")
     arguments = _check_mods.arguments(mod_args)
     arrays = {} if mask is None else {"mask": mask}
     arrays |= {f"mod_args[{name!r}]": x for name, x in arguments.items() if not _check_mods.is_number(x)}

@@ -38,13 +38,17 @@ DERIVATIVES: dict[str, tuple[Callable[..., Any], ...]] = {
 # What chooses between its arguments takes the value and the derivative from the same one, as kernels do.
 CHOICES: dict[str, Callable[..., Any]] = {
     "absolute": lambda x: where(x < 0, -x, x),
+    "fabs": lambda x: where(x < 0, -x, x),
     "maximum": lambda x, y: where(x < y, y, x),
     "minimum": lambda x, y: where(y < x, y, x),
-    "clip": lambda x, a_min=None, a_max=None: _clip(x, a_min, a_max),
+    "fmax": lambda x, y: where((x < y) | np.isnan(x), y, x),
+    "fmin": lambda x, y: where((y < x) | np.isnan(x), y, x),
+    "clip": lambda x, a_min=None, a_max=None, **limits: _clip(x, limits.get("min", a_min), limits.get("max", a_max)),
     "where": lambda condition, x, y: where(condition, x, y),
 }
 TESTS = ("less", "less_equal", "greater", "greater_equal", "equal", "not_equal", "isfinite", "isinf", "isnan")
 STEPS = ("floor", "ceil", "trunc", "rint", "sign")  # constant between their steps
+KEYWORDS = {"clip": {"a_min", "a_max", "min", "max"}}  # of functions that take any
 
 
 class Dual(NDArrayOperatorsMixin):
@@ -105,8 +109,18 @@ class Dual(NDArrayOperatorsMixin):
             return function(_value(args[0]), *args[1:], **options)
         return _apply(function.__name__, function, args, **options)
 
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(f"score.{name}: a score_mod can use operators and functions of numpy: {_known()}")
+
+    def __getitem__(self, index: Any) -> Any:
+        raise TypeError(f"score[{index!r}]: a score_mod sees the scores of a tile as a whole; numpy.where chooses")
+
     def __repr__(self) -> str:
         return f"Dual({self.value!r}, {self.slope!r})"
+
+
+def _known() -> str:
+    return ", ".join(sorted((*DERIVATIVES, *CHOICES, *TESTS, *STEPS)))
 
 
 def where(condition: Any, x: Any, y: Any) -> Dual:
@@ -116,6 +130,9 @@ def where(condition: Any, x: Any, y: Any) -> Dual:
 
 
 def _apply(name: str, function: Callable[..., Any], inputs: Any, **options: Any) -> Any:
+    unknown = options.keys() - KEYWORDS.get(name, set())
+    if unknown:
+        raise TypeError(f"numpy.{name}: a score_mod can only call it without {', '.join(sorted(unknown))}")
     if name in CHOICES:
         return CHOICES[name](*inputs, **options)
     values = [_value(x) for x in inputs]
@@ -124,8 +141,7 @@ def _apply(name: str, function: Callable[..., Any], inputs: Any, **options: Any)
     if name in STEPS:
         return Dual(function(*values), 0.0)
     if name not in DERIVATIVES:
-        known = ", ".join(sorted((*DERIVATIVES, *CHOICES, *TESTS, *STEPS)))
-        raise TypeError(f"numpy.{name}: has no derivative here; a score_mod can use {known}")
+        raise TypeError(f"numpy.{name}: has no derivative here; a score_mod can use {_known()}")
     result = function(*values)
     terms = (
         derivative(result, *values) * x.slope

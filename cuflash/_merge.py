@@ -32,7 +32,8 @@ def merge_states(
         Their log-sum-exps; float32, or float64 with results in float64. Where one is -inf, no key was seen, and its
         result does not count, whatever it is. Sinks must be in one of the two alone.
     layout : {"bhsd", "bshd"}
-        Order of the axes of the results: (..., H, M, Dv), or (..., M, H, Dv).
+        Order of the axes of the results: (..., H, M, Dv), or (..., M, H, Dv), which is that of
+        :func:`attention_varlen` too.
 
     Returns
     -------

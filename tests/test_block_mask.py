@@ -150,6 +150,7 @@ from_blocks: Any = cuflash.BlockMask.from_blocks
     ("call", "error", "pattern"),
     [
         (lambda: make_block_mask(), ValueError, "mask, mask_mod: both are None"),
+        (lambda: make_block_mask(len), TypeError, r"mask: got <built-in function len>; .* is it mask_mod=\?"),
         (lambda: make_block_mask(mask_mod=lambda *_: True), ValueError, "shape: got None"),
         (lambda: make_block_mask(MASK, shape=(2, 3)), ValueError, r"shape: got \(2, 3\)"),
         (lambda: make_block_mask(MASK, shape=5), ValueError, "shape: got 5; it must be 4 sizes"),

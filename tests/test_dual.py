@@ -37,6 +37,9 @@ FUNCTIONS: dict[str, Callable[[Any], Any]] = {
     "absolute": lambda x: abs(x - 1.2) * x,
     "maximum": lambda x: np.maximum(x, 1.2) + np.maximum(1.7, x * x) + np.maximum(x, x * x),
     "minimum": lambda x: np.minimum(x, 1.2) + np.minimum(1.7, x * x) + np.minimum(x, x * x),
+    "fabs": lambda x: np.fabs(x - 1.2) * x,
+    "fmax": lambda x: np.fmax(x, 1.2) + np.fmax(np.nan, x * x),
+    "fmin": lambda x: np.fmin(x, 1.2) + np.fmin(x * x, np.nan),
     "clip": lambda x: np.clip(x * x, 0.6, 1.9) + np.clip(x, None, 1.1),
     "where": lambda x: np.where(x > 1, x * x, 3 * x) + np.where(x < 0.7, 1.0, x),
     "floor": lambda x: np.floor(3 * x) + x,
@@ -108,11 +111,25 @@ def test_arrays_on_the_left_broadcast() -> None:
         (lambda x: np.cumsum(x), r"numpy\.cumsum: has no derivative here"),
         (lambda x: np.add.reduce(x), r"numpy\.add: a score_mod can only call it"),
         (lambda x: np.add(x, 1, where=np.array([True, False])), r"numpy\.add: .*where"),
+        (lambda x: np.clip(x, 0, 1, out=None), r"numpy\.clip: .* without out"),
+        (lambda x: x[0], r"score\[0\]: .*numpy\.where"),
     ],
 )
 def test_what_has_no_derivative_is_named(call: Any, pattern: str) -> None:
     with pytest.raises(TypeError, match=pattern):
         call(Dual(np.ones(2)))
+
+
+def test_methods_of_arrays_that_a_score_lacks_are_named() -> None:
+    with pytest.raises(AttributeError, match=r"score\.clip: .*clip"):
+        Dual(np.ones(2)).clip(0, 1)
+
+
+@pytest.mark.skipif(np.lib.NumpyVersion(np.__version__) < "2.1.0", reason="older NumPys know no other names")
+def test_clip_by_its_newer_names() -> None:
+    x = Dual(POINTS)
+    result, same = np.clip(x, min=0.6, max=1.1), np.clip(x, 0.6, 1.1)
+    assert result.value.tolist() == same.value.tolist() and result.slope.tolist() == same.slope.tolist()
 
 
 @settings(max_examples=30, derandomize=True, deadline=None)

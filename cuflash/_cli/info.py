@@ -54,6 +54,7 @@ def collect() -> Facts:
         "python": f"{platform.python_version()} ({sys.executable})",
         "numpy": np.__version__,
         "driver": {"version": driver.version, "cuda": driver.cuda} if driver else _no_driver(),
+        "ml_dtypes": _attempt(_ml_dtypes, remedy="pip install ml_dtypes"),
         "cupy": _attempt(_cupy, remedy=_pip_command()),
         "nvrtc": _attempt(lambda: ".".join(map(str, nvrtc_version())), remedy=_pip_command()),
         "headers": _attempt(_headers),
@@ -71,6 +72,7 @@ def describe(facts: Facts) -> str:
         _line("CUDA sources", library["cuda_src"]),
         _line("Python", facts["python"]),
         _line("NumPy", facts["numpy"]),
+        _line("ml_dtypes", facts["ml_dtypes"], lambda it: f"{it}, for bfloat16"),
         _line(
             "driver",
             facts["driver"],
@@ -116,6 +118,12 @@ def _pip_command() -> str:
     driver = find_driver()
     major = "13" if driver and int(driver.cuda.partition(".")[0]) >= 13 else "12"
     return f'pip install "cuflash[cuda{major}x]"'
+
+
+def _ml_dtypes() -> str:
+    import ml_dtypes
+
+    return str(ml_dtypes.__version__)
 
 
 def _cupy() -> Facts:
