@@ -59,8 +59,8 @@ def mod(mod_kind: ModKind, score_mod: Any, mask_mod: Any, mod_args: dict[str, An
             raise ValueError(f"{name}: got {got}; it must be a CUDA C++ expression")
     if mod_args and mod_kind == "callable":
         raise ValueError(
-            f"mod_args: got {', '.join(map(repr, mod_args))}; they are for CUDA C++ expressions on CuPy arrays; on NumPy "
-            "arrays score_mod and mask_mod are Python callables, which know their arrays themselves"
+            f"mod_args: got {', '.join(map(repr, mod_args))}; they are for CUDA C++ expressions on CuPy arrays; on "
+            "NumPy arrays score_mod and mask_mod are Python callables, which know their arrays themselves"
         )
     for name in mod_args:
         if not any(re.search(rf"\b{name}\b", expression) for expression in given.values()):
