@@ -37,8 +37,8 @@ DERIVATIVES: dict[str, tuple[Callable[..., Any], ...]] = {
 }
 # What chooses between its arguments takes the value and the derivative from the same one, as kernels do.
 CHOICES: dict[str, Callable[..., Any]] = {
-    "absolute": lambda x: where(x < 0, -x, x),
-    "fabs": lambda x: where(x < 0, -x, x),
+    "absolute": lambda x: _absolute(x),
+    "fabs": lambda x: _absolute(x),
     "maximum": lambda x, y: where(x < y, y, x),
     "minimum": lambda x, y: where(y < x, y, x),
     "fmax": lambda x, y: where((x < y) | np.isnan(x), y, x),
@@ -149,6 +149,10 @@ def _apply(name: str, function: Callable[..., Any], inputs: Any, **options: Any)
         if isinstance(x, Dual)
     )
     return Dual(result, sum(terms))
+
+
+def _absolute(x: Any) -> Any:
+    return where(x < 0, -x, x)
 
 
 def _clip(x: Any, a_min: Any, a_max: Any) -> Any:
