@@ -61,12 +61,25 @@ def nvdisasm() -> str | None:
     return next((path for path in found if path), None)
 
 
-def opcodes(cubin: bytes) -> Counter[str]:
-    """How often each machine instruction occurs, without its modifiers."""
+def disassembled(cubin: bytes) -> str:
+    """The listing of a cubin."""
     with TemporaryDirectory() as directory:
         path = Path(directory) / "kernel.cubin"
         path.write_bytes(cubin)
         listing = subprocess.run([nvdisasm() or "nvdisasm", "-c", path], capture_output=True, text=True, check=False)
     if listing.returncode:
         raise CompileError(f"the cubin does not disassemble: {listing.stderr}")
-    return Counter(INSTRUCTION.findall(listing.stdout))
+    return listing.stdout
+
+
+def opcodes(listing: str) -> Counter[str]:
+    """How often each machine instruction occurs, without its modifiers."""
+    return Counter(INSTRUCTION.findall(listing))
+
+
+def predicates_of_clamps(listing: str) -> list[str]:
+    """The instructions that clamp a number and tell by a predicate whether it was at its bound, which is not true.
+
+    Compilers for sm_90 (ptxas of CUDA 12.9 and 13.0) make them of ``clamp(x, 0, n) == n``.
+    """
+    return re.findall(r"VIMNMX\.\S*RELU \w+, (?:PT, )?U?P\d.*", listing)

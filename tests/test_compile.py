@@ -294,8 +294,10 @@ def test_a_kernel_compiles_within_its_registers_and_uses_tensor_cores(kernel: Ke
     if arch == 70:
         return  # the disassembler knows no sm_70 any more
     # A module of two kernels once came out corrupt; the disassembler refuses such a cubin (docs/design.md, section 5).
-    found = cubin.opcodes(code)
+    listing = cubin.disassembled(code)
+    found = cubin.opcodes(listing)
     assert found["EXIT"] > 0
+    assert not cubin.predicates_of_clamps(listing)
     assert allowed or not {"LDL", "STL"} & set(found)
     if kernel.arch == _wgmma.ARCH:
         assert found["HGMMA"] > 0
@@ -357,7 +359,7 @@ def test_the_architecture_of_a_kernel_goes_before_that_of_the_chip() -> None:
     """CuPy puts its own -arch behind ours, and NVRTC takes the first: wgmma is there for sm_90a, not for sm_90."""
     source = sm90_forward(Options(), "bfloat16", (64, 64)).source
     code, _ = cubin.compile_for(source, "sm_90")
-    assert cubin.opcodes(code)["HGMMA"] > 0
+    assert cubin.opcodes(cubin.disassembled(code))["HGMMA"] > 0
     with pytest.raises(cubin.CompileError, match="wgmma"):
         cubin.compile_for(replace(source, arch=""), "sm_90")
 
@@ -373,7 +375,20 @@ def test_a_spill_would_be_seen() -> None:
     limited = re.sub(r"__launch_bounds__\(\d+, \d+\)", "__launch_bounds__(128, 16)", source.code)
     code, log = cubin.compile_for(type(source)(source.symbol, limited, source.num_threads, 0), "sm_80")
     assert not re.search(r"\b0 bytes spill stores", log)
-    assert cubin.opcodes(code)["STL"] > 0
+    assert cubin.opcodes(cubin.disassembled(code))["STL"] > 0
+
+
+@pytest.mark.parametrize(("condition", "seen"), [("n == 32", True), ("n == 7", False)])
+def test_a_predicate_of_a_clamp_would_be_seen(condition: str, seen: bool) -> None:
+    """On an H200 ``n == 32`` comes out true for x from 0 to 31, and false from 33 on (docs/design.md, section 5)."""
+    code = f"""
+extern "C" __global__ void clamp(int* numbers) {{
+  const int x = numbers[threadIdx.x], n = x < 0 ? 0 : x > 32 ? 32 : x;
+  numbers[threadIdx.x] = {condition} ? n + 1000 : n;
+}}
+"""
+    compiled, _ = cubin.compile_for(KernelSource("clamp", code, 128, 0), "sm_90")
+    assert bool(cubin.predicates_of_clamps(cubin.disassembled(compiled))) == seen
 
 
 PRODUCT = """\

@@ -335,4 +335,4 @@ def test_fa1_compiles_without_spills_and_fits(kernel: Any, arch: int) -> None:
     assert re.search(r"\b0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads", log), log
     assert kernel.shared_bytes <= cubin.CHIPS[arch].shared_memory
     if arch > 70:  # the disassembler knows no sm_70 any more
-        assert cubin.opcodes(code)["HMMA"] > 0
+        assert cubin.opcodes(cubin.disassembled(code))["HMMA"] > 0

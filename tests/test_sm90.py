@@ -582,7 +582,7 @@ def test_every_instruction_compiles(number: str, element: str, widths: Sequence[
     uses = "".join(USE.format(size=width // 2, element=element, width=width) for width in widths)
     code = USES.format(definitions="".join(wgmma(number, width) for width in widths), statements=uses)
     binary, _ = cubin.compile_for(KernelSource("uses", code, 128, 0, _wgmma.ARCH), "sm_90")
-    assert cubin.opcodes(binary)["HGMMA"] == 3 * len(widths)
+    assert cubin.opcodes(cubin.disassembled(binary))["HGMMA"] == 3 * len(widths)
 
 
 # The counters of its jobs

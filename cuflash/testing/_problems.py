@@ -375,20 +375,28 @@ def _dtype(name: str) -> np.dtype[Any]:
 def _laid_out(values: NDArray[Any], strides: Strides, layout: Layout, xp: Any) -> Any:
     """Return an array of the module `xp` that holds `values` with such strides."""
     if strides == "transposed":
-        return xp.asarray(np.ascontiguousarray(values.swapaxes(-1, -2))).swapaxes(-1, -2)
+        return _among_nan(values.swapaxes(-1, -2), xp).swapaxes(-1, -2)
     if strides == "negative":
-        return xp.asarray(np.ascontiguousarray(values[..., ::-1, ::-1]))[..., ::-1, ::-1]
+        return _among_nan(values[..., ::-1, ::-1], xp)[..., ::-1, ::-1]
     if strides == "sliced":
         *outer, rows, columns = values.shape
         parent = np.full((*outer, rows + 2, 2 * columns + 1), np.nan).astype(values.dtype)
         parent[..., 1:-1, 1::2] = values
-        return xp.asarray(parent)[..., 1:-1, 1::2]
+        return _among_nan(parent, xp)[..., 1:-1, 1::2]
     if strides == "broadcast" and values.ndim > 2:
         one_head = values[..., :1, :] if layout == "bshd" else values[..., :1, :, :]
-        return xp.broadcast_to(xp.asarray(np.ascontiguousarray(one_head)), values.shape)
+        return xp.broadcast_to(_among_nan(one_head, xp), values.shape)
     if strides == "offset":
         parent = np.concatenate([values.ravel()[:1], values.ravel()]) if values.size else values.ravel()
-        return xp.asarray(parent)[parent.size - values.size :].reshape(values.shape)
+        return _among_nan(parent, xp)[parent.size - values.size :].reshape(values.shape)
     if strides == "repeated":
-        return xp.broadcast_to(xp.asarray(np.ascontiguousarray(values[..., :1, :])), values.shape)
-    return xp.asarray(values)
+        return xp.broadcast_to(_among_nan(values[..., :1, :], xp), values.shape)
+    return _among_nan(values, xp)
+
+
+def _among_nan(values: NDArray[Any], xp: Any) -> Any:
+    """Return a contiguous array of the module `xp`, with NaN in front of it and behind it in memory."""
+    guard = 512 // values.itemsize  # so that it is aligned as memory is
+    memory = np.full(guard + values.size + guard, np.nan).astype(values.dtype)
+    memory[guard:-guard] = values.ravel()
+    return xp.asarray(memory)[guard:-guard].reshape(values.shape)

@@ -310,9 +310,9 @@ struct BackwardBlock {
   // own.
   template <class Tile>
   static __device__ __forceinline__ void clear_keys(Tile& tile, const Sequence& sequence, int warp_key, int row) {
-    const int first = clamp(sequence.seqlen_k - warp_key, 0, 16);
-    if (first == 16) return;
-    tile.clear(row + first, row + 16);
+    const int num_keys = sequence.seqlen_k - warp_key;
+    if (num_keys >= 16) return;
+    tile.clear(row + max(num_keys, 0), row + 16);
     ptx::async_proxy_fence();
   }
 

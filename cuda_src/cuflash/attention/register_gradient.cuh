@@ -8,7 +8,7 @@
 namespace cuflash {
 
 // The rows of the tile are queries, or keys if kTransposed; the positions are those of the first element of this lane.
-// With BiasPairs for Pairs gradients of scores become those of the bias. kExact: weights of float32, as in RowPair.
+// With BiasPairs for Pairs gradients of scores become those of the bias. kExact: weights of float32.
 template <class Options, bool kTransposed, bool kExact = false, template <class, Size> class SomePairs = Pairs>
 struct GradientTile {
   const SomePairs<Options, Size::kAny>& pairs;

@@ -133,9 +133,9 @@ struct TileOfPairs {
   }
 };
 
-// The two rows of which a lane holds a part.
+// The two rows of which a lane holds a part. Their softmax is in powers of two.
 struct RowPair {
-  OnlineSoftmax softmax[2];
+  OnlineSoftmax<true> softmax[2];
   float sum[2] = {0.0f, 0.0f};  // of this lane's part
 
   // Lets the bases follow the scores of the warp. Where they must, `factor` is what earlier sums must be multiplied by.
@@ -143,7 +143,7 @@ struct RowPair {
   template <class Scores, bool kIsBounded>
   __device__ __forceinline__ bool follow(const Scores& scores, const RestOfScores<kIsBounded>& rest,
                                          float (&factor)[2]) {
-    if (kIsBounded && !exceeded_by(rest.bound, rest.bound)) return false;
+    if (kIsBounded && !exceeded_by(rest.bound * kLog2e, rest.bound * kLog2e)) return false;
     float largest[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
@@ -152,7 +152,7 @@ struct RowPair {
       for (int i = 0; i < Scores::kNumElements; ++i) {
         if (row_of_element(i) == r) maxima[i % 2] = fmaxf(maxima[i % 2], scores.x[i]);
       }
-      largest[r] = fmaf(fmaxf(maxima[0], maxima[1]), rest.scale, -rest.penalty);
+      largest[r] = fmaf(fmaxf(maxima[0], maxima[1]), rest.scale * kLog2e, -rest.penalty * kLog2e);
     }
     if (!exceeded_by(largest[0], largest[1])) return false;
 #pragma unroll
@@ -163,19 +163,17 @@ struct RowPair {
     return true;
   }
 
-  // Turns scores into weights, once the rest is done. With kExact, for float32, a score that is the shift weighs 1;
-  // else a multiplication is saved, and scores are rounded by log2(e).
-  template <bool kExact = false, class Scores, class Rest>
+  // Turns scores into weights, once the rest is done.
+  template <class Scores, class Rest>
   __device__ __forceinline__ void weigh(Scores& scores, const Rest& rest) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       float sums[2] = {0.0f, 0.0f};  // two chains, as above
-      const float shift = softmax[r].shift(), shift_log2 = (-shift - rest.penalty) * kLog2e;
+      const float shift = -softmax[r].shift() - rest.penalty * kLog2e;
 #pragma unroll
       for (int i = 0; i < Scores::kNumElements; ++i) {
         if (row_of_element(i) != r) continue;
-        scores.x[i] = kExact ? softmax_weight(fmaf(scores.x[i], rest.scale, -rest.penalty), shift)
-                             : exp2f(fmaf(scores.x[i], rest.scale * kLog2e, shift_log2));
+        scores.x[i] = exp2f(fmaf(scores.x[i], rest.scale * kLog2e, shift));
         sums[i % 2] += scores.x[i];
       }
       sum[r] += sums[0] + sums[1];

@@ -10,10 +10,15 @@ __device__ __forceinline__ float softmax_weight(float score, float shift, float 
   return exp2f((score * unit - shift) * kLog2e);
 }
 
-// After some tiles, the exponentials of the row's scores add up to sum * e^base.
+// After some tiles, the exponentials of the row's scores add up to sum * e^base; with kLog2 scores and bases are powers
+// of two. Then one multiply-add leads from a product to what is to be exponentiated, and is exact but for its own
+// rounding, since a base takes part as it is.
+template <bool kLog2 = false>
 struct OnlineSoftmax {
+  static constexpr float kUnit = kLog2 ? kLog2e : 1.0f;  // of scores
+
   // A base that is too small by up to this costs no accuracy, and earlier results are seldom rescaled.
-  static constexpr float kSlack = 5.5f;
+  static constexpr float kSlack = 5.5f * kUnit;
 
   float base = -infinity();
 
@@ -23,23 +28,31 @@ struct OnlineSoftmax {
   // Takes note of the largest score of a new tile; returns the factor by which earlier sums must be scaled.
   __device__ __forceinline__ float rescale(float tile_max) {
     if (!exceeded_by(tile_max)) return 1.0f;
-    const float factor = softmax_weight(base, tile_max);
+    const float factor = power(base - tile_max);
     base = tile_max;
     return factor;
   }
 
   // What to subtract from scores: finite as long as no score was seen, so that hidden scores get weight 0, not NaN.
   __device__ __forceinline__ float shift() const { return base == -infinity() ? 0.0f : base; }
+  __device__ __forceinline__ float natural_shift() const { return shift() * (kLog2 ? kLn2 : 1.0f); }
 
-  // Lets one more logit into the sum, which gives no value; returns the factor for what was summed up before.
+  // Lets one more logit into the sum, a natural one, which gives no value; returns the factor for what was summed up
+  // before.
   __device__ __forceinline__ float join(float logit, float& sum) {
-    const float factor = rescale(logit);
-    sum = sum * factor + softmax_weight(logit, shift());
+    const float score = logit * kUnit, factor = rescale(score);
+    sum = sum * factor + power(score - shift());
     return factor;
   }
 
-  // The log of the sum of exponentials.
-  __device__ __forceinline__ float lse(float sum) const { return sum == 0.0f ? -infinity() : base + kLn2 * log2f(sum); }
+  // The natural log of the sum of exponentials.
+  __device__ __forceinline__ float lse(float sum) const {
+    if (sum == 0.0f) return -infinity();
+    return fmaf(base, kLog2 ? kLn2 : 1.0f, kLn2 * log2f(sum));
+  }
+
+ private:
+  static __device__ __forceinline__ float power(float x) { return exp2f(kLog2 ? x : x * kLog2e); }
 };
 
 }  // namespace cuflash

@@ -92,7 +92,7 @@ struct BwdSm80Dbias {
       const auto panel_of = [&](const Element* array, const Strides& strides, int head, int rows, int cols) {
         const int first_col = panel * kPanel;
         return Matrix<const Element>(array + first_col * strides.col, strides, tile.step.batch, head, 0, rows,
-                                     clamp(cols - first_col, 0, kPanel));
+                                     cols - first_col);
       };
       const int head = tile.step.head, head_kv = tile.head_kv;
       if (kPanelsQ == kPanels || panel < kPanelsQ) {

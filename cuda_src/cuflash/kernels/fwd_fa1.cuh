@@ -117,7 +117,7 @@ struct FwdFa1 {
         Accumulator<Number> maxima = acc_s.tile[0][0];
         acc_s.for_each([&](float& score, int, int, int i) { maxima.x[i] = fmaxf(maxima.x[i], score); });
         const float tile_max = map.reduce_rows(maxima, scratch, [](float x, float y) { return fmaxf(x, y); });
-        OnlineSoftmax softmax = {head_max[row]};
+        OnlineSoftmax<> softmax = {head_max[row]};
         const float old_sum = softmax.rescale(tile_max) * head_sum[row], shift = softmax.shift();
 
         Accumulator<Number> sums;
@@ -186,7 +186,7 @@ struct FwdFa1 {
     if (arrays.lse == nullptr) return;
     const Matrix<float> lse(arrays.lse, params.lse, batch, head, 0, problem.seqlen_q, 1);
     for (int row = threadIdx.x; row < problem.seqlen_q; row += kNumThreads) {
-      *lse.at(row, 0) = OnlineSoftmax{head_max[row]}.lse(head_sum[row]);
+      *lse.at(row, 0) = OnlineSoftmax<>{head_max[row]}.lse(head_sum[row]);
     }
   }
 

@@ -225,7 +225,7 @@ struct FwdSm80 {
 #pragma unroll
             for (int i = 0; i < Output::kNumElements; ++i) output[m].x[i] *= factor[row_of_element(i)];
           }
-          rows[m].template weigh<kExact>(scores[m], rest[m]);
+          rows[m].weigh(scores[m], rest[m]);
           weights[m].round(scores[m]);
           drop(work.options, weights[m], work.first_query + warp_row + 16 * m, first_key);
         }
@@ -243,7 +243,7 @@ struct FwdSm80 {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         float sum = rows[m].total(r), survivors = work.options.survivor_factor();
-        shift[r] = rows[m].softmax[r].shift();
+        shift[r] = rows[m].softmax[r].natural_shift();
         if constexpr (Options::kHasSinks) survivors *= rows[m].softmax[r].join(work.sink, sum);
         inverse[r] = sum == 0.0f ? 0.0f : kExact ? survivors / sum : __fdividef(survivors, sum);
         const int row = lane_row + 8 * r;

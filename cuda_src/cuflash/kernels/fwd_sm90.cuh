@@ -239,7 +239,7 @@ struct FwdSm90 {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         float sum = rows.total(r), survivors = here.survivor_factor();
-        shift[r] = rows.softmax[r].shift();
+        shift[r] = rows.softmax[r].natural_shift();
         if constexpr (Options::kHasSinks) survivors *= rows.softmax[r].join(here.sink(), sum);
         inverse[r] = sum == 0.0f ? 0.0f : __fdividef(survivors, sum);
         const int row = first_query + 8 * r;

@@ -95,7 +95,7 @@ struct FwdWmma {
 
     load_tile<kBlockM, kHeadDim, kNumThreads>(smem_q, q, block_row);
     Map map(scratch);
-    OnlineSoftmax softmax[kTilesM];        // of row lane / 2 of each tile
+    OnlineSoftmax<> softmax[kTilesM];      // of row lane / 2 of each tile
     WarpTile<Number, kTilesM, 1> row_sum;  // still to be summed along each row
     WarpTile<Number, kTilesM, kTilesV> acc_o;
 
@@ -104,7 +104,7 @@ struct FwdWmma {
       load_keys(n_begin);
       ptx::cp_async_commit();
 #pragma unroll
-      for (int m = 0; m < kTilesM; ++m) softmax[m] = OnlineSoftmax();
+      for (int m = 0; m < kTilesM; ++m) softmax[m] = OnlineSoftmax<>();
       row_sum.clear();
       acc_o.clear();
 

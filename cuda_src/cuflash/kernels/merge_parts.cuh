@@ -34,7 +34,7 @@ struct MergeParts {
     const Parts parts(arrays.parts, params.parts, batch, head, row);
     const Parts part_lse(arrays.part_lse, params.part_lse, batch, head, row);
 
-    OnlineSoftmax softmax;
+    OnlineSoftmax<> softmax;
     float sum = 0.0f, acc[kCols] = {};
 #pragma unroll 4  // so many are loaded at once
     for (int part = 0; part < params.num_parts; ++part) {

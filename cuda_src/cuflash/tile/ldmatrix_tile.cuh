@@ -48,7 +48,8 @@ struct alignas(128) LdmatrixTile {
   }
   static __device__ __forceinline__ constexpr int group_of(int col) { return kSize * (col / kGroup * kGroup); }
 
-  // Starts to copy rows [first_row, first_row + kRows) of a matrix; whatever lies outside of it becomes 0.
+  // Starts to copy rows [first_row, first_row + kRows) and the first kCols columns of a matrix; whatever lies outside
+  // of it becomes 0.
   // Complete after cp_async_wait and a barrier. `thread` counts the kNumThreads threads that share the work.
   template <int kNumThreads>
   __device__ __forceinline__ void load(const Matrix<const Element>& source, int first_row,
@@ -62,7 +63,7 @@ struct alignas(128) LdmatrixTile {
       Element* const target = data + offset(row, col);
       const Element* const address = source.at(first_row + row, col);
       const long long step = kRowStep * source.row_stride;
-      if (kRows % kRowStep == 0 && first_row + kRows <= source.rows && source.cols == kCols) {
+      if (kRows % kRowStep == 0 && first_row + kRows <= source.rows && source.cols >= kCols) {
         const Element* of_row = address;
 #pragma unroll
         for (int i = 0; i < kRows / kRowStep; ++i) {
