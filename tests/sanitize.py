@@ -1,10 +1,14 @@
 """A small set of calls for NVIDIA's compute-sanitizer, each checked against the reference.
 
-``compute-sanitizer --tool memcheck --error-exitcode 1 python -m tests.sanitize``, and likewise ``racecheck`` and
-``synccheck``. CuPy's memory pool is off, so that each array is an allocation whose ends memcheck knows.
+``compute-sanitizer --tool memcheck --error-exitcode 1 python -m tests.sanitize``, and likewise ``racecheck``,
+``synccheck`` and ``initcheck``. CuPy's memory pool is off, and arrays are copied, so that each is an allocation whose
+ends memcheck knows.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
 
 import cupy
 import numpy as np
@@ -39,6 +43,7 @@ VARIANTS = [
     AttentionProblem(
         (1, 130, 128), (1, 200, 128), (1, 200, 128), "bfloat16", bias=PairArray((130, 200)), dropout_p=0.1
     ),
+    AttentionProblem((1, 129, 8), (1, 200, 8), (1, 200, 24), "float16", bias=PairArray((129, 200))),
 ]
 PACKED = [
     PackedProblem(
@@ -70,6 +75,11 @@ LARGE_PACKED = [
 ]  # fmt: skip
 
 
+def copies(arrays: Iterable[Any]) -> Any:
+    """Copy arrays to the GPU, each to memory of its own."""
+    return [cupy.asarray(x) for x in arrays]
+
+
 def check(kernel: str, problem: AttentionProblem | PackedProblem, *, poison: bool = False) -> None:
     """Run a family forward and backward, in any order and in a fixed one.
 
@@ -79,7 +89,7 @@ def check(kernel: str, problem: AttentionProblem | PackedProblem, *, poison: boo
     q, k, v, *cu_seqlens = problem.arrays()
     if poison:
         v[..., -5, 3] = np.nan
-    dout, q, k, v, *cu_seqlens = (cupy.asarray(x) for x in (problem.dout(), q, k, v, *cu_seqlens))
+    dout, q, k, v, *cu_seqlens = copies((problem.dout(), q, k, v, *cu_seqlens))
     forward = cuflash.attention_varlen if packed else cuflash.attention
     backward = cuflash.attention_varlen_backward if packed else cuflash.attention_backward
     assert_forward = assert_attention_varlen_accurate if packed else assert_attention_accurate
@@ -106,7 +116,7 @@ def main() -> None:
     cupy.cuda.set_allocator(None)
     for problem in (*PROBLEMS, *VARIANTS):
         options = problem.options_for(cupy, "expression")
-        inputs, dout, dlse = problem.arrays(cupy), problem.dout(cupy), problem.dlse(cupy)
+        inputs, dout, dlse = copies(problem.arrays()), cupy.asarray(problem.dout()), problem.dlse(cupy)
         wanted = {"return_dbias": "bias" in options, "return_dsinks": "sinks" in options}
         (out, lse), vjp = cuflash.attention_vjp(*inputs, **options, **wanted, return_lse=True)
         dq, dk, dv, *others = vjp(dout, dlse)
@@ -116,7 +126,7 @@ def main() -> None:
         dlse = {} if dlse is None else {"dlse": dlse}
         assert_gradients_accurate(dout, *inputs, dq, dk, dv, **problem.options, **gradients, **dlse)
     for packed in PACKED:
-        options, inputs, dout = packed.options_for(cupy, "expression"), packed.arrays(cupy), packed.dout(cupy)
+        options, inputs, dout = packed.options_for(cupy, "expression"), copies(packed.arrays()), packed.dout(cupy)
         (out, lse), vjp = cuflash.attention_varlen_vjp(*inputs, **options, return_lse=True)
         assert_attention_varlen_accurate(*inputs, out, lse, **packed.options)
         assert_gradients_varlen_accurate(dout, *inputs, *vjp(dout), **packed.options)
