@@ -148,6 +148,7 @@ MASKED_BLOCKS = replace(BLOCKS, mask=PairArray((300, 300), hidden=0.3))
 SQUARED = replace(VARIANT, score_mod="square")
 DLSE = replace(VARIANT, with_dlse=True)
 PACKED = PackedProblem((30, 70, 1), (90, 5, 140), heads=(2, 1), head_dims=(64, 64), tails=(7, 9), dtype="float16")
+MANY = replace(PACKED, lengths_q=(3, 5) * 16, lengths_k=(4, 2) * 16)  # so many that they are taken one after the other
 UNUSED = replace(PACKED, seqused_k=(65, 0, 139))
 OVERLONG = Overlong((30, 70, 1), (90, 5, 140), heads=(2, 1), head_dims=(64, 64), dtype="float16")
 
@@ -737,8 +738,26 @@ MUTANTS = [
         "attention/packed.cuh",
         "(cu_seqlens, total, s) <= job;",
         "(cu_seqlens, total, s) < job;",
-        PACKED,
+        MANY,
         ("forward", "random"),
+    ),
+    Mutant(
+        "of tiles that take as long one of the next sequence is computed by the sequence before",
+        "forward",
+        "attention/packed.cuh",
+        "__ballot_sync(kFullMask, end <= among)",
+        "__ballot_sync(kFullMask, end < among)",
+        PACKED,
+        ("forward",),
+    ),
+    Mutant(
+        "tiles of packed sequences that take longer are counted once more",
+        "forward",
+        "attention/packed.cuh",
+        "(time + step - 1)) > number) time += step;",
+        "(time + step - 1)) >= number) time += step;",
+        PACKED,
+        ("forward",),
     ),
     Mutant(
         "packed keys that are not used are seen",

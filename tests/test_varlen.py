@@ -45,6 +45,14 @@ def test_only_the_keys_in_use_are_seen(ring: Ring, dtype: str) -> None:
     ring.check_varlen(dataclasses.replace(PACKED, dtype=dtype, seqused_k=(1, 33, 0, 0, 100), causal=True))
 
 
+@pytest.mark.thorough_on_wmma
+@pytest.mark.parametrize(("count", "causal"), [(31, False), (31, True), (32, True)])
+def test_any_number_of_sequences(ring: Ring, count: int, causal: bool) -> None:
+    """Up to 31 a warp finds the longest jobs among, which come first; more are taken one after the other."""
+    lengths = tuple(3 + i * 37 % 90 if i % 9 else 0 for i in range(count))
+    ring.check_varlen(PackedProblem(lengths, lengths, head_dims=(8, 8), dtype="float16", tails=(70, 5), causal=causal))
+
+
 def test_rows_of_no_sequence_are_zero(ring: Ring) -> None:
     problem = dataclasses.replace(PACKED, seqused_k=(1, 33, 64, 0, 100))
     out, lse = ring.attention_varlen(*problem.arrays(ring.xp), return_lse=True, **ring.options(problem))

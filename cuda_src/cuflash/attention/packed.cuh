@@ -2,12 +2,13 @@
 #pragma once
 
 #include <cuflash/attention/sequence.cuh>
+#include <cuflash/ptx/warp_sum.cuh>
 
 namespace cuflash {
 
 // Sequence s has the queries from cu_seqlens_q[s] to cu_seqlens_q[s + 1], and keys likewise. Lengths are known on the
-// device alone, so the grid has room for any: tile t of sequence s is job number cu_seqlens[s] / kBlock + s + t, and
-// jobs without a tile do nothing. Rows behind the last sequence count as one more, in which nobody sees anything.
+// device alone, so the grid has room for the tiles of any, and jobs without a tile do nothing. Rows behind the last
+// sequence count as one more, in which nobody sees anything.
 struct PackedSequences {
   const int *cu_seqlens_q, *cu_seqlens_k, *seqused_k;  // the last may be null
 
@@ -16,12 +17,13 @@ struct PackedSequences {
     return jobs_of_head<kBlockM>(problem, problem.seqlen_q) * problem.num_heads;
   }
 
-  // Under a causal mask the last queries see the most keys: they start first.
   template <int kBlockM>
   __device__ __forceinline__ Job query_job(const Problem& problem, int index) const {
     const int num_jobs = jobs_of_head<kBlockM>(problem, problem.seqlen_q);
-    const HeadTile numbered(index, problem.num_heads, num_jobs, HeadTile::group(num_jobs));
-    return job<kBlockM>(problem, cu_seqlens_q, problem.seqlen_q, numbered.head, num_jobs - 1 - numbered.tile);
+    const HeadTile job(index, problem.num_heads, num_jobs, HeadTile::group(num_jobs));
+    const Place place = this->place<kBlockM>(problem, cu_seqlens_q, problem.seqlen_q, job.tile);
+    // Under a causal mask the last queries see the most keys.
+    return {sequence(problem, place.sequence), job.head, place.exists() ? place.last() - place.rank : Job::kNoTile};
   }
 
   template <int kBlockN>
@@ -32,8 +34,9 @@ struct PackedSequences {
   template <int kBlockN>
   __device__ __forceinline__ Job key_job(const Problem& problem, int index) const {
     const int num_jobs = jobs_of_head<kBlockN>(problem, problem.seqlen_k);
-    const HeadTile numbered(index, problem.num_heads_kv, num_jobs, HeadTile::group_of_keys(num_jobs, false, false));
-    return job<kBlockN>(problem, cu_seqlens_k, problem.seqlen_k, numbered.head, numbered.tile);
+    const HeadTile job(index, problem.num_heads_kv, num_jobs, HeadTile::group_of_keys(num_jobs, false, false));
+    const Place place = this->place<kBlockN>(problem, cu_seqlens_k, problem.seqlen_k, job.tile);
+    return {sequence(problem, place.sequence), job.head, place.exists() ? place.rank : Job::kNoTile};
   }
 
   // The number of a tile of queries of one head among those of all; rows of padding are those of one more sequence.
@@ -62,17 +65,59 @@ struct PackedSequences {
     return sequence.batch + (sequence.padding ? 1 : 0);
   }
 
-  // The job of this number among those of a head.
+  // A job of a head: a tile of a sequence, by the number of those that take longer.
+  struct Place {
+    int sequence, num_tiles, rank;
+
+    __device__ __forceinline__ bool exists() const { return rank < num_tiles; }
+    __device__ __forceinline__ int last() const { return num_tiles - 1; }
+  };
+
   template <int kBlock>
-  __device__ __forceinline__ Job job(const Problem& problem, const int* cu_seqlens, int total, int head,
-                                     int index) const {
-    const int s = owner<kBlock>(cu_seqlens, total, problem.batch, index);
-    return {sequence(problem, s), head, index - first_job<kBlock>(cu_seqlens, total, s)};
+  static __device__ __forceinline__ Place place(const Problem& problem, const int* cu_seqlens, int total, int number) {
+    if (problem.batch < 32) return longest_first<kBlock>(problem, cu_seqlens, total, number);
+    // Of many sequences none is so long that others would wait for its end.
+    const int s = owner<kBlock>(cu_seqlens, total, problem.batch, number);
+    return {s, num_tiles<kBlock>(cu_seqlens, total, problem.batch, s),
+            number - first_job<kBlock>(cu_seqlens, total, s)};
+  }
+
+  // All jobs by how long they take, in tiles, so that multiprocessors end together. Each lane looks at one sequence.
+  template <int kBlock>
+  static __device__ __forceinline__ Place longest_first(const Problem& problem, const int* cu_seqlens, int total,
+                                                        int number) {
+    const int lane = threadIdx.x % 32, batch = problem.batch;
+    const int tiles = lane <= batch ? num_tiles<kBlock>(cu_seqlens, total, batch, lane) : 0;
+    const bool alike = BatchedSequences::shows_all(problem);
+    // How many jobs of this sequence take longer: each takes as long as all its tiles, or one less than the one before.
+    const auto longer = [&](int time) { return alike ? (tiles > time ? tiles : 0) : larger(tiles - time, 0); };
+    int time = 0;
+    for (int step = 1 << (31 - __clz(total / kBlock + 1)); step > 0; step /= 2) {
+      if (ptx::warp_sum(longer(time + step - 1)) > number) time += step;
+    }
+    if (time == 0) return {0, 0, 0};
+    // The number among those of the same time, and how many of these belong to this sequence and those before it.
+    const int before = longer(time), own = longer(time - 1) - before;
+    const int among = number - ptx::warp_sum(before);
+    int end = own;
+#pragma unroll
+    for (int distance = 1; distance < 32; distance *= 2) {
+      const int left = __shfl_up_sync(kFullMask, end, distance);
+      if (lane >= distance) end += left;
+    }
+    const int s = __popc(__ballot_sync(kFullMask, end <= among));
+    return {s, __shfl_sync(kFullMask, tiles, s), __shfl_sync(kFullMask, before + among - (end - own), s)};
   }
 
   // Whatever the offsets are, they never lead outside of the arrays.
   static __device__ __forceinline__ int offset(const int* cu_seqlens, int total, int s) {
     return clamp(cu_seqlens[s], 0, total);
+  }
+
+  template <int kBlock>
+  static __device__ __forceinline__ int num_tiles(const int* cu_seqlens, int total, int batch, int s) {
+    const int end = s == batch ? total : offset(cu_seqlens, total, s + 1);
+    return ceil_div(larger(0, end - offset(cu_seqlens, total, s)), kBlock);
   }
 
   template <int kBlock>

@@ -129,6 +129,18 @@ inline T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = 32,
   return hostcuda::shuffle(mask, "__shfl_up_sync", site, value, inside ? source : lane);
 }
 
+inline unsigned __reduce_add_sync(unsigned mask, unsigned value, hostcuda::Site site = hostcuda::Site::here()) {
+  struct Argument {
+    unsigned value, sum;
+  } argument{value, 0};
+  hostcuda::warp_operation(mask, "__reduce_add_sync", site, argument, [](const auto& lanes) {
+    unsigned sum = 0;
+    lanes.for_each([&](int, Argument& lane) { sum += lane.value; });
+    lanes.for_each([&](int, Argument& lane) { lane.sum = sum; });
+  });
+  return argument.sum;
+}
+
 inline unsigned __ballot_sync(unsigned mask, int predicate, hostcuda::Site site = hostcuda::Site::here()) {
   return hostcuda::ballot(mask, "__ballot_sync", site, predicate != 0);
 }
