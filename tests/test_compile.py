@@ -253,7 +253,7 @@ MAY_PARK = {
     "bwd_sm90_bf16_d128x128_mask": {90: 32},
     "bwd_sm90_bf16_d128x128_mod": {90: 8},
     "bwd_sm90_bf16_d128x128_mod_block_mask": {90: 20},
-    "bwd_sm90_bf16_d128x128_packed": {90: 64},
+    "bwd_sm90_bf16_d128x128_packed": {90: 80},
     "bwd_sm90_dkdv_bf16_d192x128": {90: 8},
     "bwd_sm90_dkdv_f16_d192x128": {90: 8},
     "bwd_sm90_dkdv_bf16_d256x256_dropout": {90: 236},

@@ -100,7 +100,7 @@ struct PackedSequences {
     const int before = longer(time), own = longer(time - 1) - before;
     const int among = number - ptx::warp_sum(before);
     int end = own;
-#pragma unroll
+#pragma unroll 1  // warps that look for jobs have few registers
     for (int distance = 1; distance < 32; distance *= 2) {
       const int left = __shfl_up_sync(kFullMask, end, distance);
       if (lane >= distance) end += left;
