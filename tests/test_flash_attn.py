@@ -292,13 +292,24 @@ def test_arrays_of_other_shapes_are_refused() -> None:
         flash_attn_varlen_func(packed, packed, packed, cu_seqlens, cu_seqlens, 5, 5, block_table=cu_seqlens)
 
 
-@pytest.mark.parametrize("window_size", [(-2, 3), (-1, -2), (3, 1.0), (-1.0, 3), (np.zeros(2), 3), (1, 2, 3), 5])
+NO_WINDOWS = [(-2, 3), (-1, -2), (3, 1.0), (-1.0, 3), (np.zeros(2), 3), (1, 2, 3), 5]
+
+
+@pytest.mark.parametrize("window_size", [*NO_WINDOWS, np.zeros(2), np.array(3), np.zeros((2, 2), int)])
 def test_what_is_no_window_is_refused(window_size: Any) -> None:
     q = normal(2, 5, 2, 8)
     with pytest.raises(ValueError) as refused:
         flash_attn_func(q, q, q, window_size=window_size)
     assert str(refused.value).startswith(f"window_size: got {window_size!r}; it must be (left, right)")
     assert "-1 for no limit" in str(refused.value)
+
+
+@pytest.mark.parametrize("window_size", [(3, -1), (-1, 2), (0, 4), (-1, -1)])
+def test_a_window_may_be_an_array(window_size: tuple[int, int]) -> None:
+    q = normal(2, 9, 2, 8)
+    expected = flash_attn_func(q, q, q, window_size=window_size)
+    for sides in (list(window_size), np.array(window_size), np.array(window_size, np.int32)):
+        same_bits(flash_attn_func(q, q, q, window_size=sides), expected)
 
 
 @pytest.mark.parametrize("softmax_scale", [math.nan, 1e39, "1", np.array(1.0)])
