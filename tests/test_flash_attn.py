@@ -289,7 +289,7 @@ def test_arrays_of_other_shapes_are_refused() -> None:
     with pytest.raises(TypeError, match=r"^return_attn_probs: "):
         flash_attn_func(q, q, q, return_attn_probs=1)
     with pytest.raises(NotImplementedError, match=r"^block_table: "):
-        flash_attn_varlen_func(packed, packed, packed, cu_seqlens, cu_seqlens, 5, 5, block_table=cu_seqlens)
+        flash_attn_varlen_func(packed, q, q, cu_seqlens, cu_seqlens, 5, 5, block_table=cu_seqlens[:, None])
 
 
 NO_WINDOWS = [(-2, 3), (-1, -2), (3, 1.0), (-1.0, 3), (np.zeros(2), 3), (1, 2, 3), 5]
