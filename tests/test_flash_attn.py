@@ -484,6 +484,14 @@ def test_sdpa_is_torch(call: Any) -> None:
     np.testing.assert_allclose(out, expected, atol=1e-5 if out.dtype == np.float32 else 1e-12)
 
 
+@pytest.mark.parametrize("rank", [2, 3, 4, 5])
+@pytest.mark.parametrize("mask", [np.arange(5) % 2 == 0, normal(5), np.array(True), np.array(np.float32(0.5))])
+def test_sdpa_takes_masks_of_less_than_two_axes(rank: int, mask: Any) -> None:
+    q, k, v = normal(3, 2, 3, 2, 5, 8)[(slice(None), *(0,) * (5 - rank))]
+    whole = scaled_dot_product_attention(q, k, v, np.broadcast_to(mask, (5, 5)))
+    same_bits(scaled_dot_product_attention(q, k, v, mask), whole)
+
+
 def test_sdpa_of_one_batch_of_many_axes_is_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
     from cuflash.flash_attn import _sdpa
 
@@ -505,10 +513,8 @@ def test_sdpa_refuses_what_torch_refuses() -> None:
     q, k = normal(2, 4, 3, 8), normal(2, 2, 5, 8)
     for match, call in {
         r"^attn_mask: got an array together with is_causal": {"attn_mask": np.ones((3, 5), bool), "is_causal": True},
-        r"^attn_mask: shape is \(4, 5\); it must have 2 or more axes and broadcast to \(2, 4, 3, 5\)": {
-            "attn_mask": np.ones((4, 5), bool)
-        },
-        r"^attn_mask: shape is \(5,\); it must": {"attn_mask": np.ones(5, bool)},
+        r"^attn_mask: shape is \(4, 5\); it must broadcast to \(2, 4, 3, 5\)": {"attn_mask": np.ones((4, 5), bool)},
+        r"^attn_mask: shape is \(3,\); it must": {"attn_mask": np.ones(3, bool)},
         r"^attn_mask: shape is \(1, 1, 1, 3, 5\); it must": {"attn_mask": np.ones((1, 1, 1, 3, 5), bool)},
     }.items():
         with pytest.raises(ValueError, match=match):
