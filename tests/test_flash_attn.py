@@ -379,6 +379,8 @@ def test_unpad_and_pad_are_inverse() -> None:
 def test_pad_input_names_its_arguments() -> None:
     with pytest.raises(TypeError, match=r"^hidden_states: got a builtins.list"):
         pad_input([[1.0]], np.array([0]), 1, 1)
+    with pytest.raises(ValueError, match=r"^indices: shape is \(2,\); .* the tokens, whose shape is \(3, 4\)"):
+        pad_input(normal(3, 4), np.arange(2), 1, 3)
 
 
 @pytest.mark.parametrize("name", ["attention_mask", "unused_mask"])
