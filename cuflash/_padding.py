@@ -123,7 +123,7 @@ def pad_input(x_unpad: Array, indices: Array, batch: int, seqlen: int) -> Array:
         raise TypeError(f"indices: dtype {indices.dtype} is not supported here; allowed are integers")
     if x_unpad.ndim == 0 or indices.shape != x_unpad.shape[:1]:
         raise ValueError(
-            f"indices: shape is {indices.shape}; it must be (total,), the first axis of x_unpad, whose shape is "
+            f"indices: shape is {indices.shape}; it must be (total,), the first axis of the tokens, whose shape is "
             f"{x_unpad.shape}"
         )
     for name, size in (("batch", batch), ("seqlen", seqlen)):

@@ -289,16 +289,27 @@ def test_arrays_of_other_shapes_are_refused() -> None:
     with pytest.raises(TypeError, match=r"^return_attn_probs: "):
         flash_attn_func(q, q, q, return_attn_probs=1)
     with pytest.raises(NotImplementedError, match=r"^block_table: "):
-        flash_attn_varlen_func(packed, packed, packed, cu_seqlens, cu_seqlens, 5, 5, block_table=cu_seqlens)
+        flash_attn_varlen_func(packed, q, q, cu_seqlens, cu_seqlens, 5, 5, block_table=cu_seqlens[:, None])
 
 
-@pytest.mark.parametrize("window_size", [(-2, 3), (-1, -2), (3, 1.0), (-1.0, 3), (np.zeros(2), 3), (1, 2, 3), 5])
+NO_WINDOWS = [(-2, 3), (-1, -2), (3, 1.0), (-1.0, 3), (np.zeros(2), 3), (1, 2, 3), 5]
+
+
+@pytest.mark.parametrize("window_size", [*NO_WINDOWS, np.zeros(2), np.array(3), np.zeros((2, 2), int)])
 def test_what_is_no_window_is_refused(window_size: Any) -> None:
     q = normal(2, 5, 2, 8)
     with pytest.raises(ValueError) as refused:
         flash_attn_func(q, q, q, window_size=window_size)
     assert str(refused.value).startswith(f"window_size: got {window_size!r}; it must be (left, right)")
     assert "-1 for no limit" in str(refused.value)
+
+
+@pytest.mark.parametrize("window_size", [(3, -1), (-1, 2), (0, 4), (-1, -1)])
+def test_a_window_may_be_an_array(window_size: tuple[int, int]) -> None:
+    q = normal(2, 9, 2, 8)
+    expected = flash_attn_func(q, q, q, window_size=window_size)
+    for sides in (list(window_size), np.array(window_size), np.array(window_size, np.int32)):
+        same_bits(flash_attn_func(q, q, q, window_size=sides), expected)
 
 
 @pytest.mark.parametrize("softmax_scale", [math.nan, 1e39, "1", np.array(1.0)])
@@ -368,6 +379,8 @@ def test_unpad_and_pad_are_inverse() -> None:
 def test_pad_input_names_its_arguments() -> None:
     with pytest.raises(TypeError, match=r"^hidden_states: got a builtins.list"):
         pad_input([[1.0]], np.array([0]), 1, 1)
+    with pytest.raises(ValueError, match=r"^indices: shape is \(2,\); .* the tokens, whose shape is \(3, 4\)"):
+        pad_input(normal(3, 4), np.arange(2), 1, 3)
 
 
 @pytest.mark.parametrize("name", ["attention_mask", "unused_mask"])
@@ -473,6 +486,14 @@ def test_sdpa_is_torch(call: Any) -> None:
     np.testing.assert_allclose(out, expected, atol=1e-5 if out.dtype == np.float32 else 1e-12)
 
 
+@pytest.mark.parametrize("rank", [2, 3, 4, 5])
+@pytest.mark.parametrize("mask", [np.arange(5) % 2 == 0, normal(5), np.array(True), np.array(np.float32(0.5))])
+def test_sdpa_takes_masks_of_less_than_two_axes(rank: int, mask: Any) -> None:
+    q, k, v = normal(3, 2, 3, 2, 5, 8)[(slice(None), *(0,) * (5 - rank))]
+    whole = scaled_dot_product_attention(q, k, v, np.broadcast_to(mask, (5, 5)))
+    same_bits(scaled_dot_product_attention(q, k, v, mask), whole)
+
+
 def test_sdpa_of_one_batch_of_many_axes_is_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
     from cuflash.flash_attn import _sdpa
 
@@ -494,10 +515,8 @@ def test_sdpa_refuses_what_torch_refuses() -> None:
     q, k = normal(2, 4, 3, 8), normal(2, 2, 5, 8)
     for match, call in {
         r"^attn_mask: got an array together with is_causal": {"attn_mask": np.ones((3, 5), bool), "is_causal": True},
-        r"^attn_mask: shape is \(4, 5\); it must have 2 or more axes and broadcast to \(2, 4, 3, 5\)": {
-            "attn_mask": np.ones((4, 5), bool)
-        },
-        r"^attn_mask: shape is \(5,\); it must": {"attn_mask": np.ones(5, bool)},
+        r"^attn_mask: shape is \(4, 5\); it must broadcast to \(2, 4, 3, 5\)": {"attn_mask": np.ones((4, 5), bool)},
+        r"^attn_mask: shape is \(3,\); it must": {"attn_mask": np.ones(3, bool)},
         r"^attn_mask: shape is \(1, 1, 1, 3, 5\); it must": {"attn_mask": np.ones((1, 1, 1, 3, 5), bool)},
     }.items():
         with pytest.raises(ValueError, match=match):

@@ -92,10 +92,9 @@ def _window(window_size: Any) -> WindowSize:
     def limit(side: Any) -> Any:
         return None if isinstance(side, (int, np.integer)) and side == -1 else side
 
+    sides = window_size.tolist() if hasattr(window_size, "tolist") else window_size  # flash-attn takes an array too
     try:
-        return _checks.window_size(
-            tuple(map(limit, window_size)) if isinstance(window_size, (tuple, list)) else window_size
-        )
+        return _checks.window_size(tuple(map(limit, sides)) if isinstance(sides, (tuple, list)) else sides)
     except ValueError:
         raise ValueError(
             f"window_size: got {window_size!r}; it must be (left, right), each a number of keys >= 0 or -1 for no limit"

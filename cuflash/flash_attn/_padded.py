@@ -47,7 +47,7 @@ def flash_attn_func(
         Query ``i`` sees key ``j`` iff ``j <= i + seqlen_k - seqlen_q``: aligned to the bottom right.
     window_size : (int, int)
         Query ``i`` sees the keys from ``i + seqlen_k - seqlen_q - window_size[0]`` to
-        ``i + seqlen_k - seqlen_q + window_size[1]`` inclusive; -1 means no limit.
+        ``i + seqlen_k - seqlen_q + window_size[1]`` inclusive; -1 means no limit. It may be an array of two ints.
     softcap : float
         If > 0, a score ``s`` becomes ``softcap * tanh(s / softcap)``.
     alibi_slopes : array, shape (nheads,) or (batch, nheads), optional

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from .. import _checks
+from .. import _check_options, _checks
 from .._attention import attention
 from .._backends import backend_of
 from ._options import Array, dropout
@@ -122,11 +122,9 @@ def _stack(x: Array, batch: tuple[int, ...], heads: tuple[int, ...]) -> Array:
 
 def _mask_option(mask: Array, scores_shape: tuple[int, ...], batch: tuple[int, ...], dtype: Any) -> dict[str, Array]:
     """The mask as attention takes it: True and False as `mask`, numbers as `bias`."""
-    axes = zip(mask.shape[::-1], scores_shape[::-1], strict=False)
-    if not 2 <= mask.ndim <= len(scores_shape) or any(size not in (1, full) for size, full in axes):
-        raise ValueError(
-            f"attn_mask: shape is {mask.shape}; it must have 2 or more axes and broadcast to {scores_shape}"
-        )
+    if not _check_options.fits(mask.shape, scores_shape):
+        raise ValueError(f"attn_mask: shape is {mask.shape}; it must broadcast to {scores_shape}")
     if mask.dtype not in ("bool", dtype, "float32"):
         raise TypeError(f"attn_mask: dtype is {mask.dtype}; allowed are bool, float32 and query's {dtype}")
+    mask = mask.reshape((1,) * (2 - mask.ndim) + mask.shape)
     return {"mask" if mask.dtype == "bool" else "bias": _stack(mask, batch, mask.shape[-3:-2])}

@@ -79,10 +79,10 @@ def flash_attn_varlen_func(
     >>> flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, 70, 70, causal=True).shape
     (100, 4, 64)
     """
+    if block_table is not None:  # first, for with one k and v have four axes
+        raise NotImplementedError("block_table: paged keys and values are not supported; only None is allowed")
     for name, array in (("q", q), ("k", k), ("v", v)):
         check_axes(name, array, f"total_{'q' if name == 'q' else 'k'}", "nheads", "headdim")
-    if block_table is not None:
-        raise NotImplementedError("block_table: paged keys and values are not supported; only None is allowed")
     options = flash_attn_options(
         q, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
     )
