@@ -93,7 +93,8 @@ def attention(
         True where a query sees a key. Shapes and strides as for ``bias``.
     block_mask : BlockMask, optional
         Which blocks of 128 x 128 pairs have pairs that are seen, from :func:`make_block_mask`. The others are
-        skipped; in those that are seen wholly ``mask`` and ``mask_mod`` are not looked at.
+        skipped; in those that are seen wholly ``mask`` and ``mask_mod`` are not looked at. For the rest the call needs
+        what the block mask was made of.
     sinks : array, shape (Hq,), optional
         A logit per head that takes weight and gives no value [4]_; in the dtype of ``q`` or float32.
     dropout_p : float

@@ -34,11 +34,15 @@ class BlockMask:
         True where all its pairs are seen; `mask` and `mask_mod` are not looked at. Causal masks and windows are.
     shape : (int, int)
         The numbers of queries and keys, M and N.
+    needs : tuple of str
+        The options that calls must have too, because they decide about the pairs of blocks that are seen in part:
+        what :func:`make_block_mask` made it of.
     """
 
     visible: Array
     full: Array
     shape: tuple[int, int]
+    needs: tuple[str, ...] = ()
     words: tuple[Array, Array] = field(init=False, repr=False)  # bits of blocks of keys, in rows of uint32
 
     @classmethod
@@ -177,7 +181,8 @@ def make_block_mask(
         if mask is not None:
             mask_visible, mask_full = _blocks(mask, None, shape)
             visible, full = visible & mask_visible, full & mask_full
-    return BlockMask(visible, full, shape[2:])
+    needs = tuple(name for name, given in (("mask", mask), ("mask_mod", mask_mod)) if given is not None)
+    return BlockMask(visible, full, shape[2:], needs)
 
 
 def _checked_shape(mask: Any, mask_mod: Any, shape: Any) -> Shape:

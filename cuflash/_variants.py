@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -84,12 +84,8 @@ def gather(
         extras["mod_args"] = arguments
     if "seed" in extras and _check_options.is_seed_number(extras["seed"]):
         extras["seed"] = int(extras["seed"])
-    if "block_mask" in extras and not isinstance(extras["block_mask"], BlockMask):
-        kind = type(extras["block_mask"])
-        raise TypeError(
-            f"block_mask: got a {kind.__module__}.{kind.__qualname__}; allowed are None and a cuflash.BlockMask, "
-            "as cuflash.make_block_mask returns"
-        )
+    if "block_mask" in extras:
+        _check_block_mask(extras["block_mask"], extras.keys() | ({"mask_mod"} if mask_mod is not None else set()))
     arrays = {name: array for option, value in extras.items() for name, array in _arrays_of(option, value)}
     given = inputs | ({} if out is None else {"out": out}) | arrays
     backend = backend_of(*given.values(), names=tuple(given))
@@ -97,6 +93,22 @@ def gather(
         _check_options.seed_array(arrays["seed"])
     mod = _check_mods.mod(backend.mod_kind, score_mod, mask_mod, arguments)
     return backend, Variant(extras, arrays, tuple((name, _option_meta(value)) for name, value in extras.items()), mod)
+
+
+def _check_block_mask(value: Any, given: Set[str]) -> None:
+    """Raise an exception if it is none, or if options that it needs are not among those given."""
+    if not isinstance(value, BlockMask):
+        kind = type(value)
+        raise TypeError(
+            f"block_mask: got a {kind.__module__}.{kind.__qualname__}; allowed are None and a cuflash.BlockMask, "
+            "as cuflash.make_block_mask returns"
+        )
+    missing = next((name for name in value.needs if name not in given), None)
+    if missing is not None:
+        raise ValueError(
+            f"{missing}: got None beside a block_mask that was made of a {missing}; it is needed for blocks that are "
+            "seen in part. For a mask of whole blocks there is BlockMask.from_blocks"
+        )
 
 
 def _arrays_of(name: str, value: Any) -> Iterator[tuple[str, Any]]:

@@ -514,6 +514,15 @@ def test_a_block_mask_is_a_block_mask(ring: Ring) -> None:
     fails(ring, TypeError, r"block_mask\b.*ndarray.*make_block_mask", *arrays(ring), block_mask=arrays(ring)[0])
 
 
+@pytest.mark.parametrize("name", ["mask", "mask_mod"])
+def test_a_block_mask_without_what_it_was_made_of(ring: Ring, name: str) -> None:
+    """Alone it would show all pairs of blocks that are seen in part."""
+    mask_mod = (lambda score, b, h, i, j: j <= i) if ring.name == "numpy" else "kv_idx <= q_idx"
+    made_of: Any = {"mask": ring.asarray(np.eye(5, dtype=bool)), "mask_mod": mask_mod}[name]
+    block_mask = cuflash.make_block_mask(**{name: made_of}, shape=(1, 1, 5, 5))
+    fails(ring, ValueError, rf"{name}: got None.*made of a {name}", *arrays(ring), block_mask=block_mask)
+
+
 @pytest.mark.parametrize(
     ("blocks", "shape", "pattern"),
     [
