@@ -527,6 +527,10 @@ def test_sdpa_refuses_what_torch_refuses() -> None:
         scaled_dot_product_attention(q, k, k)
     with pytest.raises(ValueError, match=r"^axes before the heads do not broadcast"):
         scaled_dot_product_attention(normal(3, 2, 3, 8), k, k)
+    with pytest.raises(ValueError, match=r"^key: its head dimension is 4, but query's is 8"):
+        scaled_dot_product_attention(q, k[..., :4], k, enable_gqa=True)
+    with pytest.raises(ValueError, match=r"^value: its sequence length is 2, but key's is 5"):
+        scaled_dot_product_attention(q, k, k[..., :2, :], enable_gqa=True)
     with pytest.raises(ValueError, match=r"^query: shape is \(8,\); it must have 2 or more axes"):
         scaled_dot_product_attention(normal(8), k, k)
     with pytest.raises(TypeError, match=r"^query: dtype int64 is not supported"):

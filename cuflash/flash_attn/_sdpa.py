@@ -85,6 +85,10 @@ def scaled_dot_product_attention(
     for name, x in arrays.items():
         if x.ndim < 2:
             raise ValueError(f"{name}: shape is {x.shape}; it must have 2 or more axes, (..., sequence, dim)")
+    for name, of, axis, what in (("key", "query", -1, "head dimension"), ("value", "key", -2, "sequence length")):
+        size, expected = arrays[name].shape[axis], arrays[of].shape[axis]
+        if size != expected:
+            raise ValueError(f"{name}: its {what} is {size}, but {of}'s is {expected}; they must be equal")
     rank = max(x.ndim for x in arrays.values())
     batch = _broadcast("axes before the heads", {name: x.shape[:-3] for name, x in arrays.items()})
     heads = {name: x.shape[-3:-2] or (1,) for name, x in arrays.items()}
