@@ -2,7 +2,7 @@
 #pragma once
 
 #include <cuflash/attention/sequence.cuh>
-#include <cuflash/ptx/warp_sum.cuh>
+#include <cuflash/ptx/warp_reduce.cuh>
 
 namespace cuflash {
 
@@ -91,11 +91,11 @@ struct PackedSequences {
     const bool alike = BatchedSequences::shows_all(problem);
     // How many jobs of this sequence take longer: each takes as long as all its tiles, or one less than the one before.
     const auto longer = [&](int time) { return alike ? (tiles > time ? tiles : 0) : larger(tiles - time, 0); };
+    if (ptx::warp_sum(tiles) <= number) return {0, 0, 0};
     int time = 0;
-    for (int step = 1 << (31 - __clz(total / kBlock + 1)); step > 0; step /= 2) {
+    for (int step = 1 << (31 - __clz(ptx::warp_max(tiles))); step > 0; step /= 2) {
       if (ptx::warp_sum(longer(time + step - 1)) > number) time += step;
     }
-    if (time == 0) return {0, 0, 0};
     // The number among those of the same time, and how many of these belong to this sequence and those before it.
     const int before = longer(time), own = longer(time - 1) - before;
     const int among = number - ptx::warp_sum(before);

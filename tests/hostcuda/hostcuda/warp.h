@@ -94,6 +94,21 @@ T shuffle(unsigned mask, const char* operation, Site site, T value, int source) 
   return argument.result;
 }
 
+template <class Operation>
+int reduce(unsigned mask, const char* operation, Site site, int value, Operation combine) {
+  struct Argument {
+    int value, result;
+  } argument{value, value};
+  warp_operation(mask, operation, site, argument, [&](const Lanes<Argument>& lanes) {
+    int result = value;  // of the lane that came last
+    lanes.for_each([&](int, Argument& mine) {
+      if (&mine != &argument) result = combine(result, mine.value);
+    });
+    lanes.for_each([&](int, Argument& mine) { mine.result = result; });
+  });
+  return argument.result;
+}
+
 unsigned ballot(unsigned mask, const char* operation, Site site, bool vote);
 
 }  // namespace hostcuda
@@ -129,16 +144,11 @@ inline T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = 32,
   return hostcuda::shuffle(mask, "__shfl_up_sync", site, value, inside ? source : lane);
 }
 
-inline unsigned __reduce_add_sync(unsigned mask, unsigned value, hostcuda::Site site = hostcuda::Site::here()) {
-  struct Argument {
-    unsigned value, sum;
-  } argument{value, 0};
-  hostcuda::warp_operation(mask, "__reduce_add_sync", site, argument, [](const auto& lanes) {
-    unsigned sum = 0;
-    lanes.for_each([&](int, Argument& lane) { sum += lane.value; });
-    lanes.for_each([&](int, Argument& lane) { lane.sum = sum; });
-  });
-  return argument.sum;
+inline int __reduce_add_sync(unsigned mask, int value, hostcuda::Site site = hostcuda::Site::here()) {
+  return hostcuda::reduce(mask, "__reduce_add_sync", site, value, [](int x, int y) { return x + y; });
+}
+inline int __reduce_max_sync(unsigned mask, int value, hostcuda::Site site = hostcuda::Site::here()) {
+  return hostcuda::reduce(mask, "__reduce_max_sync", site, value, [](int x, int y) { return x > y ? x : y; });
 }
 
 inline unsigned __ballot_sync(unsigned mask, int predicate, hostcuda::Site site = hostcuda::Site::here()) {
