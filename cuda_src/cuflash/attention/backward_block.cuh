@@ -324,14 +324,14 @@ struct BackwardBlock {
     const Matrix<Element> out(arrays.dk, params.dk, job.sequence.batch, job.head, job.sequence.first_key,
                               job.sequence.num_keys, problem.head_dim);
     const float scale[2] = {problem.softmax_scale, problem.softmax_scale};
-    return store_rows_16<16, true>(out, dk, scale, first_key);
+    return store_vectorized_rows<16, true>(out, dk, scale, first_key);
   }
   static __device__ __forceinline__ bool write_dv(const Arrays& arrays, const BwdParams& params, const Options& options,
                                                   const Job& job, const WarpgroupTile<kHeadDimV>& dv, int first_key) {
     const Matrix<Element> out(arrays.dv, params.dv, job.sequence.batch, job.head, job.sequence.first_key,
                               job.sequence.num_keys, params.problem.head_dim_v);
     const float factor = options.survivor_factor(), factors[2] = {factor, factor};
-    return store_rows_16<16>(out, dv, factors, first_key);
+    return store_vectorized_rows<16>(out, dv, factors, first_key);
   }
 
   // Gradients that are not finite must be computed once more where pairs are hidden: 0 * NaN is NaN, so queries that

@@ -155,7 +155,7 @@ struct BwdSm90Dq {
                                    sequence.seqlen_q, problem.head_dim);
       const float scale[2] = {problem.softmax_scale, problem.softmax_scale};
       // 0 * NaN is NaN: where pairs are hidden, keys that others see may have spoiled all queries.
-      if (!store_rows_16<16, true>(target, dq, scale, first_query)) {
+      if (!store_vectorized_rows<16, true>(target, dq, scale, first_query)) {
         arrays.spoiled[Options::template query_tile<kBlockM>(problem, sequence, job.head, job.tile)] = 1;
       }
     }

@@ -252,7 +252,7 @@ struct FwdSm90 {
                                 sequence.seqlen_q, problem.head_dim_v);
       ptx::wgmma_wait<Block::kOverlapsJobs ? 1 : 0>();
       release(shared.rings.v, v_at);
-      const bool finite = store_rows_16<8>(out, output, inverse, first_query);
+      const bool finite = store_vectorized_rows<8>(out, output, inverse, first_query);
       // 0 * NaN is NaN: where pairs are hidden, values that others see may have spoiled all rows.
       if (hides_pairs && __any_sync(kFullMask, !finite)) {
         __syncwarp();  // others write again what this lane wrote
