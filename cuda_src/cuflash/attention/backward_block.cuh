@@ -306,14 +306,16 @@ struct BackwardBlock {
     }
   }
 
-  // Keys behind those in use are hidden, but 0 times what they and their values hold may be NaN. Each warp clears its
-  // own.
+  // Keys behind those in use of a packed sequence are hidden, but 0 times what they and their values hold may be NaN.
+  // Each warp clears its own.
   template <class Tile>
   static __device__ __forceinline__ void clear_keys(Tile& tile, const Sequence& sequence, int warp_key, int row) {
-    const int num_keys = sequence.seqlen_k - warp_key;
-    if (num_keys >= 16) return;
-    tile.clear(row + max(num_keys, 0), row + 16);
-    ptx::async_proxy_fence();
+    if constexpr (Options::kPacked) {
+      const int num_keys = sequence.seqlen_k - warp_key;
+      if (num_keys >= 16) return;
+      tile.clear(row + max(num_keys, 0), row + 16);
+      ptx::async_proxy_fence();
+    }
   }
 
   // Writes rows of dK, times the scale of scores, and of dV, times the factor of weights that survive; false if this

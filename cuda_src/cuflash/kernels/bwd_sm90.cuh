@@ -55,8 +55,7 @@ struct BwdSm90 {
     const Problem& problem = params.problem;
     typename Block::Rings& rings = shared.rings;
     const int consumer = uniform(threadIdx.x / 128 - 1);
-    unsigned thread = threadIdx.x % 128;
-    ptx::make_opaque(thread);  // else the loop reads the special register, which is slow
+    const unsigned thread = thread_of_warpgroup();
     const int warp = thread / 32, lane = thread % 32;
     typename Block::Jobs::Position job_at;
     typename Block::RingKv::Position kv_at;
@@ -84,10 +83,8 @@ struct BwdSm90 {
         start_product_along<kHeadDim>(scores, k, 64 * consumer, shared.q[at.stage()]);
       };
       rings.kv.wait_full(kv_at);
-      if constexpr (Options::kPacked) {
-        Block::clear_keys(k, sequence, warp_key, 64 * consumer + 16 * warp);
-        Block::clear_keys(v, sequence, warp_key, 64 * consumer + 16 * warp);
-      }
+      Block::clear_keys(k, sequence, warp_key, 64 * consumer + 16 * warp);
+      Block::clear_keys(v, sequence, warp_key, 64 * consumer + 16 * warp);
       typename Block::Walk walk(options, problem, job, band);
       if (!walk.done()) {
         rings.q.wait_full(at);

@@ -38,8 +38,7 @@ struct BwdSm90DkDv {
     const Problem& problem = params.problem;
     typename Block::Rings& rings = shared.rings;
     const int consumer = uniform(threadIdx.x / 128 - 1);
-    unsigned thread = threadIdx.x % 128;
-    ptx::make_opaque(thread);  // else the loop reads the special register, which is slow
+    const unsigned thread = thread_of_warpgroup();
     const int lane = thread % 32, warp_row = 64 * consumer + thread / 32 * 16;
     const Turn<Block::kNumConsumers> turn = {consumer};
     typename Block::Jobs::Position job_at;
@@ -73,10 +72,8 @@ struct BwdSm90DkDv {
       };
 
       rings.kv.wait_full(kv_at);
-      if constexpr (Options::kPacked) {
-        Block::clear_keys(k, sequence, job_key + warp_row, warp_row);
-        Block::clear_keys(v, sequence, job_key + warp_row, warp_row);
-      }
+      Block::clear_keys(k, sequence, job_key + warp_row, warp_row);
+      Block::clear_keys(v, sequence, job_key + warp_row, warp_row);
       typename Block::Walk walk(options, problem, job, band);
       if (!walk.done()) {
         rings.q.wait_full(at);

@@ -71,8 +71,7 @@ struct BwdSm90DkDvWide {
     const Problem& problem = params.problem;
     typename Block::Rings& rings = shared.rings;
     constexpr bool kLooksAtPairs = Block::kLoadsPairs && (kFirst || Options::kHasDropout);
-    unsigned thread = threadIdx.x % 128;
-    ptx::make_opaque(thread);  // else the loop reads the special register, which is slow
+    const unsigned thread = thread_of_warpgroup();
     const int warp_row = thread / 32 * 16, lane = thread % 32;
     typename Block::Jobs::Position job_at;
     typename Block::RingKv::Position kv_at;
@@ -108,8 +107,11 @@ struct BwdSm90DkDvWide {
         }
       };
       rings.kv.wait_full(kv_at);
-      if constexpr (Options::kPacked && kFirst) Block::clear_keys(k, sequence, block_key + warp_row, warp_row);
-      if constexpr (Options::kPacked && !kFirst) Block::clear_keys(v, sequence, block_key + warp_row, warp_row);
+      if constexpr (kFirst) {
+        Block::clear_keys(k, sequence, block_key + warp_row, warp_row);
+      } else {
+        Block::clear_keys(v, sequence, block_key + warp_row, warp_row);
+      }
       typename Block::Walk walk(options, problem, job, band);
       if (!walk.done()) {
         wait_for_scores(at);

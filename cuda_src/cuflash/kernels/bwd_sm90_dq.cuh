@@ -52,8 +52,7 @@ struct BwdSm90Dq {
     const Problem& problem = params.problem;
     typename Block::Rings& rings = shared.rings;
     const int consumer = uniform(threadIdx.x / 128 - 1);
-    unsigned thread = threadIdx.x % 128;
-    ptx::make_opaque(thread);  // else the loop reads the special register, which is slow
+    const unsigned thread = thread_of_warpgroup();
     const int lane = thread % 32;
     const typename Block::Turn turn = {consumer};
     typename Block::Jobs::Position job_at;
