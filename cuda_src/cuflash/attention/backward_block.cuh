@@ -306,6 +306,15 @@ struct BackwardBlock {
     }
   }
 
+  // A warp has looked at what options know of the pairs of a tile.
+  static __device__ __forceinline__ void release_pairs(Rings& rings, typename RingPairs::Position& at, int lane) {
+    if constexpr (kLoadsPairs) {
+      __syncwarp();
+      if (lane == 0) rings.pairs.release(at);
+      at.advance();
+    }
+  }
+
   // Keys behind those in use of a packed sequence are hidden, but 0 times what they and their values hold may be NaN.
   // Each warp clears its own.
   template <class Tile>

@@ -112,11 +112,7 @@ struct BwdSm90 {
         const typename Gradients::Survivors survives =
             Block::survivors(shared.pairs[pairs_at.stage()], 64 * consumer + 16 * warp, lane);
         gradients.weigh(scores, weights, slopes, all_visible, survives);
-        if constexpr (Block::kLoadsPairs) {
-          __syncwarp();
-          release(rings.pairs, pairs_at);
-          pairs_at.advance();
-        }
+        Block::release_pairs(rings, pairs_at, lane);
         start_adding_across(dv, weights, shared.dout[stage]);
         ptx::wgmma_wait<1>();
         const Factor dscores = gradients.differentiate(dweights, slopes, survives);

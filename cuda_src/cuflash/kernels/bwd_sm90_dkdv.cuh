@@ -98,11 +98,7 @@ struct BwdSm90DkDv {
           Factor weights, slopes;
           ptx::wgmma_wait<1>();
           gradients.weigh(scores, weights, slopes, all_visible, survives);
-          if constexpr (Block::kLoadsPairs) {
-            __syncwarp();
-            release(rings.pairs, pairs_at);
-            pairs_at.advance();
-          }
+          Block::release_pairs(rings, pairs_at, lane);
           ptx::wgmma_wait<0>();
           const Factor dscores = gradients.differentiate(dweights, slopes, survives);
 

@@ -80,11 +80,6 @@ struct BwdSm90DkDvWide {
     const auto release = [&](auto& ring, const auto& at) {
       if (lane == 0) ring.release(at);
     };
-    const auto release_pairs = [&] {
-      __syncwarp();
-      release(rings.pairs, pairs_at);
-      pairs_at.advance();
-    };
 
     if constexpr (!kFirst) ptx::named_barrier_arrive(kSlopesAreRead, 256);  // there are none yet
     for (Job job; (job = rings.jobs.template take<Options>(job_at, problem)).tile != Job::kNoTile;) {
@@ -134,7 +129,7 @@ struct BwdSm90DkDvWide {
         if constexpr (kFirst) {
           Factor weights, slopes;
           gradients.weigh(scores, weights, slopes, all_visible, survives);
-          if constexpr (kLooksAtPairs) release_pairs();
+          if constexpr (kLooksAtPairs) Block::release_pairs(rings, pairs_at, lane);
           ptx::named_barrier_sync(kSlopesAreRead, 256);
           shared.handed.store(slopes, thread);
           ptx::named_barrier_arrive(kSlopesAreThere, 256);
@@ -142,7 +137,7 @@ struct BwdSm90DkDvWide {
           rings.dout.wait_full(at);
           start_adding_across(grad, weights, shared.dout[stage]);
         } else {
-          if constexpr (kLooksAtPairs) release_pairs();
+          if constexpr (kLooksAtPairs) Block::release_pairs(rings, pairs_at, lane);
           release(rings.dout, at);
           rings.q.wait_full(at);
           ptx::named_barrier_sync(kSlopesAreThere, 256);
