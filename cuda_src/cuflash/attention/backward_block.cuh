@@ -91,7 +91,8 @@ struct BackwardBlock {
   // pairs.
   template <class Consume>
   static __device__ __forceinline__ void run(const Arrays& arrays, const BwdSm90Params& all, const Options& options,
-                                             Shared& shared, int num_warps_of_pairs, const Consume& consume) {
+                                             int num_warps_of_pairs, const Consume& consume) {
+    Shared& shared = *reinterpret_cast<Shared*>(dynamic_shared_memory());
     const BwdParams& params = all.bwd;
     const BwdMaps& maps = all.maps;
     if (threadIdx.x == 0) {
@@ -126,7 +127,7 @@ struct BackwardBlock {
       }
     } else {
       ptx::acquire_registers<kConsumerRegisters>();
-      consume();
+      consume(shared);
     }
   }
 
@@ -199,7 +200,7 @@ struct BackwardBlock {
         ptx::cp_async_4(to, from, inside);
       }
     };
-    for (Job job; (job = shared.rings.jobs.template take<Options>(job_at, problem)).tile != Job::kNoTile;) {
+    for (Job job; shared.rings.jobs.template take<Options>(job, job_at, problem);) {
       for (Walk walk(options, problem, job, band_of(problem, job)); !walk.done(); walk.advance()) {
         const Sequence& sequence = job.sequence;
         shared.rings.q.wait_empty(at);
@@ -233,7 +234,7 @@ struct BackwardBlock {
     typename Ring::Position at;
     typename Ring::Position partial_at;
     typename RingPairs::Position pairs_at;
-    for (Job job; (job = shared.rings.jobs.template take<Options>(job_at, problem)).tile != Job::kNoTile;) {
+    for (Job job; shared.rings.jobs.template take<Options>(job, job_at, problem);) {
       for (Walk walk(options, problem, job, band_of(problem, job)); !walk.done(); walk.advance()) {
         if (first_warp && is_partial(job, walk.block)) {
           const int first_row = larger(0, job.sequence.seqlen_q - walk.block * kBlockM);

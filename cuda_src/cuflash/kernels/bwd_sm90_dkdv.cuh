@@ -29,8 +29,7 @@ struct BwdSm90DkDv {
   static_assert(kBlockN == 128 && (kBlockM == 64 || kBlockM == 128));
 
   static __device__ __forceinline__ void run(const Arrays& arrays, const BwdSm90Params& params, Options options) {
-    Shared& shared = *reinterpret_cast<Shared*>(dynamic_shared_memory());
-    Block::run(arrays, params, options, shared, 8, [&] { consume(arrays, params.bwd, options, shared); });
+    Block::run(arrays, params, options, 8, [&](Shared& shared) { consume(arrays, params.bwd, options, shared); });
   }
 
   static __device__ __forceinline__ void consume(const Arrays& arrays, const BwdParams& params, const Options& options,
@@ -50,7 +49,7 @@ struct BwdSm90DkDv {
     };
 
     if (consumer == Block::kNumConsumers - 1) turn.pass_on();
-    for (Job job; (job = rings.jobs.template take<Options>(job_at, problem)).tile != Job::kNoTile;) {
+    for (Job job; rings.jobs.template take<Options>(job, job_at, problem);) {
       const Sequence& sequence = job.sequence;
       const Band band = Block::band_of(problem, job);
       const int job_key = job.tile * kBlockN, first_key = job_key + warp_row + lane / 4, first_col = lane % 4 * 2;

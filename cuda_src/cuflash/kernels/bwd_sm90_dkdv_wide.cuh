@@ -54,8 +54,7 @@ struct BwdSm90DkDvWide {
   enum Barrier { kSlopesAreThere = 1, kSlopesAreRead };
 
   static __device__ __forceinline__ void run(const Arrays& arrays, const BwdSm90Params& params, Options options) {
-    Shared& shared = *reinterpret_cast<Shared*>(dynamic_shared_memory());
-    Block::run(arrays, params, options, shared, Options::kHasDropout ? 8 : 4, [&] {
+    Block::run(arrays, params, options, Options::kHasDropout ? 8 : 4, [&](Shared& shared) {
       if (uniform(threadIdx.x / 128) == 1) {  // known to be the same for a warp, or nothing in there would be
         consume<true>(arrays, params.bwd, options, shared);
       } else {
@@ -82,7 +81,7 @@ struct BwdSm90DkDvWide {
     };
 
     if constexpr (!kFirst) ptx::named_barrier_arrive(kSlopesAreRead, 256);  // there are none yet
-    for (Job job; (job = rings.jobs.template take<Options>(job_at, problem)).tile != Job::kNoTile;) {
+    for (Job job; rings.jobs.template take<Options>(job, job_at, problem);) {
       const Sequence& sequence = job.sequence;
       const Band band = Block::band_of(problem, job);
       const int block_key = job.tile * kBlockN, first_key = block_key + warp_row + lane / 4, first_col = lane % 4 * 2;

@@ -5,7 +5,6 @@
 #include <cuflash/attention/backward_maps.cuh>
 #include <cuflash/attention/forward_block.cuh>
 #include <cuflash/attention/register_gradient.cuh>
-#include <cuflash/common/shared_memory.cuh>
 #include <cuflash/tile/row_store.cuh>
 #include <cuflash/tile/wgmma_product.cuh>
 
@@ -42,9 +41,8 @@ struct BwdSm90Dq {
     const BwdParams& params = all.bwd;
     const typename Block::Inputs inputs = {
         {&all.maps.dout, params.dout}, {&all.maps.v, params.v}, {&all.maps.k, params.k}, {&all.maps.q, params.q}};
-    Shared& shared = *reinterpret_cast<Shared*>(dynamic_shared_memory());
-    Block::run(inputs, arrays.counter, params.problem, options, shared,
-               [&] { consume(arrays, params, options, shared); });
+    Block::run(inputs, arrays.counter, params.problem, options,
+               [&](Shared& shared) { consume(arrays, params, options, shared); });
   }
 
   static __device__ __forceinline__ void consume(const Arrays& arrays, const BwdParams& params, const Options& options,
@@ -74,7 +72,7 @@ struct BwdSm90Dq {
     };
 
     if (consumer == Block::kNumConsumers - 1) turn.pass_on();
-    for (Job job; (job = rings.jobs.template take<Options>(job_at, problem)).tile != Job::kNoTile;) {
+    for (Job job; rings.jobs.template take<Options>(job, job_at, problem);) {
       const Sequence& sequence = job.sequence;
       const Band band = problem.band(sequence.seqlen_q, sequence.seqlen_k);
       const int job_query = job.tile * kBlockM, warpgroup_query = job_query + 64 * consumer;
