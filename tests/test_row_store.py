@@ -27,7 +27,7 @@ extern "C" __global__ void kernel(__half* out, bool* finite) {{
   }}
   const float factor[2] = {{1.0f, 0.5f}};
   const cuflash::Matrix<__half> matrix(out, {{0, 0, 64, 1}}, 0, 0, 0, {rows}, {cols});
-  finite[lane] = cuflash::store_rows_16<{lane_bytes}>(matrix, tile, factor, lane / 4);
+  finite[lane] = cuflash::store_vectorized_rows<{lane_bytes}>(matrix, tile, factor, lane / 4);
 }}
 """
 

@@ -91,7 +91,8 @@ struct BackwardBlock {
   // pairs.
   template <class Consume>
   static __device__ __forceinline__ void run(const Arrays& arrays, const BwdSm90Params& all, const Options& options,
-                                             Shared& shared, int num_warps_of_pairs, const Consume& consume) {
+                                             int num_warps_of_pairs, const Consume& consume) {
+    Shared& shared = *reinterpret_cast<Shared*>(dynamic_shared_memory());
     const BwdParams& params = all.bwd;
     const BwdMaps& maps = all.maps;
     if (threadIdx.x == 0) {
@@ -126,7 +127,7 @@ struct BackwardBlock {
       }
     } else {
       ptx::acquire_registers<kConsumerRegisters>();
-      consume();
+      consume(shared);
     }
   }
 
@@ -199,7 +200,7 @@ struct BackwardBlock {
         ptx::cp_async_4(to, from, inside);
       }
     };
-    for (Job job; (job = shared.rings.jobs.template take<Options>(job_at, problem)).tile != Job::kNoTile;) {
+    for (Job job; shared.rings.jobs.template take<Options>(job, job_at, problem);) {
       for (Walk walk(options, problem, job, band_of(problem, job)); !walk.done(); walk.advance()) {
         const Sequence& sequence = job.sequence;
         shared.rings.q.wait_empty(at);
@@ -233,7 +234,7 @@ struct BackwardBlock {
     typename Ring::Position at;
     typename Ring::Position partial_at;
     typename RingPairs::Position pairs_at;
-    for (Job job; (job = shared.rings.jobs.template take<Options>(job_at, problem)).tile != Job::kNoTile;) {
+    for (Job job; shared.rings.jobs.template take<Options>(job, job_at, problem);) {
       for (Walk walk(options, problem, job, band_of(problem, job)); !walk.done(); walk.advance()) {
         if (first_warp && is_partial(job, walk.block)) {
           const int first_row = larger(0, job.sequence.seqlen_q - walk.block * kBlockM);
@@ -306,14 +307,25 @@ struct BackwardBlock {
     }
   }
 
-  // Keys behind those in use are hidden, but 0 times what they and their values hold may be NaN. Each warp clears its
-  // own.
+  // A warp has looked at what options know of the pairs of a tile.
+  static __device__ __forceinline__ void release_pairs(Rings& rings, typename RingPairs::Position& at, int lane) {
+    if constexpr (kLoadsPairs) {
+      __syncwarp();
+      if (lane == 0) rings.pairs.release(at);
+      at.advance();
+    }
+  }
+
+  // Keys behind those in use of a packed sequence are hidden, but 0 times what they and their values hold may be NaN.
+  // Each warp clears its own.
   template <class Tile>
   static __device__ __forceinline__ void clear_keys(Tile& tile, const Sequence& sequence, int warp_key, int row) {
-    const int num_keys = sequence.seqlen_k - warp_key;
-    if (num_keys >= 16) return;
-    tile.clear(row + max(num_keys, 0), row + 16);
-    ptx::async_proxy_fence();
+    if constexpr (Options::kPacked) {
+      const int num_keys = sequence.seqlen_k - warp_key;
+      if (num_keys >= 16) return;
+      tile.clear(row + max(num_keys, 0), row + 16);
+      ptx::async_proxy_fence();
+    }
   }
 
   // Writes rows of dK, times the scale of scores, and of dV, times the factor of weights that survive; false if this
@@ -324,14 +336,14 @@ struct BackwardBlock {
     const Matrix<Element> out(arrays.dk, params.dk, job.sequence.batch, job.head, job.sequence.first_key,
                               job.sequence.num_keys, problem.head_dim);
     const float scale[2] = {problem.softmax_scale, problem.softmax_scale};
-    return store_rows_16<16, true>(out, dk, scale, first_key);
+    return store_vectorized_rows<16, true>(out, dk, scale, first_key);
   }
   static __device__ __forceinline__ bool write_dv(const Arrays& arrays, const BwdParams& params, const Options& options,
                                                   const Job& job, const WarpgroupTile<kHeadDimV>& dv, int first_key) {
     const Matrix<Element> out(arrays.dv, params.dv, job.sequence.batch, job.head, job.sequence.first_key,
                               job.sequence.num_keys, params.problem.head_dim_v);
     const float factor = options.survivor_factor(), factors[2] = {factor, factor};
-    return store_rows_16<16>(out, dv, factors, first_key);
+    return store_vectorized_rows<16>(out, dv, factors, first_key);
   }
 
   // Gradients that are not finite must be computed once more where pairs are hidden: 0 * NaN is NaN, so queries that

@@ -5,6 +5,7 @@
 #include <cuflash/attention/careful_row.cuh>
 #include <cuflash/attention/job_ring.cuh>
 #include <cuflash/attention/key_blocks.cuh>
+#include <cuflash/common/shared_memory.cuh>
 #include <cuflash/ptx/warpgroup.cuh>
 #include <cuflash/tile/swizzled_tile.cuh>
 #include <cuflash/tile/turn.cuh>
@@ -95,7 +96,8 @@ struct ForwardBlock {
   // after the kernel.
   template <class Consume>
   static __device__ __forceinline__ void run(const Inputs& inputs, unsigned* counter, const Problem& problem,
-                                             const Options& options, Shared& shared, const Consume& consume) {
+                                             const Options& options, const Consume& consume) {
+    Shared& shared = *reinterpret_cast<Shared*>(dynamic_shared_memory());
     if (threadIdx.x == 0) {
       ptx::tma_prefetch(inputs.q.map);
       ptx::tma_prefetch(inputs.k.map);
@@ -122,7 +124,7 @@ struct ForwardBlock {
       }
     } else {
       ptx::acquire_registers<kConsumerRegisters>();
-      consume();
+      consume(shared);
     }
   }
 
@@ -186,7 +188,7 @@ struct ForwardBlock {
     const bool leader = threadIdx.x % 32 == 0;
     typename Jobs::Position job_at;
     typename RingV::Position at, partial_at;
-    for (Job job; (job = shared.rings.jobs.template take<Options>(job_at, problem)).tile != Job::kNoTile;) {
+    for (Job job; shared.rings.jobs.template take<Options>(job, job_at, problem);) {
       const int head_kv = job.head / problem.group_size();
       Blocks::for_each(options, problem, job, [&](const Options&, const typename Blocks::Visited& visited, bool) {
         const int block = visited.block;
@@ -215,7 +217,7 @@ struct ForwardBlock {
     typename Jobs::Position job_at;
     typename RingV::Position v_at, partial_at;
     typename RingPairs::Position pairs_at;
-    for (Job job; (job = shared.rings.jobs.template take<Options>(job_at, problem)).tile != Job::kNoTile;) {
+    for (Job job; shared.rings.jobs.template take<Options>(job, job_at, problem);) {
       Blocks::for_each(options, problem, job, [&](const Options& here, const typename Blocks::Visited& visited, bool) {
         const int block = visited.block;
         if (first_warp && is_partial(job, block)) {

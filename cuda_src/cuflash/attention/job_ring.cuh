@@ -32,6 +32,13 @@ struct JobRing {
     return job;
   }
 
+  // The same, and whether there is one.
+  template <class Options>
+  __device__ __forceinline__ bool take(Job& job, Position& at, const Problem& problem) {
+    job = take<Options>(at, problem);
+    return job.tile != Job::kNoTile;
+  }
+
   // Hands on a job.
   __device__ __forceinline__ void put(Position& at, const Job& job) {
     if (threadIdx.x % 32 == 0) {

@@ -46,8 +46,7 @@ struct BwdSm90 {
   static_assert(kPiecesStaged * 32 * sizeof(float4) <= 16 * 128, "a warp's rows of dS");
 
   static __device__ __forceinline__ void run(const Arrays& arrays, const BwdSm90Params& params, Options options) {
-    Shared& shared = *reinterpret_cast<Shared*>(dynamic_shared_memory());
-    Block::run(arrays, params, options, shared, 8, [&] { consume(arrays, params.bwd, options, shared); });
+    Block::run(arrays, params, options, 8, [&](Shared& shared) { consume(arrays, params.bwd, options, shared); });
   }
 
   static __device__ __forceinline__ void consume(const Arrays& arrays, const BwdParams& params, const Options& options,
@@ -55,9 +54,8 @@ struct BwdSm90 {
     const Problem& problem = params.problem;
     typename Block::Rings& rings = shared.rings;
     const int consumer = uniform(threadIdx.x / 128 - 1);
-    unsigned thread = threadIdx.x % 128;
-    ptx::make_opaque(thread);  // else the loop reads the special register, which is slow
-    const int warp = thread / 32, lane = thread % 32;
+    const unsigned thread = thread_of_warpgroup();
+    const int warp = thread / 32, lane = thread % 32, warp_row = 64 * consumer + 16 * warp;
     typename Block::Jobs::Position job_at;
     typename Block::RingKv::Position kv_at;
     typename Block::Ring::Position at;
@@ -66,7 +64,7 @@ struct BwdSm90 {
       if (lane == 0) ring.release(at);
     };
 
-    for (Job job; (job = rings.jobs.template take<Options>(job_at, problem)).tile != Job::kNoTile;) {
+    for (Job job; rings.jobs.template take<Options>(job, job_at, problem);) {
       const Sequence& sequence = job.sequence;
       const Band band = Block::band_of(problem, job);
       const int warpgroup_key = job.tile * kBlockN + 64 * consumer, warp_key = warpgroup_key + 16 * warp;
@@ -84,10 +82,8 @@ struct BwdSm90 {
         start_product_along<kHeadDim>(scores, k, 64 * consumer, shared.q[at.stage()]);
       };
       rings.kv.wait_full(kv_at);
-      if constexpr (Options::kPacked) {
-        Block::clear_keys(k, sequence, warp_key, 64 * consumer + 16 * warp);
-        Block::clear_keys(v, sequence, warp_key, 64 * consumer + 16 * warp);
-      }
+      Block::clear_keys(k, sequence, warp_key, warp_row);
+      Block::clear_keys(v, sequence, warp_key, warp_row);
       typename Block::Walk walk(options, problem, job, band);
       if (!walk.done()) {
         rings.q.wait_full(at);
@@ -112,14 +108,9 @@ struct BwdSm90 {
             Block::all_visible(here, band, sequence.seqlen_q, first_query, {warpgroup_key, warpgroup_key + 64});
         hides_pairs |= !all_visible;
         const Gradients gradients = {pairs, first_query + first_col, first_key, shared.rows[stage], first_col};
-        const typename Gradients::Survivors survives =
-            Block::survivors(shared.pairs[pairs_at.stage()], 64 * consumer + 16 * warp, lane);
+        const typename Gradients::Survivors survives = Block::survivors(shared.pairs[pairs_at.stage()], warp_row, lane);
         gradients.weigh(scores, weights, slopes, all_visible, survives);
-        if constexpr (Block::kLoadsPairs) {
-          __syncwarp();
-          release(rings.pairs, pairs_at);
-          pairs_at.advance();
-        }
+        Block::release_pairs(rings, pairs_at, lane);
         start_adding_across(dv, weights, shared.dout[stage]);
         ptx::wgmma_wait<1>();
         const Factor dscores = gradients.differentiate(dweights, slopes, survives);
@@ -128,7 +119,7 @@ struct BwdSm90 {
           if (lane == 0) ptx::bulk_add_wait_read();
           __syncwarp();
         }
-        ds.store(dscores, 64 * consumer + 16 * warp, lane);
+        ds.store(dscores, warp_row, lane);
         ptx::async_proxy_fence();
         ptx::named_barrier_sync(kDsIsThere, 256);
         start_product_across(dq, ds, Sums::Layout::first_query(consumer), k, Sums::Layout::first_col(consumer));
@@ -138,7 +129,7 @@ struct BwdSm90 {
         release(rings.dout, at);
         const Sums sums(arrays.dq_sums, problem, job, walk, thread);
         if constexpr (kPiecesStaged > 0) {
-          sums.template add_staged<kPiecesStaged>(before.piece(64 * consumer + 16 * warp, 0), consumer, dq);
+          sums.template add_staged<kPiecesStaged>(before.piece(warp_row, 0), consumer, dq);
         }
         sums.template add<kPiecesStaged, kPiecesFirst>(consumer, dq);
         auto next = at;

@@ -228,8 +228,7 @@ struct BwdSm90Dbias {
     const Band band = problem.band(problem.seqlen_q, problem.seqlen_k);
     Rings& rings = shared.rings;
     const int consumer = uniform(threadIdx.x / 128 - 1);
-    unsigned thread = threadIdx.x % 128;
-    ptx::make_opaque(thread);  // else the loop reads the special register, which is slow
+    const unsigned thread = thread_of_warpgroup();
     const int warp_row = 64 * consumer + thread / 32 * 16, lane = thread % 32;
     typename Ring::Position at;
     typename RingRows::Position rows_at;

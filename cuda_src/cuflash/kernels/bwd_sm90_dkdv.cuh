@@ -29,8 +29,7 @@ struct BwdSm90DkDv {
   static_assert(kBlockN == 128 && (kBlockM == 64 || kBlockM == 128));
 
   static __device__ __forceinline__ void run(const Arrays& arrays, const BwdSm90Params& params, Options options) {
-    Shared& shared = *reinterpret_cast<Shared*>(dynamic_shared_memory());
-    Block::run(arrays, params, options, shared, 8, [&] { consume(arrays, params.bwd, options, shared); });
+    Block::run(arrays, params, options, 8, [&](Shared& shared) { consume(arrays, params.bwd, options, shared); });
   }
 
   static __device__ __forceinline__ void consume(const Arrays& arrays, const BwdParams& params, const Options& options,
@@ -38,8 +37,7 @@ struct BwdSm90DkDv {
     const Problem& problem = params.problem;
     typename Block::Rings& rings = shared.rings;
     const int consumer = uniform(threadIdx.x / 128 - 1);
-    unsigned thread = threadIdx.x % 128;
-    ptx::make_opaque(thread);  // else the loop reads the special register, which is slow
+    const unsigned thread = thread_of_warpgroup();
     const int lane = thread % 32, warp_row = 64 * consumer + thread / 32 * 16;
     const Turn<Block::kNumConsumers> turn = {consumer};
     typename Block::Jobs::Position job_at;
@@ -51,7 +49,7 @@ struct BwdSm90DkDv {
     };
 
     if (consumer == Block::kNumConsumers - 1) turn.pass_on();
-    for (Job job; (job = rings.jobs.template take<Options>(job_at, problem)).tile != Job::kNoTile;) {
+    for (Job job; rings.jobs.template take<Options>(job, job_at, problem);) {
       const Sequence& sequence = job.sequence;
       const Band band = Block::band_of(problem, job);
       const int job_key = job.tile * kBlockN, first_key = job_key + warp_row + lane / 4, first_col = lane % 4 * 2;
@@ -73,10 +71,8 @@ struct BwdSm90DkDv {
       };
 
       rings.kv.wait_full(kv_at);
-      if constexpr (Options::kPacked) {
-        Block::clear_keys(k, sequence, job_key + warp_row, warp_row);
-        Block::clear_keys(v, sequence, job_key + warp_row, warp_row);
-      }
+      Block::clear_keys(k, sequence, job_key + warp_row, warp_row);
+      Block::clear_keys(v, sequence, job_key + warp_row, warp_row);
       typename Block::Walk walk(options, problem, job, band);
       if (!walk.done()) {
         rings.q.wait_full(at);
@@ -101,11 +97,7 @@ struct BwdSm90DkDv {
           Factor weights, slopes;
           ptx::wgmma_wait<1>();
           gradients.weigh(scores, weights, slopes, all_visible, survives);
-          if constexpr (Block::kLoadsPairs) {
-            __syncwarp();
-            release(rings.pairs, pairs_at);
-            pairs_at.advance();
-          }
+          Block::release_pairs(rings, pairs_at, lane);
           ptx::wgmma_wait<0>();
           const Factor dscores = gradients.differentiate(dweights, slopes, survives);
 

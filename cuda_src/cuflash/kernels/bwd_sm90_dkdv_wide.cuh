@@ -54,8 +54,7 @@ struct BwdSm90DkDvWide {
   enum Barrier { kSlopesAreThere = 1, kSlopesAreRead };
 
   static __device__ __forceinline__ void run(const Arrays& arrays, const BwdSm90Params& params, Options options) {
-    Shared& shared = *reinterpret_cast<Shared*>(dynamic_shared_memory());
-    Block::run(arrays, params, options, shared, Options::kHasDropout ? 8 : 4, [&] {
+    Block::run(arrays, params, options, Options::kHasDropout ? 8 : 4, [&](Shared& shared) {
       if (uniform(threadIdx.x / 128) == 1) {  // known to be the same for a warp, or nothing in there would be
         consume<true>(arrays, params.bwd, options, shared);
       } else {
@@ -71,8 +70,7 @@ struct BwdSm90DkDvWide {
     const Problem& problem = params.problem;
     typename Block::Rings& rings = shared.rings;
     constexpr bool kLooksAtPairs = Block::kLoadsPairs && (kFirst || Options::kHasDropout);
-    unsigned thread = threadIdx.x % 128;
-    ptx::make_opaque(thread);  // else the loop reads the special register, which is slow
+    const unsigned thread = thread_of_warpgroup();
     const int warp_row = thread / 32 * 16, lane = thread % 32;
     typename Block::Jobs::Position job_at;
     typename Block::RingKv::Position kv_at;
@@ -81,14 +79,9 @@ struct BwdSm90DkDvWide {
     const auto release = [&](auto& ring, const auto& at) {
       if (lane == 0) ring.release(at);
     };
-    const auto release_pairs = [&] {
-      __syncwarp();
-      release(rings.pairs, pairs_at);
-      pairs_at.advance();
-    };
 
     if constexpr (!kFirst) ptx::named_barrier_arrive(kSlopesAreRead, 256);  // there are none yet
-    for (Job job; (job = rings.jobs.template take<Options>(job_at, problem)).tile != Job::kNoTile;) {
+    for (Job job; rings.jobs.template take<Options>(job, job_at, problem);) {
       const Sequence& sequence = job.sequence;
       const Band band = Block::band_of(problem, job);
       const int block_key = job.tile * kBlockN, first_key = block_key + warp_row + lane / 4, first_col = lane % 4 * 2;
@@ -108,8 +101,11 @@ struct BwdSm90DkDvWide {
         }
       };
       rings.kv.wait_full(kv_at);
-      if constexpr (Options::kPacked && kFirst) Block::clear_keys(k, sequence, block_key + warp_row, warp_row);
-      if constexpr (Options::kPacked && !kFirst) Block::clear_keys(v, sequence, block_key + warp_row, warp_row);
+      if constexpr (kFirst) {
+        Block::clear_keys(k, sequence, block_key + warp_row, warp_row);
+      } else {
+        Block::clear_keys(v, sequence, block_key + warp_row, warp_row);
+      }
       typename Block::Walk walk(options, problem, job, band);
       if (!walk.done()) {
         wait_for_scores(at);
@@ -132,7 +128,7 @@ struct BwdSm90DkDvWide {
         if constexpr (kFirst) {
           Factor weights, slopes;
           gradients.weigh(scores, weights, slopes, all_visible, survives);
-          if constexpr (kLooksAtPairs) release_pairs();
+          if constexpr (kLooksAtPairs) Block::release_pairs(rings, pairs_at, lane);
           ptx::named_barrier_sync(kSlopesAreRead, 256);
           shared.handed.store(slopes, thread);
           ptx::named_barrier_arrive(kSlopesAreThere, 256);
@@ -140,7 +136,7 @@ struct BwdSm90DkDvWide {
           rings.dout.wait_full(at);
           start_adding_across(grad, weights, shared.dout[stage]);
         } else {
-          if constexpr (kLooksAtPairs) release_pairs();
+          if constexpr (kLooksAtPairs) Block::release_pairs(rings, pairs_at, lane);
           release(rings.dout, at);
           rings.q.wait_full(at);
           ptx::named_barrier_sync(kSlopesAreThere, 256);

@@ -5,7 +5,6 @@
 #include <cuflash/attention/backward_maps.cuh>
 #include <cuflash/attention/forward_block.cuh>
 #include <cuflash/attention/register_gradient.cuh>
-#include <cuflash/common/shared_memory.cuh>
 #include <cuflash/tile/row_store.cuh>
 #include <cuflash/tile/wgmma_product.cuh>
 
@@ -42,9 +41,8 @@ struct BwdSm90Dq {
     const BwdParams& params = all.bwd;
     const typename Block::Inputs inputs = {
         {&all.maps.dout, params.dout}, {&all.maps.v, params.v}, {&all.maps.k, params.k}, {&all.maps.q, params.q}};
-    Shared& shared = *reinterpret_cast<Shared*>(dynamic_shared_memory());
-    Block::run(inputs, arrays.counter, params.problem, options, shared,
-               [&] { consume(arrays, params, options, shared); });
+    Block::run(inputs, arrays.counter, params.problem, options,
+               [&](Shared& shared) { consume(arrays, params, options, shared); });
   }
 
   static __device__ __forceinline__ void consume(const Arrays& arrays, const BwdParams& params, const Options& options,
@@ -52,8 +50,7 @@ struct BwdSm90Dq {
     const Problem& problem = params.problem;
     typename Block::Rings& rings = shared.rings;
     const int consumer = uniform(threadIdx.x / 128 - 1);
-    unsigned thread = threadIdx.x % 128;
-    ptx::make_opaque(thread);  // else the loop reads the special register, which is slow
+    const unsigned thread = thread_of_warpgroup();
     const int lane = thread % 32;
     const typename Block::Turn turn = {consumer};
     typename Block::Jobs::Position job_at;
@@ -75,7 +72,7 @@ struct BwdSm90Dq {
     };
 
     if (consumer == Block::kNumConsumers - 1) turn.pass_on();
-    for (Job job; (job = rings.jobs.template take<Options>(job_at, problem)).tile != Job::kNoTile;) {
+    for (Job job; rings.jobs.template take<Options>(job, job_at, problem);) {
       const Sequence& sequence = job.sequence;
       const Band band = problem.band(sequence.seqlen_q, sequence.seqlen_k);
       const int job_query = job.tile * kBlockM, warpgroup_query = job_query + 64 * consumer;
@@ -155,7 +152,7 @@ struct BwdSm90Dq {
                                    sequence.seqlen_q, problem.head_dim);
       const float scale[2] = {problem.softmax_scale, problem.softmax_scale};
       // 0 * NaN is NaN: where pairs are hidden, keys that others see may have spoiled all queries.
-      if (!store_rows_16<16, true>(target, dq, scale, first_query)) {
+      if (!store_vectorized_rows<16, true>(target, dq, scale, first_query)) {
         arrays.spoiled[Options::template query_tile<kBlockM>(problem, sequence, job.head, job.tile)] = 1;
       }
     }

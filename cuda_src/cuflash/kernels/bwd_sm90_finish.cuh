@@ -81,7 +81,7 @@ struct BwdSm90Finish {
       sums.x[4 * i + 3] = piece.w;
     }
     const int first_row = job.tile * kBlockM + Sums::first_query(part) + thread / 32 * 16 + thread % 32 / 4;
-    return store_rows_16<16, true>(dq, sums, scale, first_row, Sums::first_col(part));
+    return store_vectorized_rows<16, true>(dq, sums, scale, first_row, Sums::first_col(part));
   }
 
   // Of this warp.

@@ -4,7 +4,6 @@
 
 #include <cuflash/attention/forward_block.cuh>
 #include <cuflash/attention/register_softmax.cuh>
-#include <cuflash/common/shared_memory.cuh>
 #include <cuflash/tile/row_store.cuh>
 #include <cuflash/tile/wgmma_product.cuh>
 
@@ -54,9 +53,8 @@ struct FwdSm90 {
                            static_cast<const Element*>(all.v)};
     const typename Block::Inputs inputs = {
         {&all.maps.q, params.q}, {&all.maps.k, params.k}, {&all.maps.v, params.v}, {}};
-    Shared& shared = *reinterpret_cast<Shared*>(dynamic_shared_memory());
-    Block::run(inputs, arrays.counter, params.problem, options, shared,
-               [&] { consume(arrays, params, options, shared); });
+    Block::run(inputs, arrays.counter, params.problem, options,
+               [&](Shared& shared) { consume(arrays, params, options, shared); });
   }
 
   // ---- The algorithm
@@ -252,7 +250,7 @@ struct FwdSm90 {
                                 sequence.seqlen_q, problem.head_dim_v);
       ptx::wgmma_wait<Block::kOverlapsJobs ? 1 : 0>();
       release(shared.rings.v, v_at);
-      const bool finite = store_rows_16<8>(out, output, inverse, first_query);
+      const bool finite = store_vectorized_rows<8>(out, output, inverse, first_query);
       // 0 * NaN is NaN: where pairs are hidden, values that others see may have spoiled all rows.
       if (hides_pairs && __any_sync(kFullMask, !finite)) {
         __syncwarp();  // others write again what this lane wrote

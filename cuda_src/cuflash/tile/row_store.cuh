@@ -23,8 +23,8 @@ __device__ __forceinline__ void exchange(unsigned& x, unsigned& y, bool second, 
 // stores. Returns whether this lane's part of the first row is finite, or of both: one is enough where whatever spoils
 // a row spoils all (V in out, dO in dV). The matrix must be `vectorized`.
 template <int kLaneBytes, bool kLooksAtBoth = false, class Element, int kCols>
-__device__ __forceinline__ bool store_rows_16(const Matrix<Element>& out, const WarpgroupTile<kCols>& tile,
-                                              const float (&factor)[2], int first_row, int first_col = 0) {
+__device__ __forceinline__ bool store_vectorized_rows(const Matrix<Element>& out, const WarpgroupTile<kCols>& tile,
+                                                      const float (&factor)[2], int first_row, int first_col = 0) {
   static_assert(kLaneBytes == 8 || kLaneBytes == 16);
   constexpr int kWords = kLaneBytes / 4;
   const int lane = threadIdx.x % 4;
@@ -60,7 +60,7 @@ template <class Element, int kCols>
 __device__ __forceinline__ bool store_rows(const Matrix<Element>& out, const WarpgroupTile<kCols>& tile,
                                            const float (&factor)[2], int first_row, int first_col = 0) {
   if constexpr (sizeof(Element) == 2) {
-    if (out.vectorized) return store_rows_16<16>(out, tile, factor, first_row, first_col);
+    if (out.vectorized) return store_vectorized_rows<16>(out, tile, factor, first_row, first_col);
   }
   float zero = 0.0f;
 #pragma unroll

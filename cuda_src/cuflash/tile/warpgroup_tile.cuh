@@ -11,6 +11,14 @@ namespace cuflash {
 __device__ __forceinline__ constexpr int row_of_element(int i) { return i / 2 % 2; }
 __device__ __forceinline__ constexpr int col_of_element(int i) { return i / 4 * 8 + i % 2; }
 
+// The number of a thread in its warpgroup, which nobody computes anew: in loops that would read the special register,
+// which is slow.
+__device__ __forceinline__ unsigned thread_of_warpgroup() {
+  unsigned thread = threadIdx.x % 128;
+  ptx::make_opaque(thread);
+  return thread;
+}
+
 // How many elements of a row are left of a column: 2 of each 8 columns. Negative ones are as good as none.
 __device__ __forceinline__ int elements_before(int col) { return (col >> 3) * 2 + min(col & 7, 2); }
 
