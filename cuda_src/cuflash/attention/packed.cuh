@@ -20,7 +20,7 @@ struct PackedSequences {
   template <int kBlockM>
   __device__ __forceinline__ Job query_job(const Problem& problem, int index) const {
     const int num_jobs = jobs_of_head<kBlockM>(problem, problem.seqlen_q);
-    const HeadTile job(index, problem.num_heads, num_jobs, group(num_jobs));
+    const HeadTile job(index, problem.num_heads, num_jobs, HeadTile::group(num_jobs));
     const Place place = this->place<kBlockM>(problem, cu_seqlens_q, problem.seqlen_q, job.tile);
     // Under a causal mask the last queries see the most keys.
     return {sequence(problem, place.sequence), job.head, place.exists() ? place.last() - place.rank : Job::kNoTile};
@@ -34,7 +34,7 @@ struct PackedSequences {
   template <int kBlockN>
   __device__ __forceinline__ Job key_job(const Problem& problem, int index) const {
     const int num_jobs = jobs_of_head<kBlockN>(problem, problem.seqlen_k);
-    const HeadTile job(index, problem.num_heads_kv, num_jobs, group(num_jobs));
+    const HeadTile job(index, problem.num_heads_kv, num_jobs, HeadTile::group_of_keys(num_jobs, false, false));
     const Place place = this->place<kBlockN>(problem, cu_seqlens_k, problem.seqlen_k, job.tile);
     return {sequence(problem, place.sequence), job.head, place.exists() ? place.rank : Job::kNoTile};
   }
@@ -59,12 +59,6 @@ struct PackedSequences {
   template <int kBlock>
   static __device__ __forceinline__ int jobs_of_head(const Problem& problem, int total) {
     return total / kBlock + problem.batch + 1;
-  }
-
-  // Heads that go through their jobs in step: these are of all sequences, which L2 has to hold. Two heads of 128 tiles
-  // each have a job for any multiprocessor.
-  static __device__ __forceinline__ int group(int num_jobs) {
-    return num_jobs >= 128 ? 2 : num_jobs >= 64 ? 4 : HeadTile::group(num_jobs);
   }
 
   static __device__ __forceinline__ int number(const Sequence& sequence) {
