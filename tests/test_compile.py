@@ -265,7 +265,7 @@ MAY_PARK = {
     "fwd_sm80_bf16_d128x128_dropout": {80: 16, 90: 8},
     "fwd_sm80_bf16_d128x128_softcap": {90: 8},
     "fwd_sm90_bf16_d64x64_alibi": {90: 56},
-    "fwd_sm90_bf16_d64x64_bias": {90: 112},
+    "fwd_sm90_bf16_d64x64_bias": {90: 116},
     "fwd_sm90_bf16_d64x64_mod": {90: 88},
     "fwd_sm90_bf16_d64x64_softcap": {90: 8},
     "fwd_sm90_bf16_d128x128_mod": {90: 48},

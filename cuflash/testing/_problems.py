@@ -395,7 +395,12 @@ def _laid_out(values: NDArray[Any], strides: Strides, layout: Layout, xp: Any) -
 
 
 def _among_nan(values: NDArray[Any], xp: Any) -> Any:
-    """Return a contiguous array of the module `xp`, with NaN in front of it and behind it in memory."""
+    """Return a contiguous array of the module `xp`, on a GPU with NaN in front of it and behind it in memory.
+
+    In memory of the host a sanitizer knows where an array ends.
+    """
+    if xp is np:
+        return np.array(values, order="C")
     guard = 512 // values.itemsize  # so that it is aligned as memory is
     memory = np.full(guard + values.size + guard, np.nan).astype(values.dtype)
     memory[guard:-guard] = values.ravel()
