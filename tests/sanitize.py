@@ -1,7 +1,7 @@
 """A small set of calls for NVIDIA's compute-sanitizer, each checked against the reference.
 
 ``compute-sanitizer --tool memcheck --error-exitcode 1 python -m tests.sanitize``, and likewise ``racecheck``,
-``synccheck`` and ``initcheck``. CuPy's memory pool is off, and arrays are copied, so that each is an allocation whose
+``synccheck`` and ``initcheck``. CuPy's memory pool is off, and inputs are copied, so that each is an allocation whose
 ends memcheck knows.
 """
 
@@ -126,7 +126,8 @@ def main() -> None:
         dlse = {} if dlse is None else {"dlse": dlse}
         assert_gradients_accurate(dout, *inputs, dq, dk, dv, **problem.options, **gradients, **dlse)
     for packed in PACKED:
-        options, inputs, dout = packed.options_for(cupy, "expression"), copies(packed.arrays()), packed.dout(cupy)
+        options, inputs = packed.options_for(cupy, "expression"), copies(packed.arrays())
+        dout = cupy.asarray(packed.dout())
         (out, lse), vjp = cuflash.attention_varlen_vjp(*inputs, **options, return_lse=True)
         assert_attention_varlen_accurate(*inputs, out, lse, **packed.options)
         assert_gradients_varlen_accurate(dout, *inputs, *vjp(dout), **packed.options)

@@ -20,10 +20,11 @@ struct PackedSequences {
   template <int kBlockM>
   __device__ __forceinline__ Job query_job(const Problem& problem, int index) const {
     const int num_jobs = jobs_of_head<kBlockM>(problem, problem.seqlen_q);
-    const HeadTile job(index, problem.num_heads, num_jobs, HeadTile::group(num_jobs));
-    const Place place = this->place<kBlockM>(problem, cu_seqlens_q, problem.seqlen_q, job.tile);
+    const HeadTile numbered(index, problem.num_heads, num_jobs, HeadTile::group(num_jobs));
+    const Place found = place<kBlockM>(problem, cu_seqlens_q, problem.seqlen_q, numbered.tile);
     // Under a causal mask the last queries see the most keys.
-    return {sequence(problem, place.sequence), job.head, place.exists() ? place.last() - place.rank : Job::kNoTile};
+    return {sequence(problem, found.sequence), numbered.head,
+            found.exists() ? found.num_tiles - 1 - found.rank : Job::kNoTile};
   }
 
   template <int kBlockN>
@@ -34,9 +35,10 @@ struct PackedSequences {
   template <int kBlockN>
   __device__ __forceinline__ Job key_job(const Problem& problem, int index) const {
     const int num_jobs = jobs_of_head<kBlockN>(problem, problem.seqlen_k);
-    const HeadTile job(index, problem.num_heads_kv, num_jobs, HeadTile::group_of_keys(num_jobs, false, false));
-    const Place place = this->place<kBlockN>(problem, cu_seqlens_k, problem.seqlen_k, job.tile);
-    return {sequence(problem, place.sequence), job.head, place.exists() ? place.rank : Job::kNoTile};
+    const HeadTile numbered(index, problem.num_heads_kv, num_jobs, HeadTile::group_of_keys(num_jobs, false, false));
+    const Place found = place<kBlockN>(problem, cu_seqlens_k, problem.seqlen_k, numbered.tile);
+    // Under a causal mask the first keys are seen by the most queries.
+    return {sequence(problem, found.sequence), numbered.head, found.exists() ? found.rank : Job::kNoTile};
   }
 
   // The number of a tile of queries of one head among those of all; rows of padding are those of one more sequence.
@@ -65,18 +67,17 @@ struct PackedSequences {
     return sequence.batch + (sequence.padding ? 1 : 0);
   }
 
-  // A job of a head: a tile of a sequence, by the number of those that take longer.
+  // Where a job of a head is: a tile of a sequence, by how many of its tiles take longer. Beyond them there is none.
   struct Place {
     int sequence, num_tiles, rank;
 
     __device__ __forceinline__ bool exists() const { return rank < num_tiles; }
-    __device__ __forceinline__ int last() const { return num_tiles - 1; }
   };
 
   template <int kBlock>
   static __device__ __forceinline__ Place place(const Problem& problem, const int* cu_seqlens, int total, int number) {
     if (problem.batch < 32) return longest_first<kBlock>(problem, cu_seqlens, total, number);
-    // Of many sequences none is so long that others would wait for its end.
+    // More are taken one after the other: none of so many is most of the work.
     const int s = owner<kBlock>(cu_seqlens, total, problem.batch, number);
     return {s, num_tiles<kBlock>(cu_seqlens, total, problem.batch, s),
             number - first_job<kBlock>(cu_seqlens, total, s)};
@@ -91,8 +92,8 @@ struct PackedSequences {
     const bool alike = BatchedSequences::shows_all(problem);
     // How many jobs of this sequence take longer: each takes as long as all its tiles, or one less than the one before.
     const auto longer = [&](int time) { return alike ? (tiles > time ? tiles : 0) : larger(tiles - time, 0); };
-    if (ptx::warp_sum(tiles) <= number) return {0, 0, 0};
-    int time = 0;
+    if (ptx::warp_sum(tiles) <= number) return {0, 0, 0};  // there is none
+    int time = 0;  // of the job: the least that no more than `number` jobs exceed
     for (int step = 1 << (31 - __clz(ptx::warp_max(tiles))); step > 0; step /= 2) {
       if (ptx::warp_sum(longer(time + step - 1)) > number) time += step;
     }

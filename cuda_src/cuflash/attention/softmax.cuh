@@ -15,7 +15,7 @@ __device__ __forceinline__ float softmax_weight(float score, float shift, float 
 // rounding, since a base takes part as it is.
 template <bool kLog2 = false>
 struct OnlineSoftmax {
-  static constexpr float kUnit = kLog2 ? kLog2e : 1.0f;  // of scores
+  static constexpr float kUnit = kLog2 ? kLog2e : 1.0f, kNatural = kLog2 ? kLn2 : 1.0f;  // to scores, and back
 
   // A base that is too small by up to this costs no accuracy, and earlier results are seldom rescaled.
   static constexpr float kSlack = 5.5f * kUnit;
@@ -35,7 +35,7 @@ struct OnlineSoftmax {
 
   // What to subtract from scores: finite as long as no score was seen, so that hidden scores get weight 0, not NaN.
   __device__ __forceinline__ float shift() const { return base == -infinity() ? 0.0f : base; }
-  __device__ __forceinline__ float natural_shift() const { return shift() * (kLog2 ? kLn2 : 1.0f); }
+  __device__ __forceinline__ float natural_shift() const { return shift() * kNatural; }
 
   // Lets one more logit into the sum, a natural one, which gives no value; returns the factor for what was summed up
   // before.
@@ -48,7 +48,7 @@ struct OnlineSoftmax {
   // The natural log of the sum of exponentials.
   __device__ __forceinline__ float lse(float sum) const {
     if (sum == 0.0f) return -infinity();
-    return fmaf(base, kLog2 ? kLn2 : 1.0f, kLn2 * log2f(sum));
+    return fmaf(base, kNatural, kLn2 * log2f(sum));
   }
 
  private:
