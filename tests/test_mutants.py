@@ -135,6 +135,7 @@ MASKED_NAN_IN_V = Problem(70, 200, poisoned=("v", 181), masked=True)
 
 VARIANT = AttentionProblem(q=(2, 70, 64), k=(1, 200, 64), v=(1, 200, 64), dtype="float16")
 FLOAT32 = replace(VARIANT, dtype="float32")
+SHORT_FLOAT32 = replace(FLOAT32, q=(2, 70, 8), k=(1, 200, 8), v=(1, 200, 8))
 SOFTCAP = replace(VARIANT, softcap=0.5)
 ALIBI = replace(VARIANT, alibi="heads")
 BIAS = replace(VARIANT, bias=PairArray((70, 200)))
@@ -1096,6 +1097,24 @@ MUTANTS += [
         "low[i] = __float_as_uint(value - __uint_as_float(high[i]));",
         "low[i] = 0u;",
         FLOAT32,
+        "forward",
+    ),
+    sm80(
+        "the last third of a float is lost",
+        "forward",
+        "tile/mma_factor.cuh",
+        "low[i] = upper_halves(lows);",
+        "low[i] = 0u;",
+        SHORT_FLOAT32,
+        "forward",
+    ),
+    sm80(
+        "products of high parts of keys with middle ones of queries are lost",
+        "forward",
+        "tile/mma_factor.cuh",
+        "middle_and_high[4] = {a.middle[0], a.middle[1]",
+        "middle_and_high[4] = {0u, 0u",
+        SHORT_FLOAT32,
         "forward",
     ),
     sm80(

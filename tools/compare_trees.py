@@ -64,6 +64,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seqlen", nargs="+", type=int, default=[4096])
     parser.add_argument("--mask", nargs="+", choices=("full", "causal"), default=["full"])
     parser.add_argument("--variant", nargs="+", default=["plain"], help="names of `cuflash bench --sweep variants`")
+    parser.add_argument("--dtype", choices=("float16", "bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--kernel", default="auto")
     parser.add_argument("--cpu", action="store_true", help="the NumPy backend, in float32")
     parser.add_argument("--compile", action="store_true", help=argparse.SUPPRESS)  # for a process that only compiles
@@ -82,7 +83,7 @@ def each_cell(options: argparse.Namespace, tree: Tree) -> Iterator[tuple[str, An
         if name == "plain":
             variant = replace(variant, causal=mask == "causal")
         if op in variant.ops:
-            yield op, variant.cells(sizes, "float32" if options.cpu else "bfloat16")[0], name
+            yield op, variant.cells(sizes, "float32" if options.cpu else options.dtype)[0], name
 
 
 def compile_ahead(options: argparse.Namespace) -> None:
@@ -93,8 +94,8 @@ def compile_ahead(options: argparse.Namespace) -> None:
     def run(case: tuple[Any, ...]) -> None:
         tree, *values = case
         chosen = [str(x) for pair in zip(names, values, strict=True) for x in pair]
-        command = [sys.executable, __file__, str(tree), *chosen, "--kernel", options.kernel, "--compile"]
-        subprocess.run(command, capture_output=True, check=False)  # what fails here says so later
+        command = [sys.executable, __file__, str(tree), *chosen, "--dtype", options.dtype, "--kernel", options.kernel]
+        subprocess.run([*command, "--compile"], capture_output=True, check=False)  # what fails here says so later
 
     with ThreadPoolExecutor(16) as pool:
         list(pool.map(run, axes))

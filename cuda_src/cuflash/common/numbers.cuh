@@ -19,6 +19,11 @@ struct Float32 {
   using Element = float;
 };
 
+// Each product as eight bfloat16 products of high, middle and low parts: float32 accuracy for a lone product too.
+struct FullFloat32 {
+  using Element = float;
+};
+
 // One TF32 product: 10 bits of mantissa go in, float32 comes out.
 struct TFloat32 {
   using Element = float;

@@ -114,16 +114,16 @@ struct AcrossReader<Tile, Start, 4> {
   }
 };
 
-// How many steps of products a loop should have at once. Factors in two parts fill the registers: of products along B
+// How many steps of products a loop should have at once. Factors in parts fill the registers: of products along B
 // as many as make 8 independent sums of 16 x 8, which keep tensor cores busy, across it as many as have 128 columns.
 // Others have enough registers for `all`.
 template <class Number>
 __host__ __device__ constexpr int unroll_along(int tiles, int cols, int all) {
-  return kMmaParts<Number> == 2 ? larger(1, 64 / (tiles * cols)) : all;
+  return kMmaParts<Number> > 1 ? larger(1, 64 / (tiles * cols)) : all;
 }
 template <class Number>
 __host__ __device__ constexpr int unroll_across(int cols, int all) {
-  return kMmaParts<Number> == 2 ? larger(1, 128 / cols) : all;
+  return kMmaParts<Number> > 1 ? larger(1, 128 / cols) : all;
 }
 
 // sums[m] += A[m] B over kDepth: first_factor(x, m, k) loads 16 rows of A, second_factor(x, k, n) 16 columns of B. The
@@ -138,13 +138,13 @@ __device__ __forceinline__ void add_product(WarpgroupTile<kCols> (&sums)[kTilesM
 #pragma unroll
     for (int m = 0; m < kTilesM; ++m) {
       first_factor(factor[m].x, m, k);
-      factor[m].convert();
+      factor[m].template convert<false>();
     }
 #pragma unroll
     for (int n = 0; n < kCols; n += 16) {
       MmaFactor<Number> other;
       second_factor(other.x, k, n);
-      other.convert();
+      other.template convert<true>();
 #pragma unroll
       for (int m = 0; m < kTilesM; ++m) multiply_add(sums[m].x + n / 2, factor[m], other);
     }
