@@ -90,6 +90,11 @@ def _struct(**fields: Any) -> np.dtype[Any]:
     return np.dtype(list(fields.items()), align=True)
 
 
+def _is_exact(problem: Problem) -> bool:
+    """Whether both passes must round scores alike: in float32 weights are no better than their difference."""
+    return problem.dtype == "float32"
+
+
 def _softcap(problem: Problem, operands: Mapping[str, Operand]) -> Feature | None:
     if problem.softcap is None:
         return None
@@ -112,7 +117,7 @@ def _softcap(problem: Problem, operands: Mapping[str, Operand]) -> Feature | Non
             "reciprocal": reciprocal,
         },
         arrays=lambda extras, pointer: {},
-        flags=("kChangesScores", "kBendsScores", "kHasShortWays"),
+        flags=("kChangesScores", "kBendsScores") + (() if _is_exact(problem) else ("kHasShortWays",)),
     )
 
 
@@ -197,7 +202,7 @@ def _alibi(problem: Problem, operands: Mapping[str, Operand]) -> Feature | None:
             "inverse_scale": 1 / problem.softmax_scale if near else 0,
         },
         arrays=lambda extras, pointer: {"slopes": pointer(extras["alibi_slopes"])},
-        flags=("kChangesScores", "kHasPenalties") if alone and near else ("kChangesScores",),
+        flags=("kChangesScores", "kHasPenalties") if alone and near and not _is_exact(problem) else ("kChangesScores",),
         methods={
             "enter": "alibi.enter(sequence, head);",
             "score": "score = score + alibi.bias(query, key);",

@@ -80,6 +80,13 @@ def test_gradients_of_empty_arrays_are_zero(ring: Ring, q: tuple[int, ...], kv: 
             assert (ring.numpy(gradient) == 0).all()
 
 
+@pytest.mark.parametrize("options", [{}, {"alibi": "heads"}, {"softcap": 30.0, "scale": 8.0}], ids=str)
+def test_the_weight_of_a_lone_key_is_one(ring: Ring, options: Any) -> None:
+    """So the gradient of the value is the sum of dout, however large scores are: both passes round them alike."""
+    for seed in range(6):
+        ring.check_backward(AttentionProblem((1, 63, 8), (1, 1, 8), (1, 1, 8), "float32", seed=seed, **options))
+
+
 def test_rows_that_see_no_key_have_no_gradient(ring: Ring) -> None:
     for dtype in ring.dtypes:
         problem = AttentionProblem((2, 100, 8), (2, 30, 8), (2, 30, 8), dtype, causal=True)

@@ -85,8 +85,8 @@ __device__ __forceinline__ void multiply_add(float* sum, const MmaFactor<Float32
   for (int i = 0; i < 8; ++i) sum[i] += product[i];
 }
 
-// The sum of three bfloat16 numbers, each 8 of 24 bits: cut off, so that the parts have the same sign. The low part takes
-// NaN and infinity: there no finite number of the other factor meets them twice.
+// The sum of three bfloat16 numbers, each 8 of 24 bits: cut off, so that the parts have the same sign. The low part
+// takes NaN and infinity: there no finite number of the other factor meets them twice.
 template <>
 struct MmaFactor<FullFloat32> {
   unsigned x[4];
