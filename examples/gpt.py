@@ -1,6 +1,6 @@
 """Train a small GPT to write constitutions, with ``cuflash.attention_vjp`` (see transformer.py).
 
-    python examples/gpt.py            # a minute on a CPU; on a GPU a larger model, with attention in bfloat16
+    python examples/gpt.py            # a minute or two on a CPU; on a GPU a larger model, with attention in bfloat16
     python examples/gpt.py --quick    # seconds
 
 The model reads the founding documents of the United States and guesses each letter from those before it. Every tenth
