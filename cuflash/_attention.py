@@ -284,9 +284,9 @@ def attention_backward(
     return_dbias, return_dsinks : bool
         Whether to return the gradients of ``bias`` and of ``sinks`` too.
     deterministic : bool
-        Whether the result must be bitwise the same in every run. If not, "sm90" up to 128 columns and "sm80" add up
-        ``dq`` in float32 in whatever order their blocks come, which is mostly faster; other results are the same bits
-        in any case.
+        Whether the result must be bitwise the same in every run. If not, "sm90" up to 128 columns and "sm80" for
+        float16 and bfloat16 add up ``dq`` in float32 in whatever order their blocks come, which is mostly faster;
+        other results are the same bits in any case.
 
     Returns
     -------
@@ -309,7 +309,7 @@ def attention_backward(
     broadcast along the batch its gradient for the whole batch, in its own dtype and in float32. "sm90" takes the
     float32 sums of ``dq`` too, with 64 or 128 columns and in whole tiles of up to 128 rows, and 4 bytes for 128 keys of
     a head; beyond 128 columns, and with ``deterministic``, no sums, but 4 bytes for 128 queries of a head, and for its
-    128 keys, or 64. "sm80" takes such sums, but with ``deterministic`` none.
+    128 keys, or 64. "sm80" takes such sums, but with ``deterministic``, and in float32, none.
 
     References
     ----------

@@ -570,7 +570,7 @@ class TestBench:
     def test_without_matplotlib_there_are_numbers_and_a_hint(self, tiny, tmp_path, monkeypatch, capsys):
         monkeypatch.setitem(sys.modules, "matplotlib", None)
         assert main(["bench", "--cpu", "--op", "forward", "--out", str(tmp_path)]) == 0
-        assert 'Try: pip install "cuflash[bench]"' in capsys.readouterr().out
+        assert 'Try: pip install ".[bench]"' in capsys.readouterr().out
 
     def test_on_a_terminal_without_rich(self, tiny, monkeypatch, capsys):
         monkeypatch.setattr(console.sys.stdout, "isatty", lambda: True, raising=False)
@@ -1003,7 +1003,7 @@ class TestInfo:
         )
         assert child.returncode == 0, child.stderr
         assert child.stderr == ""
-        assert 'try: pip install "cuflash[cuda1' in child.stdout
+        assert 'try: pip install ".[cuda1' in child.stdout
         assert "it needs what is missing above" in child.stdout
 
     def test_the_module_runs(self):

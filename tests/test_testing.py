@@ -184,6 +184,9 @@ def test_the_reference_of_packed_sequences_is_a_loop() -> None:
             "score_mod is the CUDA expression .*; give a Python",
         ),
         ({"dropout_p": 0.5}, ValueError, "dropout_p is 0.5 and seed is None"),
+        ({"causal": "top_left"}, ValueError, "causal: got 'top_left'"),
+        ({"window_size": (-1, -1)}, ValueError, "window_size: got"),
+        ({"layout": "BSHD"}, ValueError, "layout: got 'BSHD'"),
     ],
 )
 def test_wrong_options_are_refused(options: dict[str, Any], error: type[Exception], message: str) -> None:
@@ -385,6 +388,16 @@ def test_the_strategy_draws_every_kind_of_problem(condition: Any) -> None:
         condition,
         settings=DRAW_MANY,
     )
+
+
+@pytest.mark.parametrize("strategy", [attention_problems, packed_problems])
+def test_a_variant_that_no_problem_would_have_is_refused(strategy: Any) -> None:
+    @settings(derandomize=True, database=None)
+    @given(strategy(variants=["alibi", "alibi_slopes"]))
+    def check(problem: Any) -> None: ...
+
+    with pytest.raises(ValueError, match=r"variants: got 'alibi_slopes'; allowed are .*'alibi'"):
+        check()
 
 
 def test_the_strategy_keeps_to_its_restrictions() -> None:

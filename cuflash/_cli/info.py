@@ -114,10 +114,10 @@ def _no_driver() -> Facts:
 
 
 def _pip_command() -> str:
-    """The extra that fits the driver; the one for CUDA 12 runs with newer drivers too."""
+    """For a clone, as README has it: the extra that fits the driver; that for CUDA 12 runs with newer ones too."""
     driver = find_driver()
     major = "13" if driver and int(driver.cuda.partition(".")[0]) >= 13 else "12"
-    return f'pip install "cuflash[cuda{major}x]"'
+    return f'pip install ".[cuda{major}x]" in a clone of cuflash'
 
 
 def _ml_dtypes() -> str:

@@ -51,6 +51,6 @@ def cuda_include_directories(cuda_major: int) -> tuple[Path, ...]:
     wheels = _WHEELS.get(cuda_major, _WHEELS[13])
     raise RuntimeError(
         f"cuflash: the CUDA {cuda_major} headers {', '.join(NEEDED)} were not found. Install them with "
-        f"`pip install {' '.join(wheels)}` (or `pip install cuflash[cuda{cuda_major}x]`), "
+        f"`pip install {' '.join(wheels)}` (in a clone of cuflash: `pip install '.[cuda{cuda_major}x]'`), "
         f"or set CUDA_PATH to a CUDA toolkit."
     )

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .. import _checks
 from .._problem import Causal, Layout, WindowSize
 
 Array = NDArray[Any]
@@ -43,6 +44,9 @@ class Options:
     first_batch: int = 0
 
     def __post_init__(self) -> None:
+        _checks.causal(self.causal)
+        _checks.window_size(self.window_size)
+        _checks.layout(self.layout)
         for name in ("score_mod", "mask_mod"):
             mod = getattr(self, name)
             if isinstance(mod, str):

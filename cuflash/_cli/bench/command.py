@@ -135,7 +135,7 @@ def measure(machine: Machine, steps: list[Step], path: Path | None, budget: floa
         try:
             drawn = plots.draw(results, path.with_suffix(""))
         except ImportError as error:
-            print(f'No plots: {describe(error)}. Try: pip install "cuflash[bench]"')
+            print(f'No plots: {describe(error)}. Try: pip install ".[bench]" in a clone of cuflash')
         else:
             print("\n".join(f"Plot:    {file}" for file in drawn))
     return failed
