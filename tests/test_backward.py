@@ -87,6 +87,14 @@ def test_the_weight_of_a_lone_key_is_one(ring: Ring, options: Any) -> None:
         ring.check_backward(AttentionProblem((1, 63, 8), (1, 1, 8), (1, 1, 8), "float32", seed=seed, **options))
 
 
+@pytest.mark.parametrize("head_dim", [8, 64])
+def test_weights_of_float32_add_up_to_one_however_large_scores_are(ring: Ring, head_dim: int) -> None:
+    """The lse that the backward takes is of scores that it computes itself: it must not have been rounded once more."""
+    for scale in (30.0, 1e3, 1e4):
+        shape = (1, 64, head_dim)
+        ring.check_backward(AttentionProblem(shape, shape, shape, "float32", scale=scale))
+
+
 def test_rows_that_see_no_key_have_no_gradient(ring: Ring) -> None:
     for dtype in ring.dtypes:
         problem = AttentionProblem((2, 100, 8), (2, 30, 8), (2, 30, 8), dtype, causal=True)

@@ -198,6 +198,24 @@ def test_bias_of_minus_infinity_hides(ring: Ring) -> None:
     ring.check_backward(problem)
 
 
+@pytest.mark.parametrize("value", [-1e9, -1e30, float(np.finfo(np.float32).min)])
+def test_rows_that_a_large_number_hides_are_means(ring: Ring, value: float) -> None:
+    """A mask that is added, as many write it: of a row that sees nothing all scores are that number."""
+    for dtype in set(ring.dtypes) & {"float16", "bfloat16", "float32"}:
+        problem = dataclasses.replace(GROUPED, dtype=dtype)
+        arrays = problem.arrays()
+        bias = np.zeros((40, 70), np.float32)
+        bias[3] = bias[7] = bias[5, :69] = value
+        q, k, v = map(ring.asarray, arrays)
+        out, lse = ring.attention(q, k, v, return_lse=True, bias=ring.asarray(bias))
+        assert_attention_accurate(*arrays, out, lse, bias=bias)
+        dout = ring.asarray(problem.dout())
+        gradients = ring.attention_backward(dout, q, k, v, out, lse, bias=ring.asarray(bias))
+        if value > -2e38:  # beyond, the kernels of wgmma have none in such a row
+            assert_gradients_accurate(dout, *arrays, *gradients, bias=bias)
+        assert all(np.isfinite(ring.numpy(x)).all() for x in gradients)
+
+
 @pytest.mark.parametrize("shape", [PAIRS, (40, 70), (2, 1, 1, 70), (4, 40, 1)])
 @pytest.mark.parametrize("hidden", [0.3, 1.0])
 def test_mask_of_every_shape(ring: Ring, shape: tuple[int, ...], hidden: float) -> None:
