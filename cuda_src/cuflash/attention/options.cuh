@@ -95,6 +95,11 @@ struct PlainOptions : BatchedSequences {
   __device__ __forceinline__ float survivor_factor() const { return 1.0f; }
 };
 
+// Whether scores may be of any size, as with a bias of -1e30 for what is hidden: of those log2(e) times a score must be
+// rounded before a base is subtracted, or what is left is the rounding of the base.
+template <class Options>
+constexpr bool kScoresOfAnySize = Options::kChangesScores && !Options::kHasPenalties && !Options::kLeavesFactor;
+
 // The pairs of one sequence and head: which see each other, and what becomes of their scores. Positions may lie beyond
 // the ends of the sequence, where options must not look. A key is an int or a Neighbour.
 template <class Options, Size kSize = Size::kAny>

@@ -55,7 +55,7 @@ struct GradientTile {
 #pragma unroll
       for (int i = 0; i < Tile::kNumElements; ++i) {
         const Dual score = pairs.score(scores.x[i], query(i), key(i));
-        scores.x[i] = exp2f(fmaf(score.value, kLog2e, -lse_of(i))) * score.slope;
+        scores.x[i] = exp2f(__fmul_rn(score.value, kLog2e) - lse_of(i)) * score.slope;
       }
     });
   }

@@ -133,9 +133,14 @@ struct TileOfPairs {
   }
 };
 
-// The two rows of which a lane holds a part. Their softmax is in powers of two.
+// The two rows of which a lane holds a part. Their softmax is in powers of two if scores are of 16 bits, and not of any
+// size: else a base has to be a score to the last bit.
+template <class Element, class Options>
 struct RowPair {
-  OnlineSoftmax<true> softmax[2];
+  static constexpr bool kLog2 = sizeof(Element) == 2 && !kScoresOfAnySize<Options>;
+  using Softmax = OnlineSoftmax<kLog2>;
+
+  Softmax softmax[2];
   float sum[2] = {0.0f, 0.0f};  // of this lane's part
 
   // Lets the bases follow the scores of the warp. Where they must, `factor` is what earlier sums must be multiplied by.
@@ -143,7 +148,7 @@ struct RowPair {
   template <class Scores, bool kIsBounded>
   __device__ __forceinline__ bool follow(const Scores& scores, const RestOfScores<kIsBounded>& rest,
                                          float (&factor)[2]) {
-    if (kIsBounded && !exceeded_by(rest.bound * kLog2e, rest.bound * kLog2e)) return false;
+    if (kIsBounded && !exceeded_by(rest.bound * Softmax::kUnit, rest.bound * Softmax::kUnit)) return false;
     float largest[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
@@ -152,7 +157,7 @@ struct RowPair {
       for (int i = 0; i < Scores::kNumElements; ++i) {
         if (row_of_element(i) == r) maxima[i % 2] = fmaxf(maxima[i % 2], scores.x[i]);
       }
-      largest[r] = fmaf(fmaxf(maxima[0], maxima[1]), rest.scale * kLog2e, -rest.penalty * kLog2e);
+      largest[r] = fmaf(fmaxf(maxima[0], maxima[1]), rest.scale * Softmax::kUnit, -rest.penalty * Softmax::kUnit);
     }
     if (!exceeded_by(largest[0], largest[1])) return false;
 #pragma unroll
@@ -169,11 +174,12 @@ struct RowPair {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       float sums[2] = {0.0f, 0.0f};  // two chains, as above
-      const float shift = -softmax[r].shift() - rest.penalty * kLog2e;
+      const float shift = softmax[r].shift(), offset = -shift - rest.penalty * kLog2e;
 #pragma unroll
       for (int i = 0; i < Scores::kNumElements; ++i) {
         if (row_of_element(i) != r) continue;
-        scores.x[i] = exp2f(fmaf(scores.x[i], rest.scale * kLog2e, shift));
+        scores.x[i] = kLog2 ? exp2f(fmaf(scores.x[i], rest.scale * kLog2e, offset))
+                            : softmax_weight(rounded(scores.x[i], rest.scale), shift);
         sums[i % 2] += scores.x[i];
       }
       sum[r] += sums[0] + sums[1];
@@ -186,6 +192,11 @@ struct RowPair {
   }
 
  private:
+  // A score as it is, not fused with a difference, which then would not be 0 where it is the base.
+  static __device__ __forceinline__ float rounded(float x, float scale) {
+    return Options::kChangesScores ? x : __fmul_rn(x, scale);
+  }
+
   __device__ __forceinline__ bool exceeded_by(float score_0, float score_1) const {
     return __any_sync(kFullMask, softmax[0].exceeded_by(score_0) || softmax[1].exceeded_by(score_1));
   }

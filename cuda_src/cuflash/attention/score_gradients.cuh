@@ -132,7 +132,9 @@ struct ScoreGradients {
         const float x = scores.x[i + j], shift = rows.lse_log2[col(i + j)];
         if constexpr (Options::kChangesScores) {
           const Dual score = pairs.score_over_factor(x, query(i + j), key(i + j));
-          weight[j] = exp2f(fmaf(score.value, pairs.factor() * kLog2e, -shift));
+          const float factor = pairs.factor() * kLog2e;
+          weight[j] = exp2f(kScoresOfAnySize<Options> ? __fmul_rn(score.value, factor) - shift
+                                                      : fmaf(score.value, factor, -shift));
           slope[j] = score.slope;
         } else {
           weight[j] = exp2f(fmaf(x, pairs.scale * kLog2e, -shift));

@@ -74,7 +74,7 @@ struct BwdDelta {
         if (lane != 0 || row(i) >= end) continue;
         *delta.at(row(i), 0) = arrays.dlse == nullptr ? sums[i] : sums[i] - *dlse.at(row(i), 0);
         if (arrays.lse_log2 == nullptr) continue;
-        *lse_log2.at(row(i), 0) = RowStatistics::lse_of_value(*lse.at(row(i), 0)) * kLog2e;
+        *lse_log2.at(row(i), 0) = RowStatistics::lse_of_value(*lse.at(row(i), 0) * kLog2e);
       }
     }
   }

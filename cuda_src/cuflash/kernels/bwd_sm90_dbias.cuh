@@ -290,7 +290,7 @@ struct BwdSm90Dbias {
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
           const int row = warp_row + lane / 4 + 8 * r;
-          lse[r] = RowStatistics::lse_of_value(shared.rows[rows_at.stage()].lse[row]) * kLog2e;
+          lse[r] = RowStatistics::lse_of_value(shared.rows[rows_at.stage()].lse[row] * kLog2e);
           delta[r] = shared.rows[rows_at.stage()].delta[row];
         }
         __syncwarp();

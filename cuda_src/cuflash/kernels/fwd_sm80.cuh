@@ -140,7 +140,7 @@ struct FwdSm80 {
     Scores scores[kTilesM];
     Weights weights[kTilesM];
     Output output[kTilesM];
-    RowPair rows[kTilesM];
+    RowPair<Element, Options> rows[kTilesM];
 #pragma unroll
     for (int m = 0; m < kTilesM; ++m) output[m].clear();
 

@@ -107,7 +107,7 @@ struct FwdSm90 {
       here.enter(sequence, job.head);
       const Pairs<Options> pairs = {here, band, problem.softmax_scale};
 
-      RowPair rows;
+      RowPair<Element, Options> rows;
       float factor[2];
       bool rescales;
       int block = uniform(blocks.end - 1);

@@ -86,22 +86,23 @@ __device__ __forceinline__ void multiply_add(float* sum, const MmaFactor<Float32
 }
 
 // The sum of three bfloat16 numbers, each 8 of 24 bits: cut off, so that the parts have the same sign. The low part
-// takes NaN and infinity: there no finite number of the other factor meets them twice.
+// takes NaN and infinity; what meets a second part, which may be 0, is `finite_low`.
 template <>
 struct MmaFactor<FullFloat32> {
   unsigned x[4];
-  unsigned high[2], middle[2], low[2];  // of rows of A, or columns of B, 8 apart: a word has two depths, 4 apart
+  // Of rows of A, or columns of B, 8 apart: a word has two depths, 4 apart.
+  unsigned high[2], middle[2], low[2], finite_low[2];
 
   template <bool kIsB>
   __device__ __forceinline__ void convert() {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const unsigned pair[2] = {x[kIsB ? 2 * i : i], x[kIsB ? 2 * i + 1 : i + 2]};
-      unsigned highs[2], middles[2], lows[2];
+      unsigned highs[2], middles[2], lows[2], masks[2];
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
         const float value = __uint_as_float(pair[j]);
-        const unsigned mask = fabsf(value) < infinity() ? 0xffff0000u : 0u;
+        const unsigned mask = masks[j] = fabsf(value) < infinity() ? 0xffff0000u : 0u;
         highs[j] = pair[j] & mask;
         const float rest = value - __uint_as_float(highs[j]);
         middles[j] = __float_as_uint(rest) & mask;
@@ -110,6 +111,7 @@ struct MmaFactor<FullFloat32> {
       high[i] = upper_halves(highs);
       middle[i] = upper_halves(middles);
       low[i] = upper_halves(lows);
+      finite_low[i] = low[i] & upper_halves(masks);
     }
   }
 
@@ -122,14 +124,14 @@ struct MmaFactor<FullFloat32> {
 // Of the nine products of parts, each 8 deep, eight count: a product 16 deep computes two. As above, small ones first.
 __device__ __forceinline__ void multiply_add(float* sum, const MmaFactor<FullFloat32>& a,
                                              const MmaFactor<FullFloat32>& b) {
-  const unsigned low_twice[4] = {a.low[0], a.low[1], a.low[0], a.low[1]};
+  const unsigned lows[4] = {a.low[0], a.low[1], a.finite_low[0], a.finite_low[1]};
   const unsigned high_and_middle[4] = {a.high[0], a.high[1], a.middle[0], a.middle[1]};
   const unsigned middle_and_high[4] = {a.middle[0], a.middle[1], a.high[0], a.high[1]};
   float product[8] = {};
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    ptx::mma<__nv_bfloat16>(product + 4 * half, high_and_middle, b.low[half], b.low[half]);
-    ptx::mma<__nv_bfloat16>(product + 4 * half, low_twice, b.high[half], b.middle[half]);
+    ptx::mma<__nv_bfloat16>(product + 4 * half, high_and_middle, b.low[half], b.finite_low[half]);
+    ptx::mma<__nv_bfloat16>(product + 4 * half, lows, b.high[half], b.middle[half]);
     ptx::mma<__nv_bfloat16>(product + 4 * half, middle_and_high, b.high[half], b.middle[half]);
     ptx::mma<__nv_bfloat16>(product + 4 * half, high_and_middle, b.high[half], b.middle[half]);
   }
