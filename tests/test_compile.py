@@ -263,6 +263,8 @@ MAY_PARK = {
     "bwd_wmma_dq_bf16_d128x128_mask": {80: 64},
     "bwd_wmma_dq_bf16_d128x128_mod": {100: 64},
     "fwd_sm80_bf16_d128x128_dropout": {80: 16, 90: 8, 100: 16},
+    "fwd_sm80_bf16_d128x128_mod": {90: 8},
+    "fwd_sm80_bf16_d128x128_mod_block_mask": {90: 120},
     "fwd_sm80_bf16_d128x128_softcap": {90: 8},
     "fwd_sm90_bf16_d64x64_alibi": {90: 56},
     "fwd_sm90_bf16_d64x64_bias": {90: 116},
