@@ -90,9 +90,10 @@ def test_the_weight_of_a_lone_key_is_one(ring: Ring, options: Any) -> None:
 @pytest.mark.parametrize("head_dim", [8, 64])
 def test_weights_of_float32_add_up_to_one_however_large_scores_are(ring: Ring, head_dim: int) -> None:
     """The lse that the backward takes is of scores that it computes itself: it must not have been rounded once more."""
-    largest = 1e3 if ring.kernel == "wmma" else 1e4  # its products of parts lack the last bits
-    for scale in (30.0, 1e3, largest):
-        shape = (1, 64, head_dim)
+    shape = (1, 64, head_dim)
+    for scale in (30.0, 1e3, 1e4):
+        if ring.kernel == "wmma" and scale > 1e3:
+            continue  # products of its parts lack the last bits (README, what does not work yet)
         ring.check_backward(AttentionProblem(shape, shape, shape, "float32", scale=scale))
 
 

@@ -211,7 +211,8 @@ def test_rows_that_a_large_number_hides_are_means(ring: Ring, value: float) -> N
         assert_attention_accurate(*arrays, out, lse, bias=bias)
         dout = ring.asarray(problem.dout())
         gradients = ring.attention_backward(dout, q, k, v, out, lse, bias=ring.asarray(bias))
-        if value > -2e38:  # beyond, the kernels of wgmma have none in such a row
+        may_be_wgmma = ring.name == "gpu" and ring.kernel == "auto" and dtype != "float32"
+        if value > -2e38 or not may_be_wgmma:  # whose lse in powers of two would be -inf, as that of a row without keys
             assert_gradients_accurate(dout, *arrays, *gradients, bias=bias)
         assert all(np.isfinite(ring.numpy(x)).all() for x in gradients)
 
