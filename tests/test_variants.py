@@ -217,6 +217,23 @@ def test_rows_that_a_large_number_hides_are_means(ring: Ring, value: float) -> N
         assert all(np.isfinite(ring.numpy(x)).all() for x in gradients)
 
 
+@pytest.mark.parametrize("exponent", [4, 16, 22, 25, 26, 27, 30, 100])
+def test_what_a_bias_adds_to_a_whole_row_changes_nothing(ring: Ring, exponent: int) -> None:
+    """Scores of any size, in steps of what float32 tells apart, growing or falling from key to key, or in any order."""
+    for dtype in set(ring.dtypes) & {"float16", "bfloat16", "float32"}:
+        problem = AttentionProblem((2, 4, 40, 32), (2, 2, 300, 32), (2, 2, 300, 17), dtype)
+        q, k, v = problem.arrays()
+        q[:] = 0
+        step = max(1.0, 2.0 ** (exponent - 23))
+        steps = np.sort(np.random.default_rng(exponent).integers(0, 12, (40, 300)))
+        steps[::3] = np.random.default_rng(0).permuted(steps[::3], axis=1)
+        steps[1::3] = steps[1::3, ::-1]
+        sign = np.where(np.arange(40) % 2 == 0, 1, -1)[:, None]
+        bias = (sign * 2.0**exponent + steps * step).astype(np.float32)
+        out, lse = ring.attention(*map(ring.asarray, (q, k, v)), return_lse=True, bias=ring.asarray(bias))
+        assert_attention_accurate(q, k, v, out, lse, bias=bias)
+
+
 @pytest.mark.parametrize("shape", [PAIRS, (40, 70), (2, 1, 1, 70), (4, 40, 1)])
 @pytest.mark.parametrize("hidden", [0.3, 1.0])
 def test_mask_of_every_shape(ring: Ring, shape: tuple[int, ...], hidden: float) -> None:

@@ -4,7 +4,7 @@
 #pragma once
 
 #include <cuflash/attention/options.cuh>
-#include <cuflash/attention/softmax.cuh>
+#include <cuflash/attention/register_softmax.cuh>
 #include <cuflash/attention/survivors.cuh>
 
 namespace cuflash {
@@ -12,6 +12,8 @@ namespace cuflash {
 // What a warp needs to know of its head.
 template <class Element, class Options, class Result = Element>
 struct CarefulHead {
+  using Softmax = RowSoftmax<Element, Options>;
+
   // What a warp needs for the pairs of one row.
   struct alignas(16) Memory {
     unsigned char pairs[larger(Options::template kTileBytes<1, 32>, 16)];
@@ -25,9 +27,9 @@ struct CarefulHead {
   float scale;
   Memory& memory;  // of this warp
 
-  // Writes out[row], whose weights are e^(score - shift) * inverse.
+  // Writes out[row], whose weights are multiplied by inverse.
   template <int kHeadDimV>
-  __device__ __forceinline__ void write_row(int row, float shift, float inverse) const {
+  __device__ __forceinline__ void write_row(int row, Softmax softmax, float inverse) const {
     const int lane = threadIdx.x % 32;
     float sum[kHeadDimV / 32] = {};
     const Range in_band = band.keys_of({row, row + 1});
@@ -50,7 +52,7 @@ struct CarefulHead {
 #pragma unroll 1
         for (int col = 0; col < q.cols; ++col) product += to_float(*q.at(row, col)) * to_float(*k.at(key, col));
         // Rounded as for the tensor cores.
-        weight = to_float(from_float<Element>(softmax_weight(pairs.score(product, row, key).value, shift)));
+        weight = to_float(from_float<Element>(softmax.weight(pairs.score(product, row, key).value * Softmax::kUnit)));
       }
       if (!survives(here, row, key)) weight = 0.0f;
 
@@ -76,14 +78,14 @@ struct CarefulHead {
 
   // Writes the 16 rows of a warp from this one, of which lanes 4 r hold the numbers for rows r and r + 8.
   template <int kHeadDimV>
-  __device__ __forceinline__ void write_rows(int first_row, const float (&shift)[2], const float (&inverse)[2]) const {
+  __device__ __forceinline__ void write_rows(int first_row, const float (&base)[2], const float (&inverse)[2]) const {
 #pragma unroll 1
     for (int i = 0; i < 16; ++i) {
       const bool second = i >= 8;
       const int row = first_row + i, lane = i % 8 * 4;
-      const float row_shift = __shfl_sync(kFullMask, second ? shift[1] : shift[0], lane);
+      const float row_base = __shfl_sync(kFullMask, second ? base[1] : base[0], lane);
       const float row_inverse = __shfl_sync(kFullMask, second ? inverse[1] : inverse[0], lane);
-      if (row < out.rows) write_row<kHeadDimV>(row, row_shift, row_inverse);
+      if (row < out.rows) write_row<kHeadDimV>(row, {row_base}, row_inverse);
     }
   }
 };

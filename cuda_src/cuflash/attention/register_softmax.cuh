@@ -133,12 +133,16 @@ struct TileOfPairs {
   }
 };
 
-// The two rows of which a lane holds a part. Their softmax is in powers of two if scores are of 16 bits, and not of any
-// size: else a base has to be a score to the last bit.
+// The softmax of a row: of float32 a base has to be a score to the last bit.
+template <class Element, class Options>
+using RowSoftmax = OnlineSoftmax<sizeof(Element) == 4        ? Exponential::kNatural
+                                 : kScoresOfAnySize<Options> ? Exponential::kFused
+                                                             : Exponential::kLog2>;
+
+// The two rows of which a lane holds a part.
 template <class Element, class Options>
 struct RowPair {
-  static constexpr bool kLog2 = sizeof(Element) == 2 && !kScoresOfAnySize<Options>;
-  using Softmax = OnlineSoftmax<kLog2>;
+  using Softmax = RowSoftmax<Element, Options>;
 
   Softmax softmax[2];
   float sum[2] = {0.0f, 0.0f};  // of this lane's part
@@ -174,12 +178,12 @@ struct RowPair {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       float sums[2] = {0.0f, 0.0f};  // two chains, as above
-      const float shift = softmax[r].shift(), offset = -shift - rest.penalty * kLog2e;
+      const float offset = -softmax[r].shift() - rest.penalty * kLog2e;
 #pragma unroll
       for (int i = 0; i < Scores::kNumElements; ++i) {
         if (row_of_element(i) != r) continue;
-        scores.x[i] = kLog2 ? exp2f(fmaf(scores.x[i], rest.scale * kLog2e, offset))
-                            : softmax_weight(rounded(scores.x[i], rest.scale), shift);
+        scores.x[i] = Softmax::kLog2 ? exp2f(fmaf(scores.x[i], rest.scale * kLog2e, offset))
+                                     : softmax[r].weight(rounded(scores.x[i], rest.scale));
         sums[i % 2] += scores.x[i];
       }
       sum[r] += sums[0] + sums[1];

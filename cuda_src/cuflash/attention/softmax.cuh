@@ -10,12 +10,19 @@ __device__ __forceinline__ float softmax_weight(float score, float shift, float 
   return exp2f((score * unit - shift) * kLog2e);
 }
 
-// After some tiles, the exponentials of the row's scores add up to sum * e^base; with kLog2 scores and bases are powers
-// of two. Then one multiply-add leads from a product to what is to be exponentiated, and is exact but for its own
-// rounding, since a base takes part as it is.
-template <bool kLog2 = false>
+// How exponentials of what a score is above a base are taken.
+enum class Exponential {
+  kNatural,  // e^(score - base), exact where a score is the base
+  kLog2,     // 2^(score - base): both were multiplied by log2(e) before, so that one multiply-add leads from a product
+             // here, exact but for its own rounding
+  kFused,    // e^(score - base) by one multiply-add; up to a factor of the row, the rounding of log2(e) times its base
+};
+
+// After some tiles, the exponentials of the row's scores add up to sum * e^base, or 2^base.
+template <Exponential kExponential = Exponential::kNatural>
 struct OnlineSoftmax {
-  static constexpr float kUnit = kLog2 ? kLog2e : 1.0f, kNatural = kLog2 ? kLn2 : 1.0f;  // to scores, and back
+  static constexpr bool kLog2 = kExponential == Exponential::kLog2;
+  static constexpr float kUnit = kLog2 ? kLog2e : 1.0f;  // of scores
 
   // A base that is too small by up to this costs no accuracy, and earlier results are seldom rescaled.
   static constexpr float kSlack = 5.5f * kUnit;
@@ -28,31 +35,46 @@ struct OnlineSoftmax {
   // Takes note of the largest score of a new tile; returns the factor by which earlier sums must be scaled.
   __device__ __forceinline__ float rescale(float tile_max) {
     if (!exceeded_by(tile_max)) return 1.0f;
-    const float factor = power(base - tile_max);
+    const float factor = exponential(base, tile_max);
     base = tile_max;
     return factor;
   }
 
   // What to subtract from scores: finite as long as no score was seen, so that hidden scores get weight 0, not NaN.
   __device__ __forceinline__ float shift() const { return base == -infinity() ? 0.0f : base; }
-  __device__ __forceinline__ float natural_shift() const { return shift() * kNatural; }
+
+  __device__ __forceinline__ float weight(float score) const {
+    if constexpr (kExponential == Exponential::kFused) {
+      return exp2f(fmaf(score, unit_of(base), -__fmul_rn(shift(), unit_of(base))));
+    } else {
+      return exponential(score, shift());
+    }
+  }
 
   // Lets one more logit into the sum, a natural one, which gives no value; returns the factor for what was summed up
   // before.
   __device__ __forceinline__ float join(float logit, float& sum) {
     const float score = logit * kUnit, factor = rescale(score);
-    sum = sum * factor + power(score - shift());
+    sum = sum * factor + weight(score);
     return factor;
   }
 
   // The natural log of the sum of exponentials.
   __device__ __forceinline__ float lse(float sum) const {
     if (sum == 0.0f) return -infinity();
-    return fmaf(base, kNatural, kLn2 * log2f(sum));
+    return fmaf(base, kLog2 ? kLn2 : 1.0f, kLn2 * log2f(sum));
   }
 
  private:
-  static __device__ __forceinline__ float power(float x) { return exp2f(kLog2 ? x : x * kLog2e); }
+  static __device__ __forceinline__ float exponential(float score, float base) {
+    if constexpr (kLog2) return exp2f(score - base);
+    if constexpr (kExponential == Exponential::kNatural) return softmax_weight(score, base);
+    return exp2f(__fmul_rn(score, unit_of(base)) - __fmul_rn(base, unit_of(base)));  // rounded as `weight` rounds bases
+  }
+
+  // log2(e). But of a base of 2^27 it would be rounded by up to 8, of 1e30 by 2^76. Scores so large differ by 16 and
+  // more, so that weights are 1 or next to nothing in any unit, and this one leaves the base as it is.
+  static __device__ __forceinline__ float unit_of(float base) { return fabsf(base) < 0x1p27f ? kLog2e : 1.0f; }
 };
 
 }  // namespace cuflash

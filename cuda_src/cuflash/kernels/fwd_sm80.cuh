@@ -239,11 +239,11 @@ struct FwdSm80 {
 #pragma unroll
     for (int m = 0; m < kTilesM; ++m) {
       const int first_row = work.first_query + warp_row + 16 * m, lane_row = first_row + lane / 4;
-      float inverse[2], shift[2];
+      float inverse[2], base[2];
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         float sum = rows[m].total(r), survivors = work.options.survivor_factor();
-        shift[r] = rows[m].softmax[r].natural_shift();
+        base[r] = rows[m].softmax[r].base;
         if constexpr (Options::kHasSinks) survivors *= rows[m].softmax[r].join(work.sink, sum);
         inverse[r] = sum == 0.0f ? 0.0f : kExact ? survivors / sum : __fdividef(survivors, sum);
         const int row = lane_row + 8 * r;
@@ -259,7 +259,7 @@ struct FwdSm80 {
         const Range keys = {work.blocks.begin * kBlockN, work.blocks.end * kBlockN};
         const Careful head = {
             work.q, work.k, work.v, work.out, work.options, work.band, keys, scale, shared.careful[threadIdx.x / 32]};
-        head.template write_rows<kHeadDimV>(first_row, shift, inverse);
+        head.template write_rows<kHeadDimV>(first_row, base, inverse);
       }
     }
   }

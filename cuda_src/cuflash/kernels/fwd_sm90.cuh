@@ -233,11 +233,11 @@ struct FwdSm90 {
       if constexpr (Block::kOverlapsJobs) start_scores();
       turn.pass_on();
 
-      float inverse[2], shift[2];
+      float inverse[2], base[2];
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         float sum = rows.total(r), survivors = here.survivor_factor();
-        shift[r] = rows.softmax[r].natural_shift();
+        base[r] = rows.softmax[r].base;
         if constexpr (Options::kHasSinks) survivors *= rows.softmax[r].join(here.sink(), sum);
         inverse[r] = sum == 0.0f ? 0.0f : __fdividef(survivors, sum);
         const int row = first_query + 8 * r;
@@ -254,7 +254,7 @@ struct FwdSm90 {
       // 0 * NaN is NaN: where pairs are hidden, values that others see may have spoiled all rows.
       if (hides_pairs && __any_sync(kFullMask, !finite)) {
         __syncwarp();  // others write again what this lane wrote
-        mend(arrays, params, options, job, shift, inverse, consumer * 64 + warp * 16,
+        mend(arrays, params, options, job, base, inverse, consumer * 64 + warp * 16,
              shared.careful[4 * consumer + warp]);
       }
       if (last) break;
@@ -274,7 +274,7 @@ struct FwdSm90 {
   // Cold. Computes the 16 rows of a warp once more. Each value meets all rows, if only with weight 0: so all are
   // spoiled where one is.
   static __device__ __forceinline__ void mend(const Arrays& arrays, const FwdParams& params, Options options,
-                                              const Job& job, const float (&shift)[2], const float (&inverse)[2],
+                                              const Job& job, const float (&base)[2], const float (&inverse)[2],
                                               int warp_row, typename Block::Careful::Memory& memory) {
     const Problem& problem = params.problem;
     const Sequence& sequence = job.sequence;
@@ -291,7 +291,7 @@ struct FwdSm90 {
                               problem.head_dim_v);
     const typename Block::Careful head = {
         q, k, v, out, options, band, {0, sequence.seqlen_k}, problem.softmax_scale, memory};
-    head.template write_rows<kHeadDimV>(job.tile * kBlockM + warp_row, shift, inverse);
+    head.template write_rows<kHeadDimV>(job.tile * kBlockM + warp_row, base, inverse);
   }
 };
 
