@@ -193,14 +193,8 @@ def offset_values(problem: Problem, cu_seqlens_q: Any, cu_seqlens_k: Any, sequse
     """Refuse offsets, on the host, that do not cut the packed arrays into sequences."""
     totals = {"cu_seqlens_q": (cu_seqlens_q, problem.seqlen_q), "cu_seqlens_k": (cu_seqlens_k, problem.seqlen_k)}
     for name, (offsets, total) in totals.items():
-        if offsets[0] != 0 or (np.diff(offsets) < 0).any() or offsets[-1] > total:
-            raise ValueError(
-                f"{name}: got {offsets.tolist()}; it must start with 0, never decrease, and end at most at {total}"
-            )
+        least = np.concatenate([[0], offsets[:-1]])  # the one before
+        most = np.where(np.arange(len(offsets)) == 0, 0, total)
+        _checks.within(name, offsets, least, most, f"it starts with 0, never decreases, and ends at most at {total}")
     if seqused_k is not None:
-        lengths = np.diff(cu_seqlens_k)
-        if ((seqused_k < 0) | (seqused_k > lengths)).any():
-            raise ValueError(
-                f"seqused_k: got {seqused_k.tolist()}; each must be >= 0 and at most the length of its sequence, "
-                f"{lengths.tolist()}"
-            )
+        _checks.within("seqused_k", seqused_k, 0, np.diff(cu_seqlens_k), "at most the length of the sequence")

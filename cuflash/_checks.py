@@ -183,6 +183,15 @@ def problem(
     )
 
 
+def within(name: str, values: Any, least: Any, most: Any, rule: str) -> None:
+    """Refuse a NumPy array if a value is not within its bounds; the message tells of the first, not of all."""
+    wrong = (values < least) | (values > most)
+    if wrong.any():
+        i = int(wrong.argmax())
+        least, most = (np.broadcast_to(bound, values.shape)[i] for bound in (least, most))
+        raise ValueError(f"{name}: got {values[i]} at index {i}, where {least} to {most} are allowed: {rule}")
+
+
 def out_shape(problem: Problem, layout: Layout, ndim: int) -> tuple[int, ...]:
     """The shape of the result, with as many axes as the largest input."""
     sizes = {
