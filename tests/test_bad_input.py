@@ -698,6 +698,16 @@ def test_offsets_of_numpy_arrays_are_checked(
         cuflash.attention_varlen(*inputs)
 
 
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+def test_limits_are_compared_with_numbers_of_small_dtypes(dtype: str, recwarn: pytest.WarningsRecorder) -> None:
+    x = np.ones((3, 8), dtype)
+    for option in ("scale", "softcap"):
+        expected = cuflash.attention(x, x, x, **{option: 0.5})
+        for number in (np.float16(0.5), np.float32(0.5), np.float64(0.5)):
+            np.testing.assert_array_equal(cuflash.attention(x, x, x, **{option: number}), expected)
+    assert not recwarn
+
+
 def test_a_message_tells_one_of_many_offsets() -> None:
     offsets = np.arange(10_001, dtype=np.int32)
     offsets[5000:] -= 2
