@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike
 
+from .. import _check_options
 from ._formula import Arithmetic, forward, gradients, stored
 from ._options import Array, Options
 
@@ -52,7 +53,7 @@ def reference_attention(
     >>> out.item(), lse.item()
     (1.0, 0.0)
     """
-    results = forward(q, k, v, Options(**options), Arithmetic.reference(dtype))
+    results = forward(q, k, v, Options.of(options), Arithmetic.reference(dtype))
     return results["out"], results["lse"]
 
 
@@ -99,7 +100,7 @@ def reference_attention_backward(
     >>> dv.ravel().tolist()
     [0.5, 0.5]
     """
-    results = gradients(dout, q, k, v, Options(dlse=dlse, **options), Arithmetic.reference(dtype))
+    results = gradients(dout, q, k, v, Options.of(options, dlse=dlse), Arithmetic.reference(dtype))
     return _returned(results, return_dbias, return_dsinks)
 
 
@@ -206,7 +207,7 @@ def plain_attention(q: Any, k: Any, v: Any, /, **options: Any) -> tuple[Array, A
     >>> out.dtype.name, lse.dtype.name
     ('float16', 'float32')
     """
-    checked = Options(**options)
+    checked = Options.of(options)
     results = stored(forward(q, k, v, checked, Arithmetic.plain(q.dtype)), q.dtype, checked)
     return results["out"], results["lse"]
 
@@ -218,6 +219,7 @@ def plain_attention_backward(
     v: Any,
     /,
     *,
+    dlse: Any = None,
     return_dbias: bool = False,
     return_dsinks: bool = False,
     **options: Any,
@@ -236,11 +238,13 @@ def plain_attention_backward(
     >>> dv.dtype.name, dv.shape
     ('float16', (5, 8))
     """
-    checked = Options(**options)
+    checked = Options.of(options, dlse=dlse)
     results = gradients(dout, q, k, v, checked, Arithmetic.plain(q.dtype))
     return _returned(stored(results, q.dtype, checked), return_dbias, return_dsinks)
 
 
 def _returned(results: dict[str, Array], return_dbias: bool, return_dsinks: bool) -> tuple[Array, ...]:
+    given = [name.removeprefix("d") for name in results]
+    _check_options.gradient_flags(given, return_dbias=return_dbias, return_dsinks=return_dsinks, deterministic=False)
     names = ["dq", "dk", "dv"] + ["dbias"] * return_dbias + ["dsinks"] * return_dsinks
     return tuple(results[name] for name in names)
