@@ -55,6 +55,15 @@ def assert_attention_accurate(q: Any, k: Any, v: Any, out: Any, lse: Any = None,
     ------
     AssertionError
         Naming the array, the largest error, where it is and what was allowed.
+    TypeError, ValueError
+        As :func:`reference_attention` does; TypeError also if the inputs are not of one dtype out of float16,
+        bfloat16, float32 and float64.
+    NotImplementedError
+        For float64, where ``numpy.longdouble`` is no longer than that.
+
+    References
+    ----------
+    As of :func:`plain_attention`.
 
     Examples
     --------
@@ -91,15 +100,20 @@ def assert_gradients_accurate(
         The gradient of the output and the inputs, NumPy or CuPy.
     dq, dk, dv : array
         The gradients to judge.
+    dlse : array, optional
+        The gradient of the log-sum-exp, as in :func:`reference_attention_backward`.
     dbias, dsinks : array, optional
         The gradients of the options `bias` and `sinks` to judge.
     **options
-        The options of the call, and `dlse`, as in :func:`reference_attention_backward`.
+        The options of the call, as in :func:`reference_attention`.
 
     Raises
     ------
     AssertionError
         Naming the gradient, the largest error, where it is and what was allowed.
+    TypeError, ValueError, NotImplementedError
+        As :func:`assert_attention_accurate` does; ValueError also for `dbias` without `bias`, and `dsinks` without
+        `sinks`.
 
     Examples
     --------
@@ -128,7 +142,7 @@ def assert_attention_varlen_accurate(
 
     Raises
     ------
-    AssertionError
+    AssertionError, TypeError, ValueError, NotImplementedError
         As :func:`assert_attention_accurate` does.
 
     Examples
@@ -169,7 +183,7 @@ def assert_gradients_varlen_accurate(
 
     Raises
     ------
-    AssertionError
+    AssertionError, TypeError, ValueError, NotImplementedError
         As :func:`assert_gradients_accurate` does.
 
     Examples
