@@ -107,7 +107,7 @@ def attention(
         Programmable scores [6]_. For CuPy arrays a CUDA C++ expression in ``score``, ``b``, ``h``, ``q_idx``,
         ``kv_idx`` and the names of ``mod_args``, such as ``"score + table(h, q_idx - kv_idx + 512)"``; it is compiled
         into the kernel, and so is its derivative. For NumPy arrays a Python callable
-        ``f(score, b, h, q_idx, kv_idx)`` of arrays that broadcast.
+        ``f(score, b, h, q_idx, kv_idx)`` of arrays that broadcast, differentiated through NumPy's functions.
     mask_mod : str or callable, optional
         Likewise, True where a query sees a key; it has no score (None in a callable).
     mod_args : dict, optional
@@ -140,7 +140,7 @@ def attention(
         If an array is of a kind or dtype that is not supported, or an option of a type that is not allowed.
     ValueError
         If shapes do not fit together, or an option has a value that is not allowed. An expression that does not
-        compile is one.
+        compile is one, also if it is a ``score_mod`` that has no derivative.
     NotImplementedError
         If no kernel can compute the call on this GPU.
     RuntimeError
@@ -306,8 +306,7 @@ def attention_backward(
     ------
     TypeError, ValueError, NotImplementedError, RuntimeError
         As :func:`attention` does; ValueError also if ``return_dbias`` or ``return_dsinks`` is True and ``bias`` or
-        ``sinks`` is None. A ``score_mod`` without a derivative is a TypeError of a callable and a ValueError of an
-        expression.
+        ``sinks`` is None, TypeError if a callable ``score_mod`` has no derivative.
 
     Notes
     -----
@@ -398,8 +397,8 @@ def attention_vjp(
     Raises
     ------
     TypeError, ValueError, NotImplementedError, RuntimeError
-        As :func:`attention` does, and TypeError for ``out``. What depends on ``dout``, on the derivative of a
-        ``score_mod`` or on a kernel for gradients, ``vjp`` raises, as :func:`attention_backward` does.
+        As :func:`attention` and :func:`attention_backward` do, TypeError also for ``out``. What is wrong with ``dout``
+        and ``dlse``, or if a ``kernel`` by name has no gradients, ``vjp`` says.
 
     See Also
     --------
