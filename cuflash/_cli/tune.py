@@ -15,6 +15,7 @@ from cuflash._call import Call
 from cuflash._cli import console
 from cuflash._cli.bench.cells import TOKENS, WIDTH, Cell, Op, flops
 from cuflash._cli.bench.contenders import prepare
+from cuflash._cli.bench.machine import dtype_named
 from cuflash._cli.bench.timing import Contender, Spread, describe, measure_in_turn
 from cuflash._cli.families import known_chips
 from cuflash._device import Chip
@@ -235,6 +236,7 @@ def run(options: argparse.Namespace) -> int:
     except Exception as error:
         print(f"No GPU to measure ({describe(error)}). --arch lists the tiles that fit a GPU, such as --arch sm_90.")
         return 1
+    dtype_named(options.dtype)  # if it cannot be had, now and not below
     changes = []
     for head_dim in options.head_dim:
         table, found = measured(machine, options.dtype, head_dim)
