@@ -74,9 +74,9 @@ def is_real(value: Any) -> bool:
     return isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
 
 
-def as_python(value: Any) -> Any:
-    """A real number as Python's, for comparisons with limits that NumPy's dtype may not hold."""
-    return value.item() if isinstance(value, np.generic) else value
+def comparable(value: Any) -> Any:
+    """A real number to hold against limits: beside a short float of NumPy's, they would be rounded to its dtype."""
+    return float(value) if isinstance(value, np.floating) else value
 
 
 def scale(name: str, value: Any, head_dim: int, dtype: str) -> float:
@@ -85,7 +85,7 @@ def scale(name: str, value: Any, head_dim: int, dtype: str) -> float:
     if not is_real(value):
         raise TypeError(f"{name}: got {value!r} of type {type(value).__name__}; allowed are None and a real number")
     limit = float(np.finfo(lse_dtype(dtype)).max)
-    if not abs(as_python(value)) <= limit:
+    if not abs(comparable(value)) <= limit:
         raise ValueError(f"{name}: got {value!r}; it must be finite and its absolute value at most {limit:.4g}")
     return float(value)
 
