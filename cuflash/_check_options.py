@@ -150,14 +150,14 @@ def _block_mask(name: str, meta: Any, problem: Problem) -> Operand:
 
 
 def _offsets(name: str, meta: Any, problem: Problem) -> Operand:
-    return _lengths(name, meta, problem, size=problem.batch + 1)
+    return _lengths(name, meta, size=problem.batch + 1)
 
 
 def _seqused(name: str, meta: Any, problem: Problem) -> Operand:
-    return _lengths(name, meta, problem, size=problem.batch)
+    return _lengths(name, meta, size=problem.batch)
 
 
-def _lengths(name: str, meta: Any, problem: Problem, size: int) -> Operand:
+def _lengths(name: str, meta: Any, size: int) -> Operand:
     _dtype(name, meta, "int32")
     _checks.same_shape(name, meta, (size,))
     if size > 1 and meta.strides != (meta.dtype.itemsize,):
