@@ -145,11 +145,8 @@ def _sm80_backward_candidates(problem: Problem, chip: Chip) -> Iterator[Tile]:
     dim, dim_v = padded_head_dims(problem)
     shapes = product((32, 64, 128), (32, 64, 128), (4, 8), (1, 2, 4), (1, 2, 4), (1, 2))
     for block_m, block_n, warps, splits, parts, stages in shapes:
-        keys, queries, cols = (
-            block_n * splits // warps,
-            block_m // (splits * parts),
-            (dim + dim_v) // splits,
-        )  # of a warp
+        # Of a warp.
+        keys, queries, cols = block_n * splits // warps, block_m // (splits * parts), (dim + dim_v) // splits
         works = (
             keys in (16, 32) and queries in (16, 32, 64) and block_m <= 32 * warps and min(dim, dim_v) // splits >= 32
         )
