@@ -72,7 +72,7 @@ def attention(
         Values. ``D`` and ``Dv`` may differ; both are 1 to 256.
     scale : float, optional
         Factor of the scores. Default: ``1 / sqrt(D)``.
-    causal : bool or {"bottom-right", "top-left"}
+    causal : bool or {"bottom-right", "top-left"}, default False
         Query ``i`` sees key ``j`` iff ``j <= i + N - M`` (True, the same as "bottom-right"), or iff ``j <= i``
         ("top-left"). They agree when ``M == N``. With 2 queries and 4 keys::
 
@@ -97,7 +97,7 @@ def attention(
         what the block mask was made of.
     sinks : array, shape (Hq,), optional
         A logit per head that takes weight and gives no value [4]_; in the dtype of ``q`` or float32.
-    dropout_p : float
+    dropout_p : float, default 0.0
         Probability of dropping a weight, in [0, 1).
     seed : int or array, optional
         Which weights are dropped: an int in [0, 2**64), or an array of one uint64, which is read when the kernel
@@ -107,19 +107,19 @@ def attention(
         Programmable scores [6]_. For CuPy arrays a CUDA C++ expression in ``score``, ``b``, ``h``, ``q_idx``,
         ``kv_idx`` and the names of ``mod_args``, such as ``"score + table(h, q_idx - kv_idx + 512)"``; it is compiled
         into the kernel, and so is its derivative. For NumPy arrays a Python callable
-        ``f(score, b, h, q_idx, kv_idx)`` of arrays that broadcast.
+        ``f(score, b, h, q_idx, kv_idx)`` of arrays that broadcast, differentiated through NumPy's functions.
     mask_mod : str or callable, optional
         Likewise, True where a query sees a key; it has no score (None in a callable).
     mod_args : dict, optional
         What the expressions use beside: arrays, as ``name(i, j)`` with an index for each of 1 to 4 axes, and
         numbers (int of 32 bits, float, bool).
-    layout : {"bhsd", "bshd"}
+    layout : {"bhsd", "bshd"}, default "bhsd"
         Order of the axes: (batch, heads, sequence, dim), or (batch, sequence, heads, dim) as in flash-attn and JAX.
     out : array, optional
         Where to write the result; it must not overlap an input.
-    return_lse : bool
+    return_lse : bool, default False
         Also return the log of the sum of exponentials of each row of scores.
-    kernel : {"auto", "sm90", "sm80", "wmma", "fa1", "naive"}
+    kernel : {"auto", "sm90", "sm80", "wmma", "fa1", "naive"}, default "auto"
         Kernel family for CuPy arrays; NumPy arrays take "auto" alone. "auto" is the fastest that can compute the call:
         "sm90" for float16 and bfloat16 on a Hopper GPU, where its copy engine can take the arrays (last axis
         contiguous, rows that begin at multiples of 16 bytes), "sm80" for all dtypes on any GPU since compute capability
@@ -139,9 +139,13 @@ def attention(
     TypeError
         If an array is of a kind or dtype that is not supported, or an option of a type that is not allowed.
     ValueError
-        If shapes do not fit together, or an option has a value that is not allowed.
+        If shapes do not fit together, or an option has a value that is not allowed. An expression that does not
+        compile is one, also if it is a ``score_mod`` that has no derivative.
     NotImplementedError
         If no kernel can compute the call on this GPU.
+    RuntimeError
+        On CuPy arrays, if NVRTC or the CUDA headers are missing, or CuPy's cache cannot be written; the message says
+        what to do.
 
     See Also
     --------
@@ -276,14 +280,14 @@ def attention_backward(
         As they were in the forward call.
     score_mod, mask_mod, mod_args, layout
         Likewise.
-    kernel : {"auto", "sm90", "sm80", "wmma", "naive"}
+    kernel : {"auto", "sm90", "sm80", "wmma", "naive"}, default "auto"
         As for :func:`attention`; it need not be the same, for each takes ``out`` and ``lse`` of any. "fa1" has no
         gradients.
     dlse : array, shape (..., Hq, M), optional
         Gradient with respect to ``lse``, in its dtype. Default: 0.
-    return_dbias, return_dsinks : bool
+    return_dbias, return_dsinks : bool, default False
         Whether to return the gradients of ``bias`` and of ``sinks`` too.
-    deterministic : bool
+    deterministic : bool, default False
         Whether the result must be bitwise the same in every run. If not, "sm90" up to 128 columns and "sm80" for
         float16 and bfloat16 add up ``dq`` in float32 in whatever order their blocks come, which is mostly faster;
         other results are the same bits in any case.
@@ -300,8 +304,9 @@ def attention_backward(
 
     Raises
     ------
-    TypeError, ValueError, NotImplementedError
-        As :func:`attention` does.
+    TypeError, ValueError, NotImplementedError, RuntimeError
+        As :func:`attention` does; ValueError also if ``return_dbias`` or ``return_dsinks`` is True and ``bias`` or
+        ``sinks`` is None, TypeError if a callable ``score_mod`` has no derivative.
 
     Notes
     -----
@@ -362,16 +367,23 @@ def attention_vjp(
     deterministic: bool = False,
     **options: Any,
 ) -> tuple[Any, Callable[..., tuple[Array, ...]]]:
-    """Attention, and the function that pulls a gradient of its result back to its inputs.
+    r"""Attention, and the function that pulls a gradient of its result back to its inputs.
+
+    The vector-Jacobian product of a loss :math:`L`: out of
+    :math:`\partial L / \partial \mathrm{out}` and :math:`\partial L / \partial \mathrm{lse}` it makes
+
+    .. math:: \mathrm{vjp}(d\mathrm{out}, d\mathrm{lse}) = \left(
+              \frac{\partial L}{\partial q}, \frac{\partial L}{\partial k}, \frac{\partial L}{\partial v}\right)
 
     Parameters
     ----------
     q, k, v : array
+        As for :func:`attention`.
     **options
         Those of :func:`attention`, but ``out``; a ``kernel`` by name computes the gradients too, so it must have them.
-    return_lse : bool
+    return_lse : bool, default False
         Whether to return ``lse`` too.
-    return_dbias, return_dsinks, deterministic : bool
+    return_dbias, return_dsinks, deterministic : bool, default False
         As for :func:`attention_backward`.
 
     Returns
@@ -384,12 +396,18 @@ def attention_vjp(
 
     Raises
     ------
-    TypeError, ValueError, NotImplementedError
-        As :func:`attention` does.
+    TypeError, ValueError, NotImplementedError, RuntimeError
+        As :func:`attention` and :func:`attention_backward` do, TypeError also for ``out``. What is wrong with ``dout``
+        and ``dlse``, or if a ``kernel`` by name has no gradients, ``vjp`` says.
 
     See Also
     --------
     attention_backward : the formulas, and for callers who keep ``out`` and ``lse`` themselves.
+
+    References
+    ----------
+    Those of :func:`attention_backward`; the interface is that of ``jax.vjp``,
+    https://docs.jax.dev/en/latest/_autosummary/jax.vjp.html.
 
     Examples
     --------

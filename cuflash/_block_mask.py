@@ -37,6 +37,23 @@ class BlockMask:
     needs : tuple of str
         The options that calls must have too, because they decide about the pairs of blocks that are seen in part:
         what :func:`make_block_mask` made it of.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As :meth:`from_blocks` does.
+
+    References
+    ----------
+    As of :func:`make_block_mask`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import cuflash
+    >>> block_mask = cuflash.make_block_mask(np.tri(200, dtype=bool))
+    >>> block_mask.visible[0, 0].tolist(), block_mask.full[0, 0].tolist(), block_mask.needs
+    ([[True, False], [True, True]], [[False, False], [True, False]], ('mask',))
     """
 
     visible: Array
@@ -133,7 +150,9 @@ def make_block_mask(
     Raises
     ------
     TypeError, ValueError
-        If an argument is of a type, or has a shape, that is not allowed.
+        If an argument is of a type, or has a shape, that is not allowed, or an expression does not compile.
+    NotImplementedError, RuntimeError
+        For an expression, as :func:`attention` does.
 
     Notes
     -----

@@ -23,7 +23,7 @@ def softcap(value: Any, dtype: str) -> float | None:
     least, most = float(limits.tiny), float(limits.max)
     if dtype != "float64":
         least, most = MIN_SOFTCAP, MAX_SOFTCAP
-    if not least <= value <= most:
+    if not least <= _checks.comparable(value) <= most:
         raise ValueError(f"softcap: got {value!r}; allowed are None and numbers > 0 ({least:.4g} to {most:.4g})")
     return float(value)
 
@@ -150,14 +150,14 @@ def _block_mask(name: str, meta: Any, problem: Problem) -> Operand:
 
 
 def _offsets(name: str, meta: Any, problem: Problem) -> Operand:
-    return _lengths(name, meta, problem, size=problem.batch + 1)
+    return _lengths(name, meta, size=problem.batch + 1)
 
 
 def _seqused(name: str, meta: Any, problem: Problem) -> Operand:
-    return _lengths(name, meta, problem, size=problem.batch)
+    return _lengths(name, meta, size=problem.batch)
 
 
-def _lengths(name: str, meta: Any, problem: Problem, size: int) -> Operand:
+def _lengths(name: str, meta: Any, size: int) -> Operand:
     _dtype(name, meta, "int32")
     _checks.same_shape(name, meta, (size,))
     if size > 1 and meta.strides != (meta.dtype.itemsize,):
@@ -193,14 +193,8 @@ def offset_values(problem: Problem, cu_seqlens_q: Any, cu_seqlens_k: Any, sequse
     """Refuse offsets, on the host, that do not cut the packed arrays into sequences."""
     totals = {"cu_seqlens_q": (cu_seqlens_q, problem.seqlen_q), "cu_seqlens_k": (cu_seqlens_k, problem.seqlen_k)}
     for name, (offsets, total) in totals.items():
-        if offsets[0] != 0 or (np.diff(offsets) < 0).any() or offsets[-1] > total:
-            raise ValueError(
-                f"{name}: got {offsets.tolist()}; it must start with 0, never decrease, and end at most at {total}"
-            )
+        least = np.concatenate([[0], offsets[:-1]])  # the one before
+        most = np.where(np.arange(len(offsets)) == 0, 0, total)
+        _checks.within(name, offsets, least, most, f"it starts with 0, never decreases, and ends at most at {total}")
     if seqused_k is not None:
-        lengths = np.diff(cu_seqlens_k)
-        if ((seqused_k < 0) | (seqused_k > lengths)).any():
-            raise ValueError(
-                f"seqused_k: got {seqused_k.tolist()}; each must be >= 0 and at most the length of its sequence, "
-                f"{lengths.tolist()}"
-            )
+        _checks.within("seqused_k", seqused_k, 0, np.diff(cu_seqlens_k), "at most the length of the sequence")

@@ -74,13 +74,18 @@ def is_real(value: Any) -> bool:
     return isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
 
 
+def comparable(value: Any) -> Any:
+    """A real number to hold against limits: beside a short float of NumPy's, they would be rounded to its dtype."""
+    return float(value) if isinstance(value, np.floating) else value
+
+
 def scale(name: str, value: Any, head_dim: int, dtype: str) -> float:
     if value is None:
         return 1.0 / math.sqrt(head_dim)
     if not is_real(value):
         raise TypeError(f"{name}: got {value!r} of type {type(value).__name__}; allowed are None and a real number")
     limit = float(np.finfo(lse_dtype(dtype)).max)
-    if not abs(value) <= limit:
+    if not abs(comparable(value)) <= limit:
         raise ValueError(f"{name}: got {value!r}; it must be finite and its absolute value at most {limit:.4g}")
     return float(value)
 
@@ -181,6 +186,15 @@ def problem(
         softmax_scale=scale("scale", scale_value, head_dim, dtype),
         window=Window.of(causal(causal_value), window_size(window_value)),
     )
+
+
+def within(name: str, values: Any, least: Any, most: Any, rule: str) -> None:
+    """Refuse a NumPy array if a value is not within its bounds; the message tells of the first, not of all."""
+    wrong = (values < least) | (values > most)
+    if wrong.any():
+        i = int(wrong.argmax())
+        least, most = (np.broadcast_to(bound, values.shape)[i] for bound in (least, most))
+        raise ValueError(f"{name}: got {values[i]} at index {i}, where {least} to {most} are allowed: {rule}")
 
 
 def out_shape(problem: Problem, layout: Layout, ndim: int) -> tuple[int, ...]:

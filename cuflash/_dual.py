@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import numpy as np
@@ -117,6 +118,24 @@ class Dual(NDArrayOperatorsMixin):
 
     def __repr__(self) -> str:
         return f"Dual({self.value!r}, {self.slope!r})"
+
+
+def needs_derivative(score_mod: Callable[..., Any]) -> Callable[..., Any]:
+    """The same score_mod for a forward pass, but its first call raises what the backward would if it has no derivative.
+
+    Kernels raise in the forward pass too: they are compiled with dual numbers.
+    """
+    unknown = True
+
+    @wraps(score_mod)
+    def checked(score: Any, *place: Any) -> Any:
+        nonlocal unknown
+        if unknown:
+            unknown = False
+            score_mod(Dual(score), *place)
+        return score_mod(score, *place)
+
+    return checked
 
 
 def _known() -> str:

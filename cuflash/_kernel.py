@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from ._device import Chip, KernelSource
 from ._jit.sources import cuda_digest
 from ._options import Options
 from ._params import PARAMS
-from ._problem import Problem
+from ._problem import Problem, ceil_div
 
 # What a kernel is built for: the C++ type, a short name for symbols, and the size of an element in bytes.
 NUMBERS = {
@@ -27,9 +29,29 @@ BACKWARD_INPUTS = (
 )
 
 
+# Kernels that take maxima of products for those of scores have a scale above 0; what is less is 0 for them.
+MIN_SCALE = float(np.finfo(np.float32).tiny)
+
+
 def padded_head_dims(problem: Problem) -> tuple[int, int]:
     """The first pair of HEAD_DIMS that has room for the problem's."""
     return next((dim, dim_v) for dim, dim_v in HEAD_DIMS if problem.head_dim <= dim and problem.head_dim_v <= dim_v)
+
+
+def num_query_jobs(problem: Problem, block_m: int) -> int:
+    """Blocks of so many queries, of all heads (attention/sequence.cuh, attention/packed.cuh)."""
+    return _num_jobs(problem, problem.seqlen_q, block_m) * problem.num_heads
+
+
+def num_key_jobs(problem: Problem, block_n: int) -> int:
+    """Blocks of so many keys, of all key/value heads."""
+    return _num_jobs(problem, problem.seqlen_k, block_n) * problem.num_heads_kv
+
+
+def _num_jobs(problem: Problem, num_rows: int, block: int) -> int:
+    if problem.packed:
+        return num_rows // block + problem.batch + 1 if num_rows else 0
+    return ceil_div(num_rows, block) * problem.batch
 
 
 def pitch(cols: int, size: int) -> int:

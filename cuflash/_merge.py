@@ -31,7 +31,7 @@ def merge_states(
     lse_a, lse_b : array, shape (..., H, M)
         Their log-sum-exps; float32, or float64 with results in float64. Where one is -inf, no key was seen, and its
         result does not count, whatever it is. Sinks must be in one of the two alone.
-    layout : {"bhsd", "bshd"}
+    layout : {"bhsd", "bshd"}, default "bhsd"
         Order of the axes of the results: (..., H, M, Dv), or (..., M, H, Dv), which is that of
         :func:`attention_varlen` too.
 
@@ -106,7 +106,7 @@ def merge_states_backward(
         Gradient with respect to ``lse``, in its dtype; None for 0.
     out_a, lse_a, out_b, lse_b : array
         As they were in the forward call.
-    layout : {"bhsd", "bshd"}
+    layout : {"bhsd", "bshd"}, default "bhsd"
         Likewise.
 
     Returns
@@ -118,6 +118,10 @@ def merge_states_backward(
     ------
     TypeError, ValueError
         If an array is not of this kind, dtype or shape.
+
+    References
+    ----------
+    The derivative of the formula of :func:`merge_states`.
 
     Examples
     --------

@@ -130,8 +130,8 @@ def pad_input(x_unpad: Array, indices: Array, batch: int, seqlen: int) -> Array:
         if not _checks.is_size(size):
             raise ValueError(f"{name}: got {size!r}; it must be an int >= 0")
     batch, seqlen = int(batch), int(seqlen)  # Python's, whose product has any size
-    if isinstance(indices, np.ndarray) and ((indices < 0) | (indices >= batch * seqlen)).any():
-        raise ValueError(f"indices: got {indices}; each must be >= 0 and below batch * seqlen = {batch * seqlen}")
+    if isinstance(indices, np.ndarray):
+        _checks.within("indices", indices, 0, batch * seqlen - 1, "below batch * seqlen")
     padded = np.zeros_like(x_unpad, shape=(batch * seqlen, *x_unpad.shape[1:]))
     padded[indices] = x_unpad
     return padded.reshape(batch, seqlen, *x_unpad.shape[1:])

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from . import _check_options, _checks
 from ._backends import Backend
+from ._dual import needs_derivative
 from ._problem import Layout, Mod, Operand, Problem
 from ._variants import Meta, MetaTuple, Variant, meta_of
 
@@ -262,7 +263,9 @@ def make_vjp(
         [name for name, value in options.items() if value is not None],
         **{"return_dbias": False, "return_dsinks": False} | gradient_options,
     )
-    out, lse = forward(*inputs, *offsets, return_lse=True, **options)
+    score_mod = options.get("score_mod")
+    differentiable = {"score_mod": needs_derivative(score_mod)} if callable(score_mod) else {}
+    out, lse = forward(*inputs, *offsets, return_lse=True, **options | differentiable)
 
     def vjp(dout: Array, dlse: Array | None = None) -> tuple[Array, ...]:
         return backward(dout, *inputs, out, lse, *offsets, dlse=dlse, **options, **gradient_options)

@@ -6,12 +6,19 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
-
 from . import _parts
 from ._call import Call, Run
 from ._device import Array, Chip
-from ._kernel import BACKWARD_INPUTS, NUMBERS, Kernel, num_places, padded_head_dims
+from ._kernel import (
+    BACKWARD_INPUTS,
+    MIN_SCALE,
+    NUMBERS,
+    Kernel,
+    num_key_jobs,
+    num_places,
+    num_query_jobs,
+    padded_head_dims,
+)
 from ._options import PLAIN, Options
 from ._problem import Operand, Problem, ceil_div
 from ._sm80_tiles import (
@@ -31,11 +38,10 @@ from ._sm80_tiles import (
     Tile,
     Tiles,
 )
-from ._wmma import Inputs, Workspace, num_jobs, operand_of_delta, plan_gradients
+from ._wmma import Inputs, Workspace, operand_of_delta, plan_gradients
 
 CAPABILITY = (8, 0)
 WORK_BYTES, DKDV_WORK_BYTES, DQ_WORK_BYTES = 240, 80, 224  # what a block knows of its job
-MIN_SCALE = float(np.finfo(np.float32).tiny)  # less is 0 for kernels, and maxima of products are not those of scores
 
 
 def why_not(
@@ -162,11 +168,11 @@ class _TiledKernel:
 
 
 def _query_blocks(problem: Problem, tile: Tile | DqTile) -> int:
-    return num_jobs(problem, problem.seqlen_q, tile.block_m) * problem.num_heads
+    return num_query_jobs(problem, tile.block_m)
 
 
 def _key_blocks(problem: Problem, tile: DkDvTile) -> int:
-    return num_jobs(problem, problem.seqlen_k, tile.block_n) * problem.num_heads_kv
+    return num_key_jobs(problem, tile.block_n)
 
 
 forward = _TiledKernel(
@@ -247,7 +253,7 @@ def _rows_of_sums(problem: Problem, tile: DkDvTile) -> int:
 
 
 def _blocks_of_sums(problem: Problem, tile: DkDvTile) -> int:
-    return num_jobs(problem, problem.seqlen_q, _rows_of_sums(problem, tile)) * problem.num_heads
+    return num_query_jobs(problem, _rows_of_sums(problem, tile))
 
 
 def finish(problem: Problem, options: Options, number: str, chip: Chip) -> tuple[Kernel, int]:

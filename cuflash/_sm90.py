@@ -10,16 +10,15 @@ import numpy as np
 from . import _parts, _sm90_backward
 from ._call import Call, Run
 from ._device import Array, Chip
-from ._kernel import NUMBERS, Kernel, padded_head_dims
+from ._kernel import MIN_SCALE, NUMBERS, Kernel, num_query_jobs, padded_head_dims
 from ._options import PLAIN, Options
 from ._params import PARAMS, fill
 from ._problem import Operand, Problem
-from ._sm90_block import Tile, num_query_tiles, shared_bytes
+from ._sm90_block import Tile, shared_bytes
 from ._tensor_maps import PANEL, MappedParams, why_not_array
 from ._wgmma import ARCH, wgmma
 
 CAPABILITY = (9, 0)
-MIN_SCALE = float(np.finfo(np.float32).tiny)  # less is 0 for kernels
 
 # By (head_dim, head_dim_v), the fastest first; the first that suits the call and fits the shared memory is taken, and
 # the last for many options. Measured on an H200 (docs/notes/sm90.md). Two consumers have 232 registers a thread, three
@@ -138,7 +137,7 @@ def forward(problem: Problem, options: Options, number: str, chip: Chip) -> tupl
         definitions="".join(wgmma(number, width) for width in sorted({tile.block_n, dims[1]})),
         arch=ARCH,
     )
-    return kernel, tile, num_query_tiles(problem, tile.block_m)
+    return kernel, tile, num_query_jobs(problem, tile.block_m)
 
 
 def is_slower_than_sm80(call: Call) -> bool:

@@ -10,11 +10,11 @@ import numpy as np
 from . import _sm90_dq, _wmma
 from ._call import Call, Run
 from ._device import Array, Chip
-from ._kernel import NUMBERS, Kernel
+from ._kernel import NUMBERS, Kernel, num_key_jobs, num_query_jobs
 from ._options import Options
 from ._params import PARAMS, fill
 from ._problem import Problem, ceil_div
-from ._sm90_block import JOB_BYTES, num_query_tiles
+from ._sm90_block import JOB_BYTES
 from ._tensor_maps import PANEL, MappedParams
 from ._wgmma import ARCH, wgmma
 
@@ -175,10 +175,7 @@ def plan(call: Call) -> Run:
     made = kernels(problem, call.options, call.number, call.chip, deterministic=call.deterministic)
     main, finish, tile, of_dq, block_m = made
     delta = _wmma.operand_of_delta(problem)
-    key_tiles = ceil_div(problem.seqlen_k, tile.block_n) * problem.batch * problem.num_heads_kv
-    if problem.packed:  # attention/packed.cuh
-        key_tiles = (problem.seqlen_k // tile.block_n + problem.batch + 1) * problem.num_heads_kv
-    query_tiles = num_query_tiles(problem, block_m)
+    key_tiles, query_tiles = num_key_jobs(problem, tile.block_n), num_query_jobs(problem, block_m)
     num_jobs = max(key_tiles, query_tiles)
     if num_jobs >= 2**31 - call.chip.multiprocessors:  # blocks ask once in vain
         raise NotImplementedError(f"the call needs {num_jobs} jobs; the kernels count to {2**31 - 1}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from ._options import Options
-from ._problem import Problem, ceil_div
+from ._problem import ceil_div
 from ._tensor_maps import PANEL
 
 JOB_BYTES = 36  # attention/sequence.cuh
@@ -39,11 +39,3 @@ def shared_bytes(dims: tuple[int, int], tile: Tile, options: Options, more_cols:
     stages = tile.stages_q + tile.stages_k + 2 * tile.stages_v + tile.stages_pairs + stages_of_jobs
     rings = 16 * stages + ceil_div(JOB_BYTES * stages_of_jobs, 8) * 8 + VISITED_BYTES * tile.stages_k
     return queries + keys + pairs + careful + rings
-
-
-def num_query_tiles(problem: Problem, block_m: int) -> int:
-    """Tiles of so many queries, of all heads: the jobs of a kernel."""
-    tiles = ceil_div(problem.seqlen_q, block_m) * problem.batch
-    if problem.packed:  # attention/packed.cuh
-        tiles = problem.seqlen_q // block_m + problem.batch + 1
-    return tiles * problem.num_heads

@@ -60,7 +60,7 @@ def attention_varlen(
     alibi_slopes : array, shape (Hq,) or (B, Hq), optional
     scale, causal, window_size, softcap, sinks, dropout_p, seed, score_mod, mask_mod, mod_args, out, return_lse
         As for :func:`attention`.
-    kernel : {"auto", "sm90", "sm80", "wmma"}
+    kernel : {"auto", "sm90", "sm80", "wmma"}, default "auto"
         As for :func:`attention`; "fa1" and "naive" have no packed sequences.
 
     Returns
@@ -72,7 +72,7 @@ def attention_varlen(
 
     Raises
     ------
-    TypeError, ValueError, NotImplementedError
+    TypeError, ValueError, NotImplementedError, RuntimeError
         As :func:`attention` does. The values of ``cu_seqlens_q``, ``cu_seqlens_k`` and ``seqused_k`` are checked in
         NumPy arrays only.
 
@@ -156,11 +156,11 @@ def attention_varlen_backward(
         As they were in the forward call.
     score_mod, mask_mod, mod_args
         Likewise.
-    kernel : {"auto", "sm90", "sm80", "wmma"}
+    kernel : {"auto", "sm90", "sm80", "wmma"}, default "auto"
         As for :func:`attention_backward`.
     dlse : array, shape (Hq, total_q), optional
         Gradient with respect to ``lse``. Default: 0.
-    return_dsinks, deterministic : bool
+    return_dsinks, deterministic : bool, default False
         As for :func:`attention_backward`.
 
     Returns
@@ -172,8 +172,12 @@ def attention_varlen_backward(
 
     Raises
     ------
-    TypeError, ValueError, NotImplementedError
-        As :func:`attention_varlen` does.
+    TypeError, ValueError, NotImplementedError, RuntimeError
+        As :func:`attention_varlen` and :func:`attention_backward` do.
+
+    References
+    ----------
+    Those of :func:`attention_varlen` and :func:`attention_backward`.
 
     Examples
     --------
@@ -217,31 +221,36 @@ def attention_varlen_vjp(
     deterministic: bool = False,
     **options: Any,
 ) -> tuple[Any, Callable[..., tuple[Array, ...]]]:
-    """Attention of packed sequences, and the function that pulls a gradient of its result back to its inputs.
+    """Attention of packed sequences, and its vector-Jacobian product, by the formula of :func:`attention_vjp`.
 
     Parameters
     ----------
     q, k, v, cu_seqlens_q, cu_seqlens_k : array
+        As for :func:`attention_varlen`.
     **options
         Those of :func:`attention_varlen`, but ``out``; a ``kernel`` by name computes the gradients too, so it must have
         them.
-    return_lse : bool
+    return_lse : bool, default False
         Whether to return ``lse`` too.
-    return_dsinks, deterministic : bool
+    return_dsinks, deterministic : bool, default False
         As for :func:`attention_backward`.
 
     Returns
     -------
     out : array, shape (total_q, Hq, Dv)
-        With ``return_lse`` the pair ``(out, lse)``.
+        What :func:`attention_varlen` returns; with ``return_lse`` the pair ``(out, lse)``.
     vjp : callable
         ``vjp(dout, dlse=None)`` returns ``(dq, dk, dv)``, then ``dsinks`` if asked for. It keeps references to all
         arrays of the call and to ``out``: leave them unchanged until it has been called.
 
     Raises
     ------
-    TypeError, ValueError, NotImplementedError
-        As :func:`attention_varlen` does.
+    TypeError, ValueError, NotImplementedError, RuntimeError
+        As :func:`attention_varlen` and :func:`attention_vjp` do.
+
+    References
+    ----------
+    Those of :func:`attention_varlen` and :func:`attention_vjp`.
 
     Examples
     --------

@@ -11,7 +11,7 @@ from . import _dbias
 from ._call import Call, Run
 from ._device import Array, Chip
 from ._features import ELEMENTS
-from ._kernel import BACKWARD_INPUTS, NUMBERS, Kernel, padded_head_dims, pitch
+from ._kernel import BACKWARD_INPUTS, NUMBERS, Kernel, num_key_jobs, num_query_jobs, padded_head_dims, pitch
 from ._options import PLAIN, Options
 from ._problem import Operand, Problem, ceil_div
 
@@ -178,21 +178,14 @@ class _TiledKernel:
         return kernel, self.num_blocks(problem, tile)
 
 
-def num_jobs(problem: Problem, num_rows: int, block: int) -> int:
-    """The blocks of threads that a head takes (attention/sequence.cuh, attention/packed.cuh)."""
-    if problem.packed:
-        return num_rows // block + problem.batch + 1 if num_rows else 0
-    return ceil_div(num_rows, block) * problem.batch
-
-
 def _query_blocks(problem: Problem, tile: Tile) -> int:
     """A block of threads owns as many queries of a head as the first number of its tile says."""
-    return num_jobs(problem, problem.seqlen_q, tile[0]) * problem.num_heads
+    return num_query_jobs(problem, tile[0])
 
 
 def _key_blocks(problem: Problem, tile: Tile) -> int:
     """A block of threads owns as many keys of a key/value head as the second number of its tile says."""
-    return num_jobs(problem, problem.seqlen_k, tile[1]) * problem.num_heads_kv
+    return num_key_jobs(problem, tile[1])
 
 
 forward = _TiledKernel(

@@ -678,18 +678,49 @@ def test_numbers_of_sequences_must_agree(ring: Ring) -> None:
 
 
 @pytest.mark.parametrize(("name", "index", "total"), [("cu_seqlens_q", 3, 7), ("cu_seqlens_k", 4, 9)])
-@pytest.mark.parametrize("values", [(1, 3, 7), (0, 5, 4), (0, 3, 10), (0, -1, 7), (0, 2**31 - 1, -(2**31))])
-def test_offsets_of_numpy_arrays_are_checked(name: str, index: int, total: int, values: tuple[int, ...]) -> None:
+@pytest.mark.parametrize(
+    ("values", "wrong", "least", "most"),
+    [
+        ((1, 3, 7), 0, 0, 0),
+        ((0, 5, 4), 2, 5, None),
+        ((0, 3, 10), 2, 3, None),
+        ((0, -1, 7), 1, 0, None),
+        ((0, 2**31 - 1, -(2**31)), 1, 0, None),
+    ],
+)
+def test_offsets_of_numpy_arrays_are_checked(
+    name: str, index: int, total: int, values: tuple[int, ...], wrong: int, least: int, most: int | None
+) -> None:
     inputs = [np.ones((7, 4, 8)), *np.ones((2, 9, 2, 8)), *(np.array(x, np.int32) for x in ((0, 3, 7), (0, 4, 9)))]
     inputs[index] = np.array(values, np.int32)
-    with pytest.raises(ValueError, match=rf"{name}\b.*{values[1]}.*at most at {total}"):
+    rule = rf"where {least} to {total if most is None else most} are allowed.*at most at {total}"
+    with pytest.raises(ValueError, match=rf"{name}: got {values[wrong]} at index {wrong}, {rule}"):
         cuflash.attention_varlen(*inputs)
 
 
-@pytest.mark.parametrize("values", [(5, 5), (-1, 5), (4, 6)])
-def test_used_lengths_of_numpy_arrays_are_checked(values: tuple[int, int]) -> None:
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+def test_limits_are_compared_with_numbers_of_small_dtypes(dtype: str, recwarn: pytest.WarningsRecorder) -> None:
+    x = np.ones((3, 8), dtype)
+    for option in ("scale", "softcap"):
+        expected = cuflash.attention(x, x, x, **{option: 0.5})
+        for number in (np.float16(0.5), np.float32(0.5), np.float64(0.5)):
+            np.testing.assert_array_equal(cuflash.attention(x, x, x, **{option: number}), expected)
+    assert not recwarn
+
+
+def test_a_message_tells_one_of_many_offsets() -> None:
+    offsets = np.arange(10_001, dtype=np.int32)
+    offsets[5000:] -= 2
+    with pytest.raises(ValueError, match="got 4998 at index 5000, where 4999 to 10000 are allowed") as error:
+        cuflash.attention_varlen(*np.ones((3, 10_000, 1, 1)), offsets, offsets)
+    assert len(str(error.value)) < 200
+
+
+@pytest.mark.parametrize(("values", "wrong"), [((5, 5), 0), ((-1, 5), 0), ((4, 6), 1)])
+def test_used_lengths_of_numpy_arrays_are_checked(values: tuple[int, int], wrong: int) -> None:
     inputs = [np.ones((7, 4, 8)), *np.ones((2, 9, 2, 8)), *(np.array(x, np.int32) for x in ((0, 3, 7), (0, 4, 9)))]
-    with pytest.raises(ValueError, match=r"seqused_k\b.*at most.*\[4, 5\]"):
+    allowed = f"where 0 to {(4, 5)[wrong]} are allowed"
+    with pytest.raises(ValueError, match=rf"seqused_k: got {values[wrong]} at index {wrong}, {allowed}"):
         cuflash.attention_varlen(*inputs, seqused_k=np.array(values, np.int32))
 
 

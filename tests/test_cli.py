@@ -572,6 +572,12 @@ class TestBench:
         assert main(["bench", "--cpu", "--op", "forward", "--out", str(tmp_path)]) == 0
         assert 'Try: pip install ".[bench]"' in capsys.readouterr().out
 
+    def test_without_ml_dtypes_it_says_what_to_install(self, tiny, monkeypatch):
+        monkeypatch.setitem(sys.modules, "ml_dtypes", None)
+        monkeypatch.setattr(command, "measure", lambda *_: pytest.fail("it measured"))
+        with pytest.raises(SystemExit, match=r"bfloat16 needs the package ml_dtypes.* pip install ml_dtypes"):
+            main(["bench", "--cpu", "--dtype", "bfloat16"])
+
     def test_on_a_terminal_without_rich(self, tiny, monkeypatch, capsys):
         monkeypatch.setattr(console.sys.stdout, "isatty", lambda: True, raising=False)
         monkeypatch.setitem(sys.modules, "rich", None)

@@ -146,3 +146,33 @@ def test_gradients_of_programmed_scores_are_finite_differences(names: list[str])
     dq, _, _ = vjp(dout)
     above, below = (cuflash.attention(q + d * step, k, v, score_mod=score_mod) for d in (1e-6, -1e-6))
     np.testing.assert_allclose((dq * step).sum(), ((above - below) * dout).sum() / 2e-6, rtol=1e-6, atol=1e-7)
+
+
+def test_a_score_mod_without_a_derivative_is_refused_where_gradients_will_be_wanted() -> None:
+    q, k, v = np.random.default_rng(0).standard_normal((3, 200, 2, 8))
+    offsets = np.array([0, 80, 200], np.int32)
+
+    def score_mod(score: Any, b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
+        return np.arcsinh(score)
+
+    cuflash.attention(q, k, v, score_mod=score_mod)
+    for call in (
+        lambda: cuflash.attention_vjp(q, k, v, score_mod=score_mod),
+        lambda: cuflash.attention_varlen_vjp(q, k, v, offsets, offsets, score_mod=score_mod),
+    ):
+        with pytest.raises(TypeError, match=r"^numpy\.arcsinh: has no derivative"):
+            call()
+
+
+def test_asking_for_a_derivative_changes_no_score() -> None:
+    q, k, v = np.random.default_rng(0).standard_normal((3, 200, 8))
+
+    def score_mod(score: Any, b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
+        score += 0.125 * (q_idx - kv_idx)  # in place
+        return np.maximum(score, 0.0)
+
+    out, vjp = cuflash.attention_vjp(q, k, v, score_mod=score_mod)
+    np.testing.assert_array_equal(out, cuflash.attention(q, k, v, score_mod=score_mod))
+    assert len(vjp(out)) == 3
+    with pytest.raises(TypeError, match=r"score_mod: got .* it must take 5 arguments"):
+        cuflash.attention_vjp(q, k, v, score_mod=lambda score: score)

@@ -341,14 +341,18 @@ def test_one_kernel_that_does_not_compile_stops_the_call(gpu: Gpu, monkeypatch: 
     assert len(gpu.launched) == 3
 
 
+@pytest.mark.parametrize(
+    ("expression", "about"),
+    [("score + typo", "typo.* is undefined"), ("asinf(score)", "no suitable conversion function from .*Dual")],
+)
 def test_the_error_of_a_compiler_in_a_thread_shows_the_expression(
-    gpu: Gpu, monkeypatch: pytest.MonkeyPatch, cupy_cache: Path
+    gpu: Gpu, monkeypatch: pytest.MonkeyPatch, cupy_cache: Path, expression: str, about: str
 ) -> None:
     from cuflash import _cupy
 
     monkeypatch.setattr(_cupy, "compile_kernel", compiler.compile_kernel)
-    with pytest.raises(ValueError, match=r"score_mod: 'score \+ typo' does not compile(?s:.*)typo.* is undefined"):
-        gradients(score_mod="score + typo")
+    with pytest.raises(ValueError, match=rf"score_mod: '{re.escape(expression)}' does not compile(?s:.*){about}"):
+        gradients(score_mod=expression)
 
 
 # Without CuPy, and without a GPU

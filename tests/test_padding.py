@@ -79,8 +79,8 @@ X, MASK = np.ones((2, 3, 4), np.float32), np.ones((2, 3), bool)
         (lambda: pad_input(X[0], np.array([0, 1, 2]), 2, -3), ValueError, "seqlen: got -3"),
         (lambda: pad_input(X[0], np.array([0, 1, 2]), 2.0, 3), ValueError, "batch: got 2.0"),
         (lambda: pad_input(X[0], np.array([0, 1, 2]), True, 3), ValueError, "batch: got True"),
-        (lambda: pad_input(X[0], np.array([0, 1, 6]), 2, 3), ValueError, r"indices: got \[0 1 6\].*below.*6"),
-        (lambda: pad_input(X[0], np.array([0, 1, -1]), 2, 3), ValueError, r"indices: got \[ 0  1 -1\]"),
+        (lambda: pad_input(X[0], np.array([0, 1, 6]), 2, 3), ValueError, "got 6 at index 2, where 0 to 5 are allowed"),
+        (lambda: pad_input(X[0], np.array([0, 1, -1]), 2, 3), ValueError, "indices: got -1 at index 2"),
     ],
 )
 def test_wrong_arguments_are_named(call: Any, error: Any, pattern: str) -> None:

@@ -17,7 +17,9 @@ from hypothesis import Phase, find, given, settings
 import cuflash
 from cuflash.testing import (
     assert_attention_accurate,
+    assert_attention_varlen_accurate,
     assert_gradients_accurate,
+    assert_gradients_varlen_accurate,
     plain_attention,
     plain_attention_backward,
     reference_attention,
@@ -177,21 +179,70 @@ def test_the_reference_of_packed_sequences_is_a_loop() -> None:
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"softcup": 2.0}, TypeError, "softcup"),
+        ({"softcup": 2.0}, TypeError, "^softcup: is not an option here; allowed are scale, causal, .*, layout$"),
+        ({"kernel": "wmma"}, TypeError, "^kernel: is not an option here"),
+        ({"first_batch": 1}, TypeError, "^first_batch: is not an option here"),
         (
             {"score_mod": "2 * score"},
             TypeError,
             "score_mod is the CUDA expression .*; give a Python",
         ),
-        ({"dropout_p": 0.5}, ValueError, "dropout_p is 0.5 and seed is None"),
+        ({"dropout_p": 0.5}, ValueError, "seed: got None with dropout_p=0.5"),
+        ({"dropout_p": 1.0, "seed": 0}, ValueError, "dropout_p: got 1.0"),
+        ({"softcap": -1.0}, ValueError, "softcap: got -1.0"),
+        ({"scale": "0.5"}, TypeError, "scale: got '0.5'"),
         ({"causal": "top_left"}, ValueError, "causal: got 'top_left'"),
         ({"window_size": (-1, -1)}, ValueError, "window_size: got"),
         ({"layout": "BSHD"}, ValueError, "layout: got 'BSHD'"),
     ],
 )
 def test_wrong_options_are_refused(options: dict[str, Any], error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=message):
-        reference_attention(*PROBLEM.arrays(), **options)
+    arrays, dout = PROBLEM.arrays(), PROBLEM.dout()
+    for call in (
+        lambda: reference_attention(*arrays, **options),
+        lambda: reference_attention_backward(dout, *arrays, **options),
+        lambda: plain_attention(*arrays, **options),
+        lambda: plain_attention_backward(dout, *arrays, **options),
+        lambda: assert_attention_accurate(*arrays, dout, **options),
+        lambda: assert_gradients_accurate(dout, *arrays, *arrays, **options),
+    ):
+        with pytest.raises(error, match=message):
+            call()
+
+
+@pytest.mark.parametrize("name", ["bias", "mask", "layout", "softcup"])
+def test_wrong_options_of_packed_sequences_are_refused(name: str) -> None:
+    problem = PackedProblem((5, 3), (9, 3))
+    arrays, dout = problem.arrays(), problem.dout()
+    for call in (
+        lambda: reference_attention_varlen(*arrays, **{name: None}),
+        lambda: reference_attention_varlen_backward(dout, *arrays, **{name: None}),
+        lambda: assert_attention_varlen_accurate(*arrays, dout, **{name: None}),
+        lambda: assert_gradients_varlen_accurate(dout, *arrays, *arrays[:3], **{name: None}),
+    ):
+        with pytest.raises(TypeError, match=f"^{name}: is not an option here; allowed are (?!.*(bias|mask,|layout))"):
+            call()
+
+
+def test_gradients_of_options_that_are_not_given_are_refused() -> None:
+    arrays, dout = PROBLEM.arrays(), PROBLEM.dout()
+    for backward in (reference_attention_backward, plain_attention_backward):
+        with pytest.raises(ValueError, match="return_dbias: got True without bias"):
+            backward(dout, *arrays, return_dbias=True)
+    with pytest.raises(ValueError, match="dsinks: got a gradient to judge, but sinks is None"):
+        assert_gradients_accurate(dout, *arrays, *arrays, dsinks=dout)
+
+
+def test_arrays_that_do_not_fit_are_refused() -> None:
+    q, k, v = PROBLEM.arrays()
+    with pytest.raises(ValueError, match=r"\[1, 2, 2\] heads"):
+        reference_attention(q[:, :1], k, v)
+    with pytest.raises(ValueError, match=r"\[4, 2, 1\] heads"):
+        reference_attention(q, k, v[:, :1])
+    with pytest.raises(TypeError, match="k: dtype float64 differs from q's float32"):
+        assert_attention_accurate(q, k.astype(np.float64), v, q)
+    with pytest.raises(TypeError, match="q: dtype int64 is not supported"):
+        assert_attention_accurate(q.astype(np.int64), k, v, q)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -15,6 +15,7 @@ from cuflash._call import Call
 from cuflash._cli import console
 from cuflash._cli.bench.cells import TOKENS, WIDTH, Cell, Op, flops
 from cuflash._cli.bench.contenders import prepare
+from cuflash._cli.bench.machine import dtype_named
 from cuflash._cli.bench.timing import Contender, Spread, describe, measure_in_turn
 from cuflash._cli.families import known_chips
 from cuflash._device import Chip
@@ -144,11 +145,8 @@ def _sm80_backward_candidates(problem: Problem, chip: Chip) -> Iterator[Tile]:
     dim, dim_v = padded_head_dims(problem)
     shapes = product((32, 64, 128), (32, 64, 128), (4, 8), (1, 2, 4), (1, 2, 4), (1, 2))
     for block_m, block_n, warps, splits, parts, stages in shapes:
-        keys, queries, cols = (
-            block_n * splits // warps,
-            block_m // (splits * parts),
-            (dim + dim_v) // splits,
-        )  # of a warp
+        # Of a warp.
+        keys, queries, cols = block_n * splits // warps, block_m // (splits * parts), (dim + dim_v) // splits
         works = (
             keys in (16, 32) and queries in (16, 32, 64) and block_m <= 32 * warps and min(dim, dim_v) // splits >= 32
         )
@@ -235,6 +233,7 @@ def run(options: argparse.Namespace) -> int:
     except Exception as error:
         print(f"No GPU to measure ({describe(error)}). --arch lists the tiles that fit a GPU, such as --arch sm_90.")
         return 1
+    dtype_named(options.dtype)  # if it cannot be had, now and not below
     changes = []
     for head_dim in options.head_dim:
         table, found = measured(machine, options.dtype, head_dim)

@@ -38,6 +38,10 @@ def manual_seed(seed: int) -> None:
     In a CUDA graph the seed is a constant: every replay drops the same weights. Call :func:`cuflash.attention` with
     ``seed=`` an array to change it between replays.
 
+    References
+    ----------
+    Named after ``torch.manual_seed``, https://docs.pytorch.org/docs/stable/generated/torch.manual_seed.html.
+
     Examples
     --------
     >>> import numpy as np

@@ -38,23 +38,23 @@ def flash_attn_func(
         ``nheads`` must be a multiple of ``nheads_k``; query head ``h`` uses key head ``h // (nheads // nheads_k)``.
     v : array, shape (batch, seqlen_k, nheads_k, headdim_v)
         For flash-attn ``headdim_v`` is ``headdim``; here they may differ.
-    dropout_p : float
+    dropout_p : float, default 0.0
         Probability to drop a weight, in [0, 1); those that stay are divided by ``1 - dropout_p``. Which ones stay is
         random, see :func:`manual_seed`. It should be 0.0 during evaluation.
     softmax_scale : float, optional
         Factor of the scores. Default: ``1 / sqrt(headdim)``.
-    causal : bool
+    causal : bool, default False
         Query ``i`` sees key ``j`` iff ``j <= i + seqlen_k - seqlen_q``: aligned to the bottom right.
-    window_size : (int, int)
+    window_size : (int, int), default (-1, -1)
         Query ``i`` sees the keys from ``i + seqlen_k - seqlen_q - window_size[0]`` to
         ``i + seqlen_k - seqlen_q + window_size[1]`` inclusive; -1 means no limit. It may be an array of two ints.
-    softcap : float
+    softcap : float, default 0.0
         If > 0, a score ``s`` becomes ``softcap * tanh(s / softcap)``.
     alibi_slopes : array, shape (nheads,) or (batch, nheads), optional
         float32; ``alibi_slopes[h] * abs(i + seqlen_k - seqlen_q - j)`` is subtracted from the scores.
-    deterministic : bool
+    deterministic : bool, default False
         Of no effect: there is no backward here, and the forward always is.
-    return_attn_probs : bool
+    return_attn_probs : bool, default False
         Also return ``softmax_lse`` and ``S_dmask``. For tests: with dropout it takes memory of
         ``seqlen_q * seqlen_k`` for each head.
 
@@ -71,7 +71,7 @@ def flash_attn_func(
 
     Raises
     ------
-    TypeError, ValueError, NotImplementedError
+    TypeError, ValueError, NotImplementedError, RuntimeError
         As :func:`cuflash.attention` does, and if an array has not four axes.
 
     References
@@ -129,8 +129,12 @@ def flash_attn_qkvpacked_func(
 
     Raises
     ------
-    TypeError, ValueError, NotImplementedError
+    TypeError, ValueError, NotImplementedError, RuntimeError
         As :func:`flash_attn_func` does.
+
+    References
+    ----------
+    As of :func:`flash_attn_func`.
 
     Examples
     --------
@@ -186,8 +190,12 @@ def flash_attn_kvpacked_func(
 
     Raises
     ------
-    TypeError, ValueError, NotImplementedError
+    TypeError, ValueError, NotImplementedError, RuntimeError
         As :func:`flash_attn_func` does.
+
+    References
+    ----------
+    As of :func:`flash_attn_func`.
 
     Examples
     --------

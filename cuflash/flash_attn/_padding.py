@@ -86,6 +86,10 @@ def pad_input(hidden_states: Array, indices: Array, batch: int, seqlen: int) -> 
     TypeError, ValueError
         As :func:`cuflash.pad_input` does.
 
+    References
+    ----------
+    As of :func:`unpad_input`.
+
     Examples
     --------
     See :func:`unpad_input`.

@@ -41,14 +41,14 @@ def scaled_dot_product_attention(
         Values.
     attn_mask : array, shape broadcastable to (..., Hq, L, S), optional
         bool, True where a query attends to a key; or of the dtype of ``query`` or float32, and added to the scores.
-    dropout_p : float
+    dropout_p : float, default 0.0
         Probability to drop a weight, in [0, 1); those that stay are divided by ``1 - dropout_p``. Which ones stay is
         random, see :func:`manual_seed`. It should be 0.0 during evaluation.
-    is_causal : bool
+    is_causal : bool, default False
         Query ``i`` sees key ``j`` iff ``j <= i``: aligned to the top left.
     scale : float, optional
         Factor of the scores. Default: ``1 / sqrt(E)``.
-    enable_gqa : bool
+    enable_gqa : bool, default False
         Whether ``Hq`` may be a multiple of ``H``; query head ``h`` then uses key head ``h // (Hq // H)``.
 
     Returns
@@ -58,7 +58,7 @@ def scaled_dot_product_attention(
 
     Raises
     ------
-    TypeError, ValueError, NotImplementedError
+    TypeError, ValueError, NotImplementedError, RuntimeError
         As :func:`cuflash.attention` does; ValueError for ``attn_mask`` together with ``is_causal``, and if numbers of
         heads differ without ``enable_gqa``. (torch raises RuntimeError.)
 

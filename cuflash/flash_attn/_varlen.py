@@ -61,7 +61,7 @@ def flash_attn_varlen_func(
 
     Raises
     ------
-    TypeError, ValueError, NotImplementedError
+    TypeError, ValueError, NotImplementedError, RuntimeError
         As :func:`cuflash.attention_varlen` does; NotImplementedError for a ``block_table``.
 
     References
@@ -144,8 +144,12 @@ def flash_attn_varlen_qkvpacked_func(
 
     Raises
     ------
-    TypeError, ValueError, NotImplementedError
+    TypeError, ValueError, NotImplementedError, RuntimeError
         As :func:`flash_attn_varlen_func` does.
+
+    References
+    ----------
+    As of :func:`flash_attn_varlen_func`.
 
     Examples
     --------
@@ -211,8 +215,12 @@ def flash_attn_varlen_kvpacked_func(
 
     Raises
     ------
-    TypeError, ValueError, NotImplementedError
+    TypeError, ValueError, NotImplementedError, RuntimeError
         As :func:`flash_attn_varlen_func` does.
+
+    References
+    ----------
+    As of :func:`flash_attn_varlen_func`.
 
     Examples
     --------

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from .. import _checks
 from ._formula import MAGNITUDES, Arithmetic, Results, forward, gradients, stored
 from ._options import Array, Options, as_numpy
 
@@ -54,6 +55,15 @@ def assert_attention_accurate(q: Any, k: Any, v: Any, out: Any, lse: Any = None,
     ------
     AssertionError
         Naming the array, the largest error, where it is and what was allowed.
+    TypeError, ValueError
+        As :func:`reference_attention` does; TypeError also if the inputs are not of one dtype out of float16,
+        bfloat16, float32 and float64.
+    NotImplementedError
+        For float64, where ``numpy.longdouble`` is no longer than that.
+
+    References
+    ----------
+    As of :func:`plain_attention`.
 
     Examples
     --------
@@ -62,7 +72,7 @@ def assert_attention_accurate(q: Any, k: Any, v: Any, out: Any, lse: Any = None,
     >>> out, lse = cuflash.attention(q, k, v, causal=True, return_lse=True)
     >>> assert_attention_accurate(q, k, v, out, lse, causal=True)
     """
-    _assert_rule(forward, {"q": q, "k": k, "v": v}, Options(**options), {"out": out}, {"lse": lse})
+    _assert_rule(forward, {"q": q, "k": k, "v": v}, Options.of(options), {"out": out}, {"lse": lse})
 
 
 def assert_gradients_accurate(
@@ -75,6 +85,7 @@ def assert_gradients_accurate(
     dv: Any,
     /,
     *,
+    dlse: Any = None,
     dbias: Any = None,
     dsinks: Any = None,
     **options: Any,
@@ -89,15 +100,20 @@ def assert_gradients_accurate(
         The gradient of the output and the inputs, NumPy or CuPy.
     dq, dk, dv : array
         The gradients to judge.
+    dlse : array, optional
+        The gradient of the log-sum-exp, as in :func:`reference_attention_backward`.
     dbias, dsinks : array, optional
         The gradients of the options `bias` and `sinks` to judge.
     **options
-        The options of the call, and `dlse`, as in :func:`reference_attention_backward`.
+        The options of the call, as in :func:`reference_attention`.
 
     Raises
     ------
     AssertionError
         Naming the gradient, the largest error, where it is and what was allowed.
+    TypeError, ValueError, NotImplementedError
+        As :func:`assert_attention_accurate` does; ValueError also for `dbias` without `bias`, and `dsinks` without
+        `sinks`.
 
     Examples
     --------
@@ -107,7 +123,7 @@ def assert_gradients_accurate(
     >>> assert_gradients_accurate(dout, q, k, v, *vjp(dout), causal=True)
     """
     arrays, results = {"dout": dout, "q": q, "k": k, "v": v}, {"dq": dq, "dk": dk, "dv": dv}
-    _assert_rule(gradients, arrays, Options(**options), results, {"dbias": dbias, "dsinks": dsinks})
+    _assert_rule(gradients, arrays, Options.of(options, dlse=dlse), results, {"dbias": dbias, "dsinks": dsinks})
 
 
 def assert_attention_varlen_accurate(
@@ -126,7 +142,7 @@ def assert_attention_varlen_accurate(
 
     Raises
     ------
-    AssertionError
+    AssertionError, TypeError, ValueError, NotImplementedError
         As :func:`assert_attention_accurate` does.
 
     Examples
@@ -167,7 +183,7 @@ def assert_gradients_varlen_accurate(
 
     Raises
     ------
-    AssertionError
+    AssertionError, TypeError, ValueError, NotImplementedError
         As :func:`assert_gradients_accurate` does.
 
     Examples
@@ -219,6 +235,7 @@ def _assert_rule(
     """Hold results that `compute` tells of arrays, in any arithmetic, against the rule; more results may be None."""
     results = results | {name: result for name, result in more_results.items() if result is not None}
     arrays = {name: as_numpy(x) for name, x in arrays.items()}
+    _checks.dtype_of(arrays, tuple(_ROUNDING))
     dtype = arrays["q"].dtype
     reference_dtype = np.longdouble if dtype == np.float64 else np.float64
     if np.finfo(reference_dtype).eps >= np.finfo(np.float64).eps and dtype == np.float64:
@@ -230,6 +247,9 @@ def _assert_rule(
     reference, plain = Arithmetic.reference(reference_dtype), Arithmetic.plain(dtype)
 
     expected = compute(*arrays.values(), options, reference)
+    for name in results:
+        if name not in expected:
+            raise ValueError(f"{name}: got a gradient to judge, but {name[1:]} is None")
     plain_results = stored(compute(*arrays.values(), options, plain), dtype, options)
     plain_errors = _largest_errors(plain_results, expected)
     if min(x.size for x in expected.values()) < _ENOUGH_ELEMENTS:

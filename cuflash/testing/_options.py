@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .. import _checks
+from .. import _check_options, _checks
 from .._problem import Causal, Layout, WindowSize
 
 Array = NDArray[Any]
@@ -51,12 +51,23 @@ class Options:
             mod = getattr(self, name)
             if isinstance(mod, str):
                 raise TypeError(f"{name} is the CUDA expression {mod!r}; give a Python callable of the same meaning")
-        if self.dropout_p > 0 and self.seed is None:
-            raise ValueError(f"dropout_p is {self.dropout_p} and seed is None; dropout needs a seed")
+        _checks.scale("scale", self.scale, 1, "float64")
+        _check_options.softcap(self.softcap, "float64")
+        _check_options.dropout_p(self.dropout_p, has_seed=self.seed is not None)
         for name in ARRAY_OPTIONS:
             array = getattr(self, name)
             if array is not None:
                 object.__setattr__(self, name, as_numpy(array))
+
+    @classmethod
+    def of(cls, given: dict[str, Any], *, dlse: Any = None) -> Options:
+        """Return the options that a caller gave by name; what changes no result here is refused, not ignored."""
+        left_out = {"dlse", "first_batch", *(PADDED_ONLY if "cu_seqlens_q" in given else PACKED_ONLY)}
+        allowed = [field.name for field in dataclasses.fields(cls) if field.name not in left_out]
+        for name in given:
+            if name not in allowed:
+                raise TypeError(f"{name}: is not an option here; allowed are {', '.join(allowed)}")
+        return cls(**given, dlse=dlse)
 
     @property
     def packed(self) -> bool:
@@ -68,6 +79,8 @@ class Options:
         return dataclasses.replace(self, **changes)
 
 
+PADDED_ONLY = ("bias", "mask", "block_mask", "layout")
+PACKED_ONLY = ("cu_seqlens_q", "cu_seqlens_k", "seqused_k")
 ARRAY_OPTIONS = ("alibi_slopes", "bias", "mask", "sinks", "seed", "dlse", "cu_seqlens_q", "cu_seqlens_k", "seqused_k")
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike
 
+from .. import _check_options
 from ._formula import Arithmetic, forward, gradients, stored
 from ._options import Array, Options
 
@@ -41,6 +42,19 @@ def reference_attention(
     lse : numpy.ndarray
         ``(..., Hq, M)`` in `dtype`, whatever the layout.
 
+    Raises
+    ------
+    TypeError
+        If an option is not one of these, `score_mod` or `mask_mod` is a CUDA expression, or `score_mod` uses a function
+        that has no derivative here.
+    ValueError
+        If an option has a value that is not allowed, or shapes do not fit together (in words of NumPy's).
+
+    References
+    ----------
+    A. Vaswani et al., "Attention Is All You Need", arXiv:1706.03762, section 3.2.1; the order of the options and
+    their sources are those of :func:`cuflash.attention`.
+
     Examples
     --------
     >>> import numpy as np
@@ -52,7 +66,7 @@ def reference_attention(
     >>> out.item(), lse.item()
     (1.0, 0.0)
     """
-    results = forward(q, k, v, Options(**options), Arithmetic.reference(dtype))
+    results = forward(q, k, v, Options.of(options), Arithmetic.reference(dtype))
     return results["out"], results["lse"]
 
 
@@ -74,6 +88,8 @@ def reference_attention_backward(
     .. math:: dV = P^T dO, \quad dS = P \circ (dO V^T - \mathrm{rowsum}(dO \circ O) + d\mathrm{lse}), \quad
               dQ = \text{scale} \cdot dS K, \quad dK = \text{scale} \cdot dS^T Q
 
+    With options the formulas are those of :func:`cuflash.attention_backward`.
+
     Parameters
     ----------
     dout : array
@@ -82,7 +98,7 @@ def reference_attention_backward(
         As in :func:`reference_attention`.
     dlse : array, optional
         The gradient of the log-sum-exp, of its shape; 0 by default.
-    return_dbias, return_dsinks : bool
+    return_dbias, return_dsinks : bool, default False
         Whether to return the gradients of `bias` and of `sinks`.
 
     Returns
@@ -90,6 +106,17 @@ def reference_attention_backward(
     dq, dk, dv[, dbias][, dsinks] : numpy.ndarray
         Of the shapes of `q`, `k`, `v`, `bias` and `sinks`, in `dtype`; gradients of broadcast axes and grouped heads
         are summed.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As :func:`reference_attention` does; ValueError also if `return_dbias` or `return_dsinks` is True and there is
+        no `bias` or no `sinks`.
+
+    References
+    ----------
+    T. Dao et al., "FlashAttention: Fast and Memory-Efficient Exact Attention with IO-Awareness", arXiv:2205.14135,
+    appendix B.2.
 
     Examples
     --------
@@ -99,7 +126,7 @@ def reference_attention_backward(
     >>> dv.ravel().tolist()
     [0.5, 0.5]
     """
-    results = gradients(dout, q, k, v, Options(dlse=dlse, **options), Arithmetic.reference(dtype))
+    results = gradients(dout, q, k, v, Options.of(options, dlse=dlse), Arithmetic.reference(dtype))
     return _returned(results, return_dbias, return_dsinks)
 
 
@@ -115,7 +142,7 @@ def reference_attention_varlen(
     dtype: DTypeLike = np.float64,
     **options: Any,
 ) -> tuple[Array, Array]:
-    """Compute attention of packed sequences in float64, one after the other.
+    """Compute attention of packed sequences in float64, one after the other, as :func:`reference_attention` does.
 
     Parameters
     ----------
@@ -134,6 +161,15 @@ def reference_attention_varlen(
         ``(total_q, Hq, Dv)``; 0 in rows of no sequence.
     lse : numpy.ndarray
         ``(Hq, total_q)``; -inf in rows of no sequence.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As :func:`reference_attention` does. Offsets are not checked.
+
+    References
+    ----------
+    As of :func:`cuflash.attention_varlen`.
 
     Examples
     --------
@@ -162,7 +198,7 @@ def reference_attention_varlen_backward(
     dtype: DTypeLike = np.float64,
     **options: Any,
 ) -> tuple[Array, ...]:
-    """Compute the gradients of packed sequences in float64, one after the other.
+    """Compute the gradients of packed sequences in float64, as :func:`reference_attention_backward` those of each.
 
     Parameters
     ----------
@@ -177,6 +213,15 @@ def reference_attention_varlen_backward(
     -------
     dq, dk, dv[, dsinks] : numpy.ndarray
         0 in rows of no sequence and for keys that are not used.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As :func:`reference_attention_backward` does. Offsets are not checked.
+
+    References
+    ----------
+    As of :func:`cuflash.attention_varlen`.
 
     Examples
     --------
@@ -193,11 +238,34 @@ def reference_attention_varlen_backward(
 
 
 def plain_attention(q: Any, k: Any, v: Any, /, **options: Any) -> tuple[Array, Array]:
-    """Compute attention as plain array code in the input's dtype would: the yardstick of accuracy.
+    r"""Compute attention as plain array code in the input's dtype would: the yardstick of accuracy.
+
+    .. math:: O = \mathrm{round}(\mathrm{round}(\mathrm{softmax}(S)) V)
 
     Scores and softmax are computed in float32 (float64 for float64 inputs), the weights are rounded to the
-    input's dtype before they meet the values, and so is the output. Parameters and shapes are those of
-    :func:`reference_attention`; `out` has the dtype of `q`, `lse` is float32 (float64).
+    input's dtype before they meet the values, and so is the output.
+
+    Parameters
+    ----------
+    q, k, v, **options
+        As in :func:`reference_attention`, the arrays all of one dtype.
+
+    Returns
+    -------
+    out : numpy.ndarray
+        As :func:`reference_attention` does, in the dtype of `q`.
+    lse : numpy.ndarray
+        Likewise, in float32 (float64 for float64 inputs).
+
+    Raises
+    ------
+    TypeError, ValueError
+        As :func:`reference_attention` does.
+
+    References
+    ----------
+    A yardstick as in the tests of https://github.com/Dao-AILab/flash-attention, ``tests/test_flash_attn.py``, which
+    allow twice the error of attention written in PyTorch.
 
     Examples
     --------
@@ -206,7 +274,7 @@ def plain_attention(q: Any, k: Any, v: Any, /, **options: Any) -> tuple[Array, A
     >>> out.dtype.name, lse.dtype.name
     ('float16', 'float32')
     """
-    checked = Options(**options)
+    checked = Options.of(options)
     results = stored(forward(q, k, v, checked, Arithmetic.plain(q.dtype)), q.dtype, checked)
     return results["out"], results["lse"]
 
@@ -218,16 +286,35 @@ def plain_attention_backward(
     v: Any,
     /,
     *,
+    dlse: Any = None,
     return_dbias: bool = False,
     return_dsinks: bool = False,
     **options: Any,
 ) -> tuple[Array, ...]:
     """Compute the gradients as plain array code in the input's dtype would; see :func:`plain_attention`.
 
-    As a backward pass that is given `out` and `lse` of the forward pass, it computes ``rowsum(dO * O)`` from
-    the rounded output and ``P = exp(S - lse)`` from the rounded `lse`; ``P`` and ``dS`` are rounded to the
-    input's dtype before they are multiplied. Parameters and shapes are those of
-    :func:`reference_attention_backward`; the gradients have the dtypes of what they belong to.
+    The formulas are those of :func:`reference_attention_backward`. As a backward pass that is given `out` and `lse`
+    of the forward pass, it computes ``rowsum(dO * O)`` from the rounded output and ``P = exp(S - lse)`` from `lse`;
+    ``P`` and ``dS`` are rounded to the input's dtype before they are multiplied.
+
+    Parameters
+    ----------
+    dout, q, k, v, dlse, return_dbias, return_dsinks, **options
+        As in :func:`reference_attention_backward`, the arrays all of one dtype.
+
+    Returns
+    -------
+    dq, dk, dv[, dbias][, dsinks] : numpy.ndarray
+        As :func:`reference_attention_backward` does, in the dtypes of what they are the gradients of.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As :func:`reference_attention_backward` does.
+
+    References
+    ----------
+    As of :func:`plain_attention`.
 
     Examples
     --------
@@ -236,11 +323,13 @@ def plain_attention_backward(
     >>> dv.dtype.name, dv.shape
     ('float16', (5, 8))
     """
-    checked = Options(**options)
+    checked = Options.of(options, dlse=dlse)
     results = gradients(dout, q, k, v, checked, Arithmetic.plain(q.dtype))
     return _returned(stored(results, q.dtype, checked), return_dbias, return_dsinks)
 
 
 def _returned(results: dict[str, Array], return_dbias: bool, return_dsinks: bool) -> tuple[Array, ...]:
+    given = [name.removeprefix("d") for name in results]
+    _check_options.gradient_flags(given, return_dbias=return_dbias, return_dsinks=return_dsinks, deterministic=False)
     names = ["dq", "dk", "dv"] + ["dbias"] * return_dbias + ["dsinks"] * return_dsinks
     return tuple(results[name] for name in names)

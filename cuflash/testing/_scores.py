@@ -28,7 +28,10 @@ class Stacks(NamedTuple):
         """View arrays of 2 to 4 axes so, in this dtype."""
         rank = max(q.ndim, k.ndim, v.ndim)
         q, k, v = (stack(x, layout, dtype) for x in (q, k, v))
-        group_size = q.shape[1] // k.shape[1]
+        heads = [x.shape[1] for x in (q, k, v)]
+        if heads[1] != heads[2] or heads[1] == 0 or heads[0] % heads[1]:
+            raise ValueError(f"q, k and v have {heads} heads; k and v must have as many, and q a multiple of that")
+        group_size = heads[0] // heads[1]
         return cls(q, np.repeat(k, group_size, axis=1), np.repeat(v, group_size, axis=1), rank)
 
     @property

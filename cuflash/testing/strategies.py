@@ -89,6 +89,11 @@ def attention_problems(
     -------
     hypothesis.strategies.SearchStrategy[AttentionProblem]
 
+    Raises
+    ------
+    ValueError
+        When it draws, if `variants` has a name that is not in :data:`VARIANTS`.
+
     Examples
     --------
     >>> from hypothesis import given
@@ -166,6 +171,11 @@ def packed_problems(
     Returns
     -------
     hypothesis.strategies.SearchStrategy[PackedProblem]
+
+    Raises
+    ------
+    ValueError
+        When it draws, if `variants` has a name that is not in :data:`PACKED_VARIANTS`.
 
     Examples
     --------

@@ -14,7 +14,7 @@ from cuflash._cli import console
 from cuflash._cli.bench import plots, records, tables
 from cuflash._cli.bench.cells import OPS
 from cuflash._cli.bench.contenders import PEERS
-from cuflash._cli.bench.machine import Machine
+from cuflash._cli.bench.machine import Machine, dtype_named
 from cuflash._cli.bench.sweeps import GPU_ONLY, SWEEPS, Choice, Outcome, Step, plan
 from cuflash._cli.bench.timing import describe
 from cuflash._jit.sources import sources_digest
@@ -82,12 +82,9 @@ def run(options: argparse.Namespace) -> int:
         raise SystemExit("python -m cuflash bench: error: --check needs the documents to check: --tables FILE")
     machine = _cpu() if options.cpu else _find_machine()
     directory = options.out or (RESULTS if machine.kind == "gpu" else None)
-    choice = Choice(
-        ops=options.op,
-        kernels=options.kernel,
-        peers=_available(options.peers, machine),
-        dtype=options.dtype or machine.default_dtype,
-    )
+    dtype = options.dtype or machine.default_dtype
+    dtype_named(dtype)  # if it cannot be had, now and not in every step
+    choice = Choice(ops=options.op, kernels=options.kernel, peers=_available(options.peers, machine), dtype=dtype)
     steps: list[Step] = []
     for sweep in dict.fromkeys(options.sweep):
         if machine.kind == "cpu" and sweep in GPU_ONLY:

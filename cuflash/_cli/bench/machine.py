@@ -65,9 +65,20 @@ class Machine(Protocol):
 
 
 def dtype_named(name: str) -> np.dtype[Any]:
-    """NumPy's dtype of a name, also of "bfloat16", which the package ml_dtypes brings."""
-    if name == "bfloat16":
-        import ml_dtypes
+    """NumPy's dtype of a name, also of "bfloat16", which the package ml_dtypes brings.
 
-        return np.dtype(ml_dtypes.bfloat16)
-    return np.dtype(name)
+    Raises
+    ------
+    SystemExit
+        If that is not installed; nothing can be measured then.
+    """
+    if name != "bfloat16":
+        return np.dtype(name)
+    try:
+        import ml_dtypes
+    except ImportError as error:
+        raise SystemExit(
+            "python -m cuflash: error: bfloat16 needs the package ml_dtypes. Try: pip install ml_dtypes, or measure "
+            f"another dtype: --dtype float16 ({error})"
+        ) from error
+    return np.dtype(ml_dtypes.bfloat16)

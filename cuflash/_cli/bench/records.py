@@ -41,7 +41,7 @@ def merge(results: Results, head: Record, measured: dict[str, list[Record]]) -> 
 
 
 def fastest(cell: Iterable[Record]) -> Record:
-    """Of our kernels on one cell: what peers did is told as it was measured beside it, in the same run."""
+    """Of our kernels on one cell; what its peers did is what its record says."""
     return max(cell, key=lambda record: float(record.get("tflops", 0)))
 
 
