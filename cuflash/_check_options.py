@@ -23,7 +23,7 @@ def softcap(value: Any, dtype: str) -> float | None:
     least, most = float(limits.tiny), float(limits.max)
     if dtype != "float64":
         least, most = MIN_SOFTCAP, MAX_SOFTCAP
-    if not least <= value <= most:
+    if not least <= _checks.comparable(value) <= most:
         raise ValueError(f"softcap: got {value!r}; allowed are None and numbers > 0 ({least:.4g} to {most:.4g})")
     return float(value)
 

@@ -74,13 +74,18 @@ def is_real(value: Any) -> bool:
     return isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
 
 
+def comparable(value: Any) -> Any:
+    """A real number to hold against limits: beside a short float of NumPy's, they would be rounded to its dtype."""
+    return float(value) if isinstance(value, np.floating) else value
+
+
 def scale(name: str, value: Any, head_dim: int, dtype: str) -> float:
     if value is None:
         return 1.0 / math.sqrt(head_dim)
     if not is_real(value):
         raise TypeError(f"{name}: got {value!r} of type {type(value).__name__}; allowed are None and a real number")
     limit = float(np.finfo(lse_dtype(dtype)).max)
-    if not abs(value) <= limit:
+    if not abs(comparable(value)) <= limit:
         raise ValueError(f"{name}: got {value!r}; it must be finite and its absolute value at most {limit:.4g}")
     return float(value)
 
