@@ -145,12 +145,15 @@ def merge_states_backward(
         if layout == "bshd" and difference.ndim > 1:
             difference = difference.swapaxes(-1, -2)
         exchange = np.where((weight_a != 0) & (weight_b != 0), weight_a * weight_b * difference, 0)
-        direct = 0 if dlse is None else dlse
+        # Where nothing was seen a gradient may be infinite, such as that of lse**2.
+        direct_a, direct_b = (
+            0 if dlse is None else np.where(weight != 0, weight * dlse, 0) for weight in (weight_a, weight_b)
+        )
         dout_a, dout_b = (
             np.where(weight != 0, weight * grad, 0).astype(dout.dtype, copy=False)
             for weight in (_per_row(weight_a, layout), _per_row(weight_b, layout))
         )
-        return dout_a, weight_a * direct + exchange, dout_b, weight_b * direct - exchange
+        return dout_a, direct_a + exchange, dout_b, direct_b - exchange
 
 
 def _weights(lse_a: Array, lse_b: Array) -> tuple[Array, Array, Array]:

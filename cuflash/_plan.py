@@ -7,6 +7,8 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from . import _check_options, _checks
 from ._backends import Backend
 from ._dual import needs_derivative
@@ -242,7 +244,8 @@ def _sum_broadcast(gradient: Array, array: Array) -> Array:
     if gradient.shape == array.shape:
         return gradient
     sum_dtype = "float64" if gradient.dtype == "float64" else "float32"
-    return gradient.astype(sum_dtype, copy=False).sum(axis=0).astype(gradient.dtype).reshape(array.shape)
+    with np.errstate(all="ignore"):  # what float16 cannot hold is infinite without a warning, as in all gradients
+        return gradient.astype(sum_dtype, copy=False).sum(axis=0).astype(gradient.dtype).reshape(array.shape)
 
 
 def make_vjp(

@@ -131,6 +131,13 @@ def test_gradients_of_broadcast_axes_are_summed(ring: Ring, q: Any, k: Any, v: A
     ring.check_backward(problem)
 
 
+def test_a_sum_over_the_batch_that_float16_cannot_hold_is_infinite(ring: Ring) -> None:
+    q, k, v = (ring.asarray(np.ones((batch, 1, 2, 8), np.float16)) for batch in (3, 1, 1))
+    out, vjp = ring.attention_vjp(q, k, v)
+    _, _, dv = vjp(ring.asarray(np.full(out.shape, 40000, np.float16)))  # a warning would be an error
+    assert np.isposinf(ring.numpy(dv)).all()
+
+
 def test_vjp_is_attention_and_its_backward(ring: Ring) -> None:
     arrays, dout = GROUPED.arrays(ring.xp), GROUPED.dout(ring.xp)
     out, lse = ring.attention(*arrays, causal=True, return_lse=True)

@@ -170,6 +170,15 @@ def test_scale_must_be_finite(ring: Ring, scale: float) -> None:
     fails(ring, ValueError, rf"scale\b.*{scale}.*finite", *arrays(ring), scale=scale)
 
 
+def test_short_floats_of_numpy_meet_the_same_limits(ring: Ring) -> None:
+    fails(ring, ValueError, r"scale\b.*finite", *arrays(ring), scale=np.float16(np.inf))
+    for softcap in (0, np.inf):
+        fails(ring, ValueError, r"softcap\b.*> 0", *arrays(ring), softcap=np.float16(softcap))
+    inputs = arrays(ring)
+    short = ring.attention(*inputs, scale=np.float16(0.5), softcap=np.float16(30))  # a warning would be an error
+    np.testing.assert_array_equal(ring.numpy(short), ring.numpy(ring.attention(*inputs, scale=0.5, softcap=30)))
+
+
 @pytest.mark.parametrize("scale", ["0.5", 1j, [0.5], np.ones(2), True])
 def test_scale_must_be_a_number(ring: Ring, scale: Any) -> None:
     fails(ring, TypeError, r"scale\b.*number", *arrays(ring), scale=scale)

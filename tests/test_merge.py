@@ -135,6 +135,17 @@ def test_a_state_that_saw_no_key_does_not_count_whatever_it_holds() -> None:
         assert (gradient == 0).all()
 
 
+@pytest.mark.parametrize("dlse", [-np.inf, np.nan])
+def test_a_gradient_of_an_lse_of_no_key_does_not_count(dlse: float) -> None:
+    states = np.ones((1, 8)), np.array([3.0]), np.ones((1, 8)), np.array([-np.inf])
+    unseen = states[2:] * 2
+    _, dlse_a, _, dlse_b = cuflash.merge_states_backward(np.ones((1, 8)), np.array([dlse]), *unseen)
+    assert dlse_a == dlse_b == 0
+    _, dlse_a, _, dlse_b = cuflash.merge_states_backward(np.ones((1, 8)), np.array([dlse]), *states)
+    np.testing.assert_array_equal(dlse_a, dlse)
+    assert dlse_b == 0
+
+
 def test_large_logits_do_not_overflow() -> None:
     out_a, out_b = np.zeros((1, 8), np.float32), np.ones((1, 8), np.float32)
     lse = np.array([1e4], np.float32)

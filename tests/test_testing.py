@@ -442,12 +442,19 @@ def test_the_strategy_draws_every_kind_of_problem(condition: Any) -> None:
 
 
 @pytest.mark.parametrize("strategy", [attention_problems, packed_problems])
-def test_a_variant_that_no_problem_would_have_is_refused(strategy: Any) -> None:
+@pytest.mark.parametrize(
+    ("restriction", "pattern"),
+    [
+        ({"variants": ["alibi", "alibi_slopes"]}, r"variants: got 'alibi_slopes'; allowed are .*'alibi'"),
+        ({"strides": ["sliced", "strided"]}, r"strides: got 'strided'; allowed are .*'sliced'"),
+    ],
+)
+def test_a_name_that_no_problem_would_have_is_refused(strategy: Any, restriction: Any, pattern: str) -> None:
     @settings(derandomize=True, database=None)
-    @given(strategy(variants=["alibi", "alibi_slopes"]))
+    @given(strategy(**restriction))
     def check(problem: Any) -> None: ...
 
-    with pytest.raises(ValueError, match=r"variants: got 'alibi_slopes'; allowed are .*'alibi'"):
+    with pytest.raises(ValueError, match=pattern):
         check()
 
 

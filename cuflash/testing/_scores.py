@@ -144,11 +144,15 @@ def _visible(shape: tuple[int, int, int, int], options: Options, pairs: tuple[Ar
         visible &= ahead >= -left
     if right is not None:
         visible &= ahead <= right
+    shown = np.ones((1, 1, 1, 1), bool)
     if options.mask is not None:
-        visible = visible & options.mask
+        shown = shown & options.mask
     if options.mask_mod is not None:
-        visible = visible & options.mask_mod(None, *pairs)
+        shown = shown & options.mask_mod(None, *pairs)
     if options.block_mask is not None:
-        blocks = as_numpy(options.block_mask.visible)
-        visible = visible & blocks.repeat(BLOCK, axis=-2).repeat(BLOCK, axis=-1)[..., :seqlen_q, :seqlen_k]
-    return visible
+        some, every = (
+            as_numpy(x).repeat(BLOCK, axis=-2).repeat(BLOCK, axis=-1)[..., :seqlen_q, :seqlen_k]
+            for x in (options.block_mask.visible, options.block_mask.full)
+        )
+        shown = some & (every | shown)
+    return visible & shown

@@ -102,7 +102,8 @@ def attention_problems(
     ...     assert problem.q[-1] == problem.k[-1]
     >>> test()
     """
-    _check_variants(variants, VARIANTS)
+    _check_names("variants", variants, VARIANTS)
+    _check_names("strides", strides, PAIR_STRIDES)
     layout = draw(st.sampled_from(layouts))
     lengths = st.sampled_from([length for length in LENGTHS if length <= max_seqlen] + [max_seqlen])
     seqlen_q, seqlen_k = draw(lengths), draw(lengths)
@@ -185,7 +186,8 @@ def packed_problems(
     ...     assert len(problem.lengths_q) == len(problem.lengths_k) <= 2
     >>> test()
     """
-    _check_variants(variants, PACKED_VARIANTS)
+    _check_names("variants", variants, PACKED_VARIANTS)
+    _check_names("strides", strides, PAIR_STRIDES)
     lengths = st.sampled_from([length for length in LENGTHS if length <= max_seqlen] + [max_seqlen])
     sequences = draw(st.lists(st.tuples(lengths, lengths), min_size=1, max_size=max_sequences))
     lengths_q, lengths_k = zip(*sequences, strict=True)
@@ -211,11 +213,11 @@ def packed_problems(
     )
 
 
-def _check_variants(variants: Sequence[str], allowed: tuple[str, ...]) -> None:
+def _check_names(argument: str, names: Sequence[str], allowed: tuple[str, ...]) -> None:
     """Refuse a name that no problem would have: a test of it would pass without a look."""
-    for name in variants:
+    for name in names:
         if name not in allowed:
-            raise ValueError(f"variants: got {name!r}; allowed are {', '.join(map(repr, allowed))}")
+            raise ValueError(f"{argument}: got {name!r}; allowed are {', '.join(map(repr, allowed))}")
 
 
 def _window_sizes(seqlen: int) -> st.SearchStrategy[WindowSize]:
