@@ -24,7 +24,8 @@ Shape = tuple[int, int, int, int]
 class BlockMask:
     """Which blocks of 128 x 128 pairs are worth a visit, for the option `block_mask` of :func:`attention`.
 
-    :func:`make_block_mask` makes one out of a mask or a `mask_mod`, :meth:`from_blocks` out of its blocks.
+    :func:`make_block_mask` makes one out of a mask or a `mask_mod`, :meth:`from_blocks` out of its blocks. Its arrays
+    must not change, because kernels read a packed copy of them; those of NumPy are read-only.
 
     Attributes
     ----------
@@ -117,6 +118,9 @@ class BlockMask:
         full = self.full.reshape(visible.shape) & visible
         # Packed at once: a call that is captured in a CUDA graph would only note down the packing.
         words = _packed(visible), _packed(full)
+        for array in (visible, full, *words):
+            if isinstance(array, np.ndarray):  # CuPy knows no read-only arrays
+                array.flags.writeable = False  # or blocks and words would no longer agree
         for name, value in (("visible", visible), ("full", full), ("shape", (seqlen_q, seqlen_k)), ("words", words)):
             object.__setattr__(self, name, value)
 

@@ -118,6 +118,15 @@ def test_blocks_given_by_the_caller() -> None:
     assert block_mask.full.tolist() == [[[[True, False, False]]]]  # what is hidden is not full
 
 
+def test_blocks_cannot_be_changed_afterwards() -> None:
+    visible = np.ones((1, 1, 1, 3), bool)
+    block_mask = cuflash.BlockMask(visible, visible, (100, 300))
+    for array in (block_mask.visible, block_mask.full, *block_mask.words):
+        with pytest.raises(ValueError, match="read-only"):
+            array[...] = 0
+    visible[:] = False  # the caller's own
+
+
 @pytest.mark.parametrize("as_mod", [False, True])
 def test_full_blocks_are_seen_whatever_the_mask_says(as_mod: bool) -> None:
     visible, full = np.array([[True, True, False, True]]), np.array([[True, False, False, False]])
