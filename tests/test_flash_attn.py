@@ -292,6 +292,31 @@ def test_arrays_of_other_shapes_are_refused() -> None:
         flash_attn_varlen_func(packed, q, q, cu_seqlens, cu_seqlens, 5, 5, block_table=cu_seqlens[:, None])
 
 
+def test_errors_name_the_arguments_of_the_caller() -> None:
+    q, wide, offsets = normal(2, 5, 4, 8), normal(2, 5, 3, 4, 300), np.array([0, 5, 10], np.int32)
+    for match, call in {
+        r"^query: head_dim is 300; ": lambda: scaled_dot_product_attention(*[wide[:, :, 0]] * 3),
+        r"^value: head_dim is 300; ": lambda: scaled_dot_product_attention(q, q, wide[:, :, 0]),
+        r"^query: has 5 heads; it must be a positive multiple of key's 2": lambda: scaled_dot_product_attention(
+            q, q[:, :2], q[:, :2], enable_gqa=True
+        ),
+        r"^qkv: head_dim is 300; ": lambda: flash_attn_qkvpacked_func(wide),
+        r"^kv: head_dim is 4, but q's is 8; ": lambda: flash_attn_kvpacked_func(q, normal(2, 5, 2, 4, 4)),
+        r"^kv: head_dim is 4, but q's is 6; ": lambda: flash_attn_varlen_kvpacked_func(
+            normal(10, 4, 6), normal(10, 2, 4, 4), offsets, offsets, 5, 5
+        ),
+        r"^cu_seqlens: got 11 ": lambda: flash_attn_varlen_qkvpacked_func(
+            normal(10, 3, 4, 8), offsets + np.int32([0, 0, 1]), 5
+        ),
+        r"^cu_seqlens: got a builtins.list": lambda: flash_attn_varlen_qkvpacked_func(normal(10, 3, 4, 8), [0, 10], 5),
+        r"^max_seqlen: got -1; ": lambda: flash_attn_varlen_qkvpacked_func(
+            normal(10, 3, 4, 8), offsets, -1, 0.3, return_attn_probs=True
+        ),
+    }.items():
+        with pytest.raises((TypeError, ValueError), match=match):
+            call()
+
+
 NO_WINDOWS = [(-2, 3), (-1, -2), (3, 1.0), (-1.0, 3), (np.zeros(2), 3), (1, 2, 3), 5]
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -112,3 +115,14 @@ def check_axes(name: str, array: Array, *axes: str | int) -> None:
         isinstance(axis, int) and axis != size for axis, size in zip(axes, array.shape, strict=True)
     ):
         raise ValueError(f"{name}: shape is {array.shape}; it must be ({', '.join(map(str, axes))})")
+
+
+@contextmanager
+def named(**names: str) -> Iterator[None]:
+    """Let errors name the caller's arguments: ``named(q="query")`` around a function that calls it q."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        name = re.compile(rf"\b({'|'.join(names)})(?=:|'s | has | is )")
+        error.args = (name.sub(lambda found: names[found[0]], str(error)),)
+        raise

@@ -9,7 +9,7 @@ import numpy as np
 
 from .._attention import attention
 from ._attn_probs import signed_weights
-from ._options import Array, check_axes, flash_attn_options
+from ._options import Array, check_axes, flash_attn_options, named
 
 
 def flash_attn_func(
@@ -145,19 +145,20 @@ def flash_attn_qkvpacked_func(
     (2, 100, 4, 64)
     """
     check_axes("qkv", qkv, "batch", "seqlen", 3, "nheads", "headdim")
-    return flash_attn_func(
-        qkv[:, :, 0],
-        qkv[:, :, 1],
-        qkv[:, :, 2],
-        dropout_p,
-        softmax_scale,
-        causal,
-        window_size,
-        softcap,
-        alibi_slopes,
-        deterministic,
-        return_attn_probs,
-    )
+    with named(q="qkv"):
+        return flash_attn_func(
+            qkv[:, :, 0],
+            qkv[:, :, 1],
+            qkv[:, :, 2],
+            dropout_p,
+            softmax_scale,
+            causal,
+            window_size,
+            softcap,
+            alibi_slopes,
+            deterministic,
+            return_attn_probs,
+        )
 
 
 def flash_attn_kvpacked_func(
@@ -208,16 +209,17 @@ def flash_attn_kvpacked_func(
     (2, 10, 4, 64)
     """
     check_axes("kv", kv, "batch", "seqlen_k", 2, "nheads_k", "headdim")
-    return flash_attn_func(
-        q,
-        kv[:, :, 0],
-        kv[:, :, 1],
-        dropout_p,
-        softmax_scale,
-        causal,
-        window_size,
-        softcap,
-        alibi_slopes,
-        deterministic,
-        return_attn_probs,
-    )
+    with named(k="kv", v="kv"):
+        return flash_attn_func(
+            q,
+            kv[:, :, 0],
+            kv[:, :, 1],
+            dropout_p,
+            softmax_scale,
+            causal,
+            window_size,
+            softcap,
+            alibi_slopes,
+            deterministic,
+            return_attn_probs,
+        )

@@ -10,7 +10,7 @@ import numpy as np
 from .. import _check_options, _checks
 from .._attention import attention
 from .._backends import backend_of
-from ._options import Array, dropout
+from ._options import Array, dropout, named
 
 
 def scaled_dot_product_attention(
@@ -102,9 +102,9 @@ def scaled_dot_product_attention(
         backend_of(query, attn_mask, names=("query", "attn_mask"))
         scores_shape = (*batch, *heads_q, query.shape[-2], key.shape[-2])[-rank:]
         options |= _mask_option(attn_mask, scores_shape, batch, query.dtype)
-    out: Array = attention(
-        _stack(query, batch, heads_q), _stack(key, batch, heads_kv), _stack(value, batch, heads_kv), **options
-    )
+    q, k, v = _stack(query, batch, heads_q), _stack(key, batch, heads_kv), _stack(value, batch, heads_kv)
+    with named(q="query", k="key", v="value"):
+        out: Array = attention(q, k, v, **options)
     return out.reshape((*batch, *out.shape[1:])[-rank:])
 
 

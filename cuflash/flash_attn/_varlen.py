@@ -9,7 +9,7 @@ import numpy as np
 from .. import _checks
 from .._varlen import attention_varlen
 from ._attn_probs import signed_weights
-from ._options import Array, check_axes, flash_attn_options
+from ._options import Array, check_axes, flash_attn_options, named
 
 
 def flash_attn_varlen_func(
@@ -160,23 +160,24 @@ def flash_attn_varlen_qkvpacked_func(
     (100, 4, 64)
     """
     check_axes("qkv", qkv, "total", 3, "nheads", "headdim")
-    return flash_attn_varlen_func(
-        qkv[:, 0],
-        qkv[:, 1],
-        qkv[:, 2],
-        cu_seqlens,
-        cu_seqlens,
-        max_seqlen,
-        max_seqlen,
-        dropout_p,
-        softmax_scale,
-        causal,
-        window_size,
-        softcap,
-        alibi_slopes,
-        deterministic,
-        return_attn_probs,
-    )
+    with named(q="qkv", cu_seqlens_q="cu_seqlens", max_seqlen_q="max_seqlen"):
+        return flash_attn_varlen_func(
+            qkv[:, 0],
+            qkv[:, 1],
+            qkv[:, 2],
+            cu_seqlens,
+            cu_seqlens,
+            max_seqlen,
+            max_seqlen,
+            dropout_p,
+            softmax_scale,
+            causal,
+            window_size,
+            softcap,
+            alibi_slopes,
+            deterministic,
+            return_attn_probs,
+        )
 
 
 def flash_attn_varlen_kvpacked_func(
@@ -234,20 +235,21 @@ def flash_attn_varlen_kvpacked_func(
     (20, 4, 64)
     """
     check_axes("kv", kv, "total_k", 2, "nheads_k", "headdim")
-    return flash_attn_varlen_func(
-        q,
-        kv[:, 0],
-        kv[:, 1],
-        cu_seqlens_q,
-        cu_seqlens_k,
-        max_seqlen_q,
-        max_seqlen_k,
-        dropout_p,
-        softmax_scale,
-        causal,
-        window_size,
-        softcap,
-        alibi_slopes,
-        deterministic,
-        return_attn_probs,
-    )
+    with named(k="kv", v="kv"):
+        return flash_attn_varlen_func(
+            q,
+            kv[:, 0],
+            kv[:, 1],
+            cu_seqlens_q,
+            cu_seqlens_k,
+            max_seqlen_q,
+            max_seqlen_k,
+            dropout_p,
+            softmax_scale,
+            causal,
+            window_size,
+            softcap,
+            alibi_slopes,
+            deterministic,
+            return_attn_probs,
+        )
