@@ -114,6 +114,15 @@ def test_seeds_heads_and_batches_are_independent(other: int) -> None:
         assert abs((a * b * 4).mean()) < 6 / np.sqrt(a.size)
 
 
+def test_near_1_the_share_has_steps_and_the_divisor_has_none() -> None:
+    q, v = np.zeros((1024, 1)), np.ones((1024, 1))
+    kept = cuflash.dropout_mask((1, 1, 1024, 1024), 0.99999, 0)[0, 0]
+    assert abs(kept.mean() - 2**-16) < 4 * 2**-18  # deviations of 16 in 2**20
+    out = cuflash.attention(q, q, v, dropout_p=0.99999, seed=0)
+    np.testing.assert_allclose(out[:, 0], kept.mean(axis=1) / (1 - 0.99999))
+    assert not cuflash.attention(q, q, v, dropout_p=1 - 1 / 131072, seed=0).any()
+
+
 def test_the_seed_may_be_an_array_and_no_dropout_keeps_all() -> None:
     mask = cuflash.dropout_mask((1, 1, 20, 20), 0.5, np.array([2**63 + 1], np.uint64))
     np.testing.assert_array_equal(mask, cuflash.dropout_mask((1, 1, 20, 20), 0.5, 2**63 + 1))
