@@ -91,7 +91,8 @@ def _views(problem: Problem, operands: dict[str, Operand], arrays: dict[str, Any
 
     views = {name: view(name, array) for name, array in arrays.items()}
     if problem.packed:
-        _check_options.offset_values(problem, **{name: views[name] for name in LISTS if name in views})
+        lists = {name: views[name] for name in LISTS if name in views}
+        _check_options.offset_values(problem.seqlen_q, problem.seqlen_k, **lists)
     return views
 
 

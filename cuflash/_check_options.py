@@ -189,9 +189,9 @@ def num_sequences(cu_seqlens_q: Any) -> int:
     return size - 1
 
 
-def offset_values(problem: Problem, cu_seqlens_q: Any, cu_seqlens_k: Any, seqused_k: Any = None) -> None:
+def offset_values(total_q: int, total_k: int, cu_seqlens_q: Any, cu_seqlens_k: Any, seqused_k: Any = None) -> None:
     """Refuse offsets, on the host, that do not cut the packed arrays into sequences."""
-    totals = {"cu_seqlens_q": (cu_seqlens_q, problem.seqlen_q), "cu_seqlens_k": (cu_seqlens_k, problem.seqlen_k)}
+    totals = {"cu_seqlens_q": (cu_seqlens_q, total_q), "cu_seqlens_k": (cu_seqlens_k, total_k)}
     for name, (offsets, total) in totals.items():
         least = np.concatenate([[0], offsets[:-1]])  # the one before
         most = np.where(np.arange(len(offsets)) == 0, 0, total)

@@ -224,6 +224,35 @@ def test_wrong_options_of_packed_sequences_are_refused(name: str) -> None:
             call()
 
 
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("cu_seqlens_q", [0, 5, 9]),
+        ("cu_seqlens_q", [1, 5, 8]),
+        ("cu_seqlens_q", 8),
+        ("cu_seqlens_k", [0, 9, 13]),
+        ("cu_seqlens_k", [0, 9, 5]),
+        ("cu_seqlens_k", [0, 12]),
+        ("seqused_k", [9, 4]),
+        ("seqused_k", [9]),
+    ],
+)
+def test_wrong_offsets_of_packed_sequences_are_refused(name: str, values: Any) -> None:
+    problem = PackedProblem((5, 3), (9, 3))
+    *arrays, cu_seqlens_q, cu_seqlens_k = problem.arrays()
+    lengths = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k, name: np.asarray(values, np.int32)}
+    offsets, dout = (lengths.pop("cu_seqlens_q"), lengths.pop("cu_seqlens_k")), problem.dout()
+    for call in (
+        lambda: reference_attention_varlen(*arrays, *offsets, **lengths),
+        lambda: reference_attention_varlen_backward(dout, *arrays, *offsets, **lengths),
+        lambda: assert_attention_varlen_accurate(*arrays, *offsets, dout, **lengths),
+        lambda: assert_gradients_varlen_accurate(dout, *arrays, *offsets, *arrays, **lengths),
+        lambda: cuflash.attention_varlen(*arrays, *offsets, **lengths),
+    ):
+        with pytest.raises(ValueError, match=f"^{name}: (got|shape is)"):
+            call()
+
+
 def test_gradients_of_options_that_are_not_given_are_refused() -> None:
     arrays, dout = PROBLEM.arrays(), PROBLEM.dout()
     for backward in (reference_attention_backward, plain_attention_backward):

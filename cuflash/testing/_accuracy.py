@@ -143,7 +143,7 @@ def assert_attention_varlen_accurate(
     Raises
     ------
     AssertionError, TypeError, ValueError, NotImplementedError
-        As :func:`assert_attention_accurate` does.
+        As :func:`assert_attention_accurate` and :func:`reference_attention_varlen` do.
 
     Examples
     --------
@@ -184,7 +184,7 @@ def assert_gradients_varlen_accurate(
     Raises
     ------
     AssertionError, TypeError, ValueError, NotImplementedError
-        As :func:`assert_gradients_accurate` does.
+        As :func:`assert_gradients_accurate` and :func:`reference_attention_varlen` do.
 
     Examples
     --------

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import DTypeLike
 
+from .. import _check_options, _checks
 from .._dropout import dropout_mask
 from ._options import Array, Options, as_numpy
 from ._scores import Scores, Stacks, scale_of, stack, unstack
@@ -187,6 +188,7 @@ def _each_sequence(
     """Compute each sequence of packed arrays by itself, and pack the results."""
     arrays = {name: as_numpy(x) for name, x in arrays.items()}
     (total_q, heads, _), head_dim_v = arrays["q"].shape, arrays["v"].shape[-1]
+    num_sequences = _checked_sequences(total_q, len(arrays["k"]), options)
     if "dout" in arrays:
         packed = {"d" + name: np.zeros(arrays[name].shape, arithmetic.work) for name in "qkv"}
         if options.sinks is not None:
@@ -197,7 +199,7 @@ def _each_sequence(
             "out": np.zeros((total_q, heads, head_dim_v), arithmetic.work),
             "lse": np.full((heads, total_q), empty, arithmetic.work),
         }
-    for sequence in range(len(options.cu_seqlens_q) - 1):
+    for sequence in range(num_sequences):
         rows_q, rows_k = (slice(*cu[sequence : sequence + 2]) for cu in (options.cu_seqlens_q, options.cu_seqlens_k))
         if options.seqused_k is not None:
             rows_k = slice(rows_k.start, rows_k.start + options.seqused_k[sequence])
@@ -218,3 +220,13 @@ def _each_sequence(
             else:
                 packed[name][rows_q if name in ("out", "dq") else rows_k] = part
     return packed
+
+
+def _checked_sequences(total_q: int, total_k: int, options: Options) -> int:
+    """Return the number of packed sequences, if the options cut arrays of these lengths into them."""
+    size = _check_options.num_sequences(options.cu_seqlens_q)
+    _checks.same_shape("cu_seqlens_k", options.cu_seqlens_k, (size + 1,))
+    if options.seqused_k is not None:
+        _checks.same_shape("seqused_k", options.seqused_k, (size,))
+    _check_options.offset_values(total_q, total_k, options.cu_seqlens_q, options.cu_seqlens_k, options.seqused_k)
+    return size

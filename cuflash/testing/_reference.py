@@ -165,7 +165,7 @@ def reference_attention_varlen(
     Raises
     ------
     TypeError, ValueError
-        As :func:`reference_attention` does. Offsets are not checked.
+        As :func:`reference_attention` does; ValueError also for offsets that :func:`cuflash.attention_varlen` refuses.
 
     References
     ----------
@@ -217,7 +217,7 @@ def reference_attention_varlen_backward(
     Raises
     ------
     TypeError, ValueError
-        As :func:`reference_attention_backward` does. Offsets are not checked.
+        As :func:`reference_attention_backward` and :func:`reference_attention_varlen` do.
 
     References
     ----------
