@@ -1139,6 +1139,10 @@ class TestTune:
             chip = Chip("chip", (8, 0), kib * 1024)
             assert {(*tile[:-1], 1) for tile in tiles} <= set(tune._sm80_backward_candidates(problem, chip))
 
+    def test_a_dtype_that_no_kernel_of_a_gpu_takes(self):
+        with pytest.raises(SystemExit, match=r"error: bfloat16 needs .* 8\.0 or newer, sm_70 has 7\.0\. .*float16$"):
+            main(["tune", "--arch", "sm_70", "--dtype", "bfloat16"])
+
     def test_without_a_gpu_it_says_so(self, monkeypatch, capsys):
         monkeypatch.setitem(sys.modules, "cuflash._cli.bench.gpu", None)
         assert main(["tune"]) == 1

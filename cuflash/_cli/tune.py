@@ -17,7 +17,7 @@ from cuflash._cli.bench.cells import TOKENS, WIDTH, Cell, Op, flops
 from cuflash._cli.bench.contenders import prepare
 from cuflash._cli.bench.machine import dtype_named
 from cuflash._cli.bench.timing import Contender, Spread, describe, measure_in_turn
-from cuflash._cli.families import known_chips
+from cuflash._cli.families import known_chips, obstacles
 from cuflash._device import Chip
 from cuflash._kernel import NUMBERS, Kernel, padded_head_dims
 from cuflash._launch import FAMILIES
@@ -223,6 +223,7 @@ def _head_dim(text: str) -> int:
 def run(options: argparse.Namespace) -> int:
     if options.arch is not None:
         (chip,) = (chip for chip in known_chips() if chip.arch == options.arch)
+        _check_dtype(options.dtype, chip)
         for head_dim in options.head_dim:
             console.show(listed(chip, options.dtype, head_dim))
         return 0
@@ -233,6 +234,7 @@ def run(options: argparse.Namespace) -> int:
     except Exception as error:
         print(f"No GPU to measure ({describe(error)}). --arch lists the tiles that fit a GPU, such as --arch sm_90.")
         return 1
+    _check_dtype(options.dtype, machine.device.chip)
     dtype_named(options.dtype)  # if it cannot be had, now and not below
     changes = []
     for head_dim in options.head_dim:
@@ -241,6 +243,13 @@ def run(options: argparse.Namespace) -> int:
         changes += found
     print("\n".join(changes or ["The tables are as fast as anything that was measured."]))
     return 0
+
+
+def _check_dtype(dtype: str, chip: Chip) -> None:
+    """Refuse a dtype that no family with tiles computes on a chip: all tables would be empty."""
+    reasons = obstacles(dtype, chip)
+    if all(reasons[family.name] for family in TUNED):
+        raise SystemExit(f"python -m cuflash tune: error: {reasons['wmma']}. Try another one: --dtype float16")
 
 
 def problem_of(cell: Cell) -> Problem:
