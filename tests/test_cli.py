@@ -578,6 +578,34 @@ class TestBench:
         with pytest.raises(SystemExit, match=r"bfloat16 needs the package ml_dtypes.* pip install ml_dtypes"):
             main(["bench", "--cpu", "--dtype", "bfloat16"])
 
+    @pytest.mark.parametrize("peers", [["torch-cudnn"], ["torch-flash", "naive"]])
+    def test_a_peer_that_was_asked_for_and_is_left_out_is_told(self, tiny, capsys, peers):
+        assert main(["bench", "--cpu", "--op", "forward", "--peers", *peers]) == 0
+        assert f"The peer {peers[0]!r} needs a GPU and torch: left out." in capsys.readouterr().out
+
+    def test_peers_that_nobody_asked_for_are_left_out_silently(self, tiny, capsys):
+        assert main(["bench", "--cpu", "--op", "forward"]) == 0
+        assert "left out" not in capsys.readouterr().out
+
+    def test_a_kernel_on_a_cpu_is_refused_at_once(self, monkeypatch):
+        monkeypatch.setattr(command, "measure", lambda *_: pytest.fail("it measured"))
+        with pytest.raises(SystemExit, match=r"error: --kernel wmma fa1 needs a GPU$"):
+            main(["bench", "--cpu", "--kernel", "auto", "wmma", "fa1"])
+
+    def test_where_no_results_can_go_is_told_at_once(self, tmp_path, monkeypatch, capsys):
+        monkeypatch.setattr(command, "measure", lambda *_: pytest.fail("it measured"))
+        taken = tmp_path / "results.json"
+        taken.write_text("")
+        assert main(["bench", "--cpu", "--out", str(taken)]) == 1
+        assert str(taken) in capsys.readouterr().err
+
+    @pytest.mark.parametrize("budget", ["-1", "nan", "-inf", "soon"])
+    def test_what_is_no_budget_is_refused(self, monkeypatch, capsys, budget):
+        monkeypatch.setattr(command, "measure", lambda *_: pytest.fail("it measured"))
+        with pytest.raises(SystemExit):
+            main(["bench", "--cpu", f"--budget={budget}"])
+        assert f"argument --budget: got {budget!r}; it must be a number >= 0" in capsys.readouterr().err
+
     def test_on_a_terminal_without_rich(self, tiny, monkeypatch, capsys):
         monkeypatch.setattr(console.sys.stdout, "isatty", lambda: True, raising=False)
         monkeypatch.setitem(sys.modules, "rich", None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import math
 import time
 from collections.abc import Sequence
 from datetime import datetime, timezone
@@ -48,7 +49,7 @@ def add_parser(commands: Any) -> None:
         default=[],
         help="default: all that 'auto' chooses from and that the GPU can run",
     )
-    parser.add_argument("--peers", nargs="*", choices=PEERS, default=PEERS, help="default: all that can be imported")
+    parser.add_argument("--peers", nargs="*", choices=PEERS, help="default: all that can be imported")
     parser.add_argument(
         "--dtype",
         choices=DTYPES,
@@ -61,7 +62,7 @@ def add_parser(commands: Any) -> None:
         help=f"where results go (default on a GPU: {RESULTS}; on a CPU: nowhere)",
     )
     parser.add_argument(
-        "--budget", type=float, metavar="SECONDS", help="stop before the next step when this time has passed"
+        "--budget", type=_seconds, metavar="SECONDS", help="stop before the next step when this time has passed"
     )
     parser.add_argument("--cpu", action="store_true", help="measure the CPU even where there is a GPU")
     parser.add_argument(
@@ -75,15 +76,30 @@ def add_parser(commands: Any) -> None:
     parser.set_defaults(run=run)
 
 
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not seconds >= 0:
+        raise argparse.ArgumentTypeError(f"got {text!r}; it must be a number >= 0")
+    return seconds
+
+
 def run(options: argparse.Namespace) -> int:
     if options.tables:
         return fill_documents(options.tables, options.out or RESULTS, check=options.check)
     if options.check:
         raise SystemExit("python -m cuflash bench: error: --check needs the documents to check: --tables FILE")
     machine = _cpu() if options.cpu else _find_machine()
+    # What cannot be had is refused now, and not in every step or after the first.
+    if machine.kind == "cpu" and (missing := [kernel for kernel in options.kernel if kernel != "auto"]):
+        raise SystemExit(f"python -m cuflash bench: error: --kernel {' '.join(missing)} needs a GPU")
     directory = options.out or (RESULTS if machine.kind == "gpu" else None)
+    if directory is not None:
+        directory.mkdir(parents=True, exist_ok=True)
     dtype = options.dtype or machine.default_dtype
-    dtype_named(dtype)  # if it cannot be had, now and not in every step
+    dtype_named(dtype)
     choice = Choice(ops=options.op, kernels=options.kernel, peers=_available(options.peers, machine), dtype=dtype)
     steps: list[Step] = []
     for sweep in dict.fromkeys(options.sweep):
@@ -213,11 +229,14 @@ def _find_machine() -> Machine:
         return _cpu()
 
 
-def _available(peers: Sequence[str], machine: Machine) -> list[str]:
-    """Without the peers from torch where there is no torch, or no GPU to compare them on."""
-    if machine.kind == "gpu" and importlib.util.find_spec("torch") is not None:
-        return list(peers)
-    return [peer for peer in peers if not peer.startswith("torch")]
+def _available(peers: Sequence[str] | None, machine: Machine) -> list[str]:
+    """The peers that were asked for, or all; those of torch only where there is torch, and a GPU to compare them on."""
+    torch = machine.kind == "gpu" and importlib.util.find_spec("torch") is not None
+    available = [peer for peer in PEERS if torch or not peer.startswith("torch")]
+    for peer in dict.fromkeys(peers or ()):
+        if peer not in available:
+            print(f"The peer {peer!r} needs a GPU and torch: left out.")
+    return [peer for peer in (available if peers is None else peers) if peer in available]
 
 
 def _cpu() -> Machine:
