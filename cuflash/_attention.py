@@ -160,7 +160,8 @@ def attention(
     are rounded to the input type before they multiply ``v``. float32 products have about float32 accuracy, or that of
     TF32 if the environment variable ``CUPY_TF32=1`` was set when cuflash first ran. The same call gives bitwise the
     same result. A NaN or infinity in an input reaches the results that plain attention computes
-    from it, and no others; a row whose scores are all -inf counts as one that sees no key.
+    from it, and no others; a row whose scores are all -inf counts as one that sees no key, while values and incoming
+    gradients are finite.
 
     References
     ----------

@@ -10,7 +10,7 @@ import numpy as np
 from ._call import Call
 from ._device import Array, Chip
 from ._features import ELEMENTS
-from ._kernel import BACKWARD_INPUTS, NUMBERS, Kernel, num_places, padded_head_dims, pitch
+from ._kernel import BACKWARD_INPUTS, NUMBERS, Kernel, mma_number, num_places, padded_head_dims, pitch
 from ._options import Options
 from ._params import PARAMS, fill
 from ._problem import FULL, Operand, Problem, ceil_div
@@ -62,16 +62,23 @@ SM90_TILES = (
 )
 SM90_THREADS = 384
 MIN_SHARED = 1024  # keys from which on it costs little if the last cluster has but one block with keys
-# By the KiB of shared memory that a block may use, those of the largest class that a chip reaches; for all head
-# dimensions that are whole panels. What counts is how often Q, dO, K and V come from L2: 128 x 128 makes 64 operations
-# of a byte, 128 x 64 makes 43. 8 warps, since two of them hide what one waits for.
-SM80_TILES = {
-    # Tensor cores that are slow enough for 43. With two stages there is room for a float32 bias and a mask as well.
-    99: (Sm80Tile(128, 64, 8, 2, 32, 3), Sm80Tile(128, 64, 8, 2, 32, 2)),
-    # Two stages of 64 columns would want 1 KiB more than there is.
-    163: (Sm80Tile(128, 128, 8, 2, 32, 3), Sm80Tile(128, 128, 8, 2, 32, 2)),
-    # With 64 columns there are half the barriers. The other one is for D 32 and 96.
-    227: (Sm80Tile(128, 128, 8, 2, 64, 2), Sm80Tile(128, 128, 8, 2, 32, 3)),
+# By the bytes of an element, and by the KiB of shared memory that a block may use, those of the largest class that a
+# chip reaches; for all head dimensions that are whole panels. What counts is how often Q, dO, K and V come from L2:
+# 128 x 128 makes 64 operations of a byte, 128 x 64 makes 43. 8 warps, since two of them hide what one waits for.
+SM80_TILES: dict[int, dict[int, tuple[Sm80Tile, ...]]] = {
+    2: {
+        # Tensor cores that are slow enough for 43. With two stages there is room for a float32 bias and a mask as well.
+        99: (Sm80Tile(128, 64, 8, 2, 32, 3), Sm80Tile(128, 64, 8, 2, 32, 2)),
+        # Two stages of 64 columns would want 1 KiB more than there is.
+        163: (Sm80Tile(128, 128, 8, 2, 32, 3), Sm80Tile(128, 128, 8, 2, 32, 2)),
+        # With 64 columns there are half the barriers. The other one is for D 32 and 96.
+        227: (Sm80Tile(128, 128, 8, 2, 64, 2), Sm80Tile(128, 128, 8, 2, 32, 3)),
+    },
+    # Of float32 factors in parts take registers too. A third stage gains nothing.
+    4: {
+        99: (Sm80Tile(64, 64, 8, 2, 32, 2),),
+        163: (Sm80Tile(128, 64, 8, 2, 32, 2),),
+    },
 }
 # By (bytes of an element, head_dim), the fastest first: of 2 bytes for the 64 KiB of sm_75, of 4 for 99 and more.
 WMMA_TILES = {
@@ -90,11 +97,12 @@ WMMA_TILES = {
 }
 
 
-def plan(call: Call, delta: Operand) -> Callable[..., None]:
+def plan(call: Call, delta: Operand, *, by_mma: bool) -> Callable[..., None]:
     """A function of q, k, v, dout, lse, delta and dbias, and the options of kernels, that computes dbias."""
     dbias = call.operands["dbias"]
     if why_not_sm90(call) is not None:
-        return call.step(backward_dbias(call.problem, call.options, call.number, call.chip, dbias), delta=delta)
+        of_call = call.problem, call.options, call.number, call.chip, dbias
+        return call.step(backward_dbias(*of_call, by_mma=by_mma), delta=delta)
     kernel, tile, num_blocks = sm90(call.problem, call.options, call.number, call.chip, dbias)
     step = call.add((kernel, num_blocks))
     params = np.zeros(1, PARAMS["DbiasSm90Params"])
@@ -164,15 +172,17 @@ def sm90(problem: Problem, options: Options, number: str, chip: Chip, dbias: Ope
     return kernel, tile, tile.cluster * _num_blocks(problem, options, num_tiles, chip.multiprocessors // tile.cluster)
 
 
-def backward_dbias(problem: Problem, options: Options, number: str, chip: Chip, dbias: Operand) -> tuple[Kernel, int]:
+def backward_dbias(
+    problem: Problem, options: Options, number: str, chip: Chip, dbias: Operand, *, by_mma: bool
+) -> tuple[Kernel, int]:
     """The kernel for arrays of any strides and a bias of any shape, and the number of its blocks.
 
-    That on mma.sync is the faster one; it takes numbers of 16 bits, and chips of compute capability 8.0 and newer.
+    That on mma.sync is the faster one, on chips of compute capability 8.0 and newer. In float32 it is only for an lse
+    of such products: the last bits of those by wmma differ, and then weights do not add up to 1.
     """
-    name, short, size = NUMBERS[number]
-    dims = padded_head_dims(problem)
-    has_mma_sync = size == 2 and chip.capability >= (8, 0)
-    tiles: tuple[Tile, ...] = _sm80_tiles(dims, chip) if has_mma_sync else WMMA_TILES[size, dims[0]]
+    dims, size = padded_head_dims(problem), NUMBERS[number][2]
+    has_mma_sync = chip.capability >= (8, 0) and (size == 2 or by_mma)
+    tiles: tuple[Tile, ...] = _sm80_tiles(size, dims, chip) if has_mma_sync else WMMA_TILES[size, dims[0]]
     needed = {tile: _shared_bytes(size, options, dims, tile) for tile in tiles if options.allows_tile(*tile[:2])}
     tile = next((tile for tile in needed if needed[tile] <= chip.shared_memory), None)
     if tile is None:
@@ -180,6 +190,7 @@ def backward_dbias(problem: Problem, options: Options, number: str, chip: Chip, 
         raise NotImplementedError(f"the gradient of a bias: {chip.name} has less than {least} bytes of shared memory")
     family = "sm80" if has_mma_sync else "wmma"
     header = f"bwd_{family}_dbias"
+    name, short, _ = mma_number(number, dims) if has_mma_sync else NUMBERS[number]
     kernel = Kernel(
         template=f"Bwd{family.capitalize()}Dbias",
         header=header,
@@ -197,9 +208,10 @@ def backward_dbias(problem: Problem, options: Options, number: str, chip: Chip, 
     return kernel, _num_blocks(problem, options, num_tiles, num_places(kernel, chip))
 
 
-def _sm80_tiles(dims: tuple[int, int], chip: Chip) -> tuple[Sm80Tile, ...]:
-    reached = max(kib for kib in SM80_TILES if kib * 1024 <= chip.shared_memory)
-    return tuple(tile for tile in SM80_TILES[reached] if all(dim % tile.panel == 0 for dim in dims))
+def _sm80_tiles(size: int, dims: tuple[int, int], chip: Chip) -> tuple[Sm80Tile, ...]:
+    tiles = SM80_TILES[size]
+    reached = max(kib for kib in tiles if kib * 1024 <= chip.shared_memory)
+    return tuple(tile for tile in tiles[reached] if all(dim % tile.panel == 0 for dim in dims))
 
 
 def _shared_bytes(size: int, options: Options, dims: tuple[int, int], tile: Tile) -> int:

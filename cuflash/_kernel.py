@@ -38,6 +38,12 @@ def padded_head_dims(problem: Problem) -> tuple[int, int]:
     return next((dim, dim_v) for dim, dim_v in HEAD_DIMS if problem.head_dim <= dim and problem.head_dim_v <= dim_v)
 
 
+def mma_number(number: str, dims: tuple[int, int]) -> tuple[str, str, int]:
+    """What NUMBERS says, for products by mma.sync: in float32 sums of few products errors do not average out."""
+    name, short, size = NUMBERS[number]
+    return ("FullFloat32" if number == "float32" and dims == (32, 32) else name), short, size
+
+
 def num_query_jobs(problem: Problem, block_m: int) -> int:
     """Blocks of so many queries, of all heads (attention/sequence.cuh, attention/packed.cuh)."""
     return _num_jobs(problem, problem.seqlen_q, block_m) * problem.num_heads

@@ -14,6 +14,7 @@ from ._kernel import (
     MIN_SCALE,
     NUMBERS,
     Kernel,
+    mma_number,
     num_key_jobs,
     num_places,
     num_query_jobs,
@@ -148,11 +149,9 @@ class _TiledKernel:
         )
 
     def __call__(self, problem: Problem, options: Options, number: str, chip: Chip) -> tuple[Kernel, int]:
-        name, short, _ = NUMBERS[number]
         dims, tile = padded_head_dims(problem), self.tile(problem, options, chip)
         assert tile is not None, "why_not has found one"
-        if number == "float32" and dims == (32, 32):
-            name = "FullFloat32"  # in sums of few products errors do not average out
+        name, short, _ = mma_number(number, dims)
         kernel = Kernel(
             template=self.template,
             header=self.header,
@@ -285,7 +284,7 @@ def plan_backward(call: Call) -> Run:
             dkdv_step(*inputs, dk, dv, device.null, options=options)
             dq_step(*inputs, dq, options=options)
 
-        return plan_gradients(call, apart)
+        return plan_gradients(call, apart, by_mma=True)
 
     step, finish_step = (call.step(make(*of_call), delta=delta) for make in (backward, finish))
     tile = backward.tile(problem, call.options, call.chip)

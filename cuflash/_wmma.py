@@ -304,11 +304,12 @@ def operand_of_delta(problem: Problem) -> Operand:
 
 
 def plan_gradients(
-    call: Call, products: Callable[..., None], num_sums: int = 0, *, wants_lse_log2: bool = False
+    call: Call, products: Callable[..., None], num_sums: int = 0, *, wants_lse_log2: bool = False, by_mma: bool = False
 ) -> Run:
     """What every family does before and after the gradients of Q, K and V, which `products` computes.
 
     It is called with the inputs, a workspace with so many sums, a multiple of 4, dq, dk, dv and the options of kernels.
+    by_mma tells whether float32 products are those of mma.sync.
     """
     device, problem, operands = call.device, call.problem, call.operands
     delta_operand = operand_of_delta(problem)
@@ -318,7 +319,7 @@ def plan_gradients(
     dsinks_step: Callable[..., None] | None = None
     rows = problem.batch * problem.seqlen_q  # without any there is nothing to sum, and no sequence to look at
     if "dbias" in operands and rows * problem.seqlen_k:
-        dbias_step = _dbias.plan(call, delta_operand)
+        dbias_step = _dbias.plan(call, delta_operand, by_mma=by_mma)
     if "dsinks" in operands and rows:
         dsinks_step = call.step(dsinks(problem, call.options, operands["dsinks"].dtype), delta=delta_operand)
 

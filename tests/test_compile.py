@@ -142,7 +142,10 @@ def kernels_with_options(arch: int) -> Iterator[Kernel]:
         yield _wmma.dsinks(problem(1, 1), options("sinks"), "float32")[0]
     for number, head_dims in product(numbers(arch), HEAD_DIMS):
         if number != "tfloat32":
-            yield _dbias.backward_dbias(problem(*head_dims), options("bias"), number, CHIPS[arch], PAIRS)[0]
+            for by_mma in (False, True) if number == "float32" else (True,):
+                yield _dbias.backward_dbias(
+                    problem(*head_dims), options("bias"), number, CHIPS[arch], PAIRS, by_mma=by_mma
+                )[0]
 
 
 def reachable(arch: int) -> Iterator[Kernel]:
@@ -338,8 +341,9 @@ def test_the_gradient_of_a_bias_has_a_tile_beside_other_arrays(arch: int) -> Non
     bias = PAIRS._replace(dtype="float32")
     crowded = Options.of(problem(1, 1), {"bias": bias, "mask": MASK, "block_mask": ROWS})
     for number, head_dims in product(numbers(arch), HEAD_DIMS):
-        kernel, _ = _dbias.backward_dbias(problem(*head_dims), crowded, number, CHIPS[arch], bias)
-        assert kernel.shared_bytes <= CHIPS[arch].shared_memory
+        for by_mma in (False, True):
+            kernel, _ = _dbias.backward_dbias(problem(*head_dims), crowded, number, CHIPS[arch], bias, by_mma=by_mma)
+            assert kernel.shared_bytes <= CHIPS[arch].shared_memory
         if arch == 90 and number in HALF:
             assert sm90_dbias(crowded, number, head_dims).shared_bytes <= CHIPS[90].shared_memory
 

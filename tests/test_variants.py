@@ -217,6 +217,19 @@ def test_rows_that_a_large_number_hides_are_means(ring: Ring, value: float) -> N
         assert all(np.isfinite(ring.numpy(x)).all() for x in gradients)
 
 
+@pytest.mark.parametrize("head_dim", [8, 64])
+@pytest.mark.parametrize("seqlen_k", [2, 5])
+def test_the_gradient_of_a_float32_bias_at_large_scores(ring: Ring, seqlen_k: int, head_dim: int) -> None:
+    """Its kernel computes scores once more, to the same last bits as the forward pass, or weights do not sum to 1."""
+    if "float32" not in ring.dtypes:
+        pytest.skip("float32 goes to another family")
+    pairs, values = PairArray((1, 4, 40, seqlen_k)), (2, 2, seqlen_k, head_dim)
+    for seed in range(8):
+        ring.check_backward(
+            AttentionProblem((2, 4, 40, head_dim), values, values, "float32", 10.0, bias=pairs, seed=seed)
+        )
+
+
 @pytest.mark.parametrize("exponent", [4, 16, 22, 25, 26, 27, 30, 100])
 def test_what_a_bias_adds_to_a_whole_row_changes_nothing(ring: Ring, exponent: int) -> None:
     """Scores of any size, in steps of what float32 tells apart, growing or falling from key to key, or in any order."""
@@ -328,6 +341,31 @@ def test_the_gradient_of_lse(ring: Ring) -> None:
 @pytest.mark.parametrize("name", some_thorough(SCORE_MODS, ("relative", "square", "strength"), "table"))
 def test_score_mods(ring: Ring, name: str) -> None:
     check(ring, score_mod=name)
+
+
+# What a score can go through (docs/variants.md), in CUDA and in Python.
+FUNCTIONS = (
+    "isnan(score) || isinf(score) || !isfinite(score) ? score : pow(2.0f, 0.5f * score) + pow(fabs(score) + 1.0f, 0.5f)"
+    "+ exp(0.1f * score) + exp2f(0.1f * score) + log(abs(score) + 1.0f) + log2(abs(score) + 1.0f) + log1p(abs(score))"
+    "+ sqrt(abs(score) + 1.0f) + tanh(score) + sin(score) + cosf(score) + max(score, 0.1f) + fmin(score, 0.2f)",
+    lambda score, b, h, q_idx, kv_idx: (
+        (2.0 ** (0.5 * score) + (abs(score) + 1.0) ** 0.5)
+        + (np.exp(0.1 * score) + np.exp2(0.1 * score) + np.log(abs(score) + 1.0) + np.log2(abs(score) + 1.0))
+        + (np.log1p(abs(score)) + np.sqrt(abs(score) + 1.0) + np.tanh(score) + np.sin(score) + np.cos(score))
+        + (np.maximum(score, 0.1) + np.minimum(score, 0.2))
+    ),
+)
+
+
+@pytest.mark.thorough_on_wmma
+def test_functions_of_a_score(ring: Ring) -> None:
+    expression, function = FUNCTIONS
+    arrays, dout = GROUPED.arrays(), GROUPED.dout()
+    q, k, v = map(ring.asarray, arrays)
+    score_mod = function if ring.name == "numpy" else expression
+    out, vjp = ring.attention_vjp(q, k, v, score_mod=score_mod)
+    assert_attention_accurate(*arrays, out, score_mod=function)
+    assert_gradients_accurate(dout, *arrays, *vjp(ring.asarray(dout)), score_mod=function)
 
 
 @pytest.mark.parametrize("name", some_thorough(MASK_MODS, (), "document"))

@@ -75,6 +75,13 @@ __device__ __forceinline__ Dual min(Dual x, Dual y) { return y.value < x.value ?
 __device__ __forceinline__ Dual pow(Dual x, float exponent) {
   return chain(x, ::powf(x.value, exponent), exponent * ::powf(x.value, exponent - 1.0f));
 }
+__device__ __forceinline__ Dual pow(float x, Dual exponent) {
+  const float y = ::powf(x, exponent.value);
+  return chain(exponent, y, ::logf(x) * y);
+}
+__device__ __forceinline__ bool isfinite(Dual x) { return ::fabsf(x.value) < infinity(); }
+__device__ __forceinline__ bool isinf(Dual x) { return ::fabsf(x.value) == infinity(); }
+__device__ __forceinline__ bool isnan(Dual x) { return x.value != x.value; }
 
 // The names that CUDA gives these functions for float.
 __device__ __forceinline__ Dual expf(Dual x) { return exp(x); }
@@ -94,6 +101,7 @@ __device__ __forceinline__ Dual fmaxf(Dual x, Dual y) { return max(x, y); }
 __device__ __forceinline__ Dual fmin(Dual x, Dual y) { return min(x, y); }
 __device__ __forceinline__ Dual fminf(Dual x, Dual y) { return min(x, y); }
 __device__ __forceinline__ Dual powf(Dual x, float exponent) { return pow(x, exponent); }
+__device__ __forceinline__ Dual powf(float x, Dual exponent) { return pow(x, exponent); }
 
 }  // namespace cuflash::dual
 

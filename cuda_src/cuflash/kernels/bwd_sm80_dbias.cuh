@@ -25,10 +25,11 @@ struct BwdSm80Dbias {
   static constexpr int kTilesM = kWarpM / 16;
   static constexpr int kPanelsQ = kHeadDim / kPanel, kPanelsV = kHeadDimV / kPanel;
   static constexpr int kPanels = larger(kPanelsQ, kPanelsV);
-  static constexpr int kUnroll = kPanels == 1 ? kPanel / 16 : 2;  // as far as the registers hold the factors
+  // As far as the registers hold the factors.
+  static constexpr int kUnroll = unroll_along<Number>(kTilesM, kWarpN, kPanels == 1 ? kPanel / 16 : 2);
 
   using Scores = WarpgroupTile<kWarpN>;
-  using Gradients = GradientTile<Options, false, false, BiasPairs>;
+  using Gradients = GradientTile<Options, false, sizeof(Element) == 4, BiasPairs>;
 
   struct Arrays {
     const Element *q, *k, *v, *dout;
