@@ -28,7 +28,7 @@ def _struct(operands: tuple[str, ...], sizes: tuple[str, ...] = ()) -> np.dtype[
 
 PARAMS = {
     "FwdParams": _struct(("q", "k", "v", "out", "lse")),
-    "MergeParams": _struct(("out", "lse", "parts", "part_lse"), ("num_rows", "num_parts")),
+    "MergeParams": _struct(("out", "lse", "parts", "part_sums"), ("num_rows", "num_parts")),
     "BwdParams": _struct(("q", "k", "v", "out", "dout", "lse", "dlse", "delta", "dq", "dk", "dv")),
     "DbiasParams": _struct(("q", "k", "v", "dout", "lse", "delta", "dbias"), ("batch", "heads", "rows", "cols")),
 }

@@ -32,12 +32,12 @@ def num_parts(problem: Problem, num_jobs: int, num_places: int, block_m: int, mi
 
 
 def operands(problem: Problem, count: int) -> dict[str, Operand]:
-    """The workspace: float32 results and log-sum-exps of parts, as if each part were so many heads more."""
+    """The workspace: float32 results of parts, and base and sum of each row, as if parts were so many heads more."""
     heads, rows, cols = count * problem.num_heads, problem.seqlen_q, ceil_div(problem.head_dim_v, COLS) * COLS
     batch, batch_rows = (1, 0) if problem.packed else (problem.batch, heads * rows)
     return {
         "parts": Operand((batch, heads, rows, cols), (batch_rows * cols, rows * cols, cols, 1), "float32"),
-        "part_lse": Operand((batch, heads, rows, 1), (batch_rows, rows, 1, 0), "float32"),
+        "part_sums": Operand((batch, heads, rows, 2), (2 * batch_rows, 2 * rows, 2, 1), "float32"),
     }
 
 
@@ -49,7 +49,7 @@ def merge(problem: Problem, number: str) -> tuple[Kernel, int]:
         header="merge_parts",
         symbol=f"cuflash_merge_parts_{short}",
         arguments=(f"cuflash::{name}", MERGE_WARPS),
-        pointers=("const float* parts", "const float* part_lse", "Element* out", "float* lse"),
+        pointers=("const float* parts", "const float* part_sums", "Element* out", "float* lse"),
         params="MergeParams",
         num_threads=32 * MERGE_WARPS,
         shared_bytes=0,
@@ -62,17 +62,18 @@ def merge(problem: Problem, number: str) -> tuple[Kernel, int]:
 def plan_forward(call: Call, made: tuple[Kernel, int], count: int) -> Run:
     """A forward in so many parts, by a kernel that writes them and the number of its jobs.
 
-    It takes 4 * `count` bytes of workspace for each number of out and lse. Jobs times `count` are not more than the
-    places on the chip, so that is at most a float32 tile of out for each place, whatever the lengths are.
+    It takes 4 * `count` bytes of workspace for each number of out, and twice that for each of lse. Jobs times `count`
+    are not more than the places on the chip, so that is at most a float32 tile of out for each place, whatever the
+    lengths are.
     """
     kernel, num_jobs = made
     workspace, device = operands(call.problem, count), call.device
-    step = call.step((kernel, count * num_jobs), out=workspace["parts"], lse=workspace["part_lse"])
+    step = call.step((kernel, count * num_jobs), out=workspace["parts"], lse=workspace["part_sums"])
     merge_step = call.step(merge(call.problem, call.number), **workspace)
 
     def run(q: Array, k: Array, v: Array, out: Array, lse: Array | None, **extras: Any) -> None:
-        parts, part_lse = (device.empty(operand.shape, operand.dtype) for operand in workspace.values())
-        step(q, k, v, parts, part_lse, options=call.options_argument(extras))
-        merge_step(parts, part_lse, out, device.null if lse is None else lse)
+        parts, part_sums = (device.empty(operand.shape, operand.dtype) for operand in workspace.values())
+        step(q, k, v, parts, part_sums, options=call.options_argument(extras))
+        merge_step(parts, part_sums, out, device.null if lse is None else lse)
 
     return run

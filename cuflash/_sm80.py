@@ -188,7 +188,7 @@ forward = _TiledKernel(
 forward_parts = replace(
     forward,
     name="fwd_sm80_parts",
-    pointers=("const Element* q", "const Element* k", "const Element* v", "float* parts", "float* part_lse"),
+    pointers=("const Element* q", "const Element* k", "const Element* v", "float* parts", "float* part_sums"),
     more_arguments=("float", "true"),
 )
 backward_dkdv = _TiledKernel(

@@ -74,7 +74,7 @@ def test_the_workspace_does_not_grow_with_the_keys(monkeypatch: pytest.MonkeyPat
         assert [symbol[8:23] for symbol in notebook.symbols] == ["fwd_sm80_parts_", "merge_parts_f16"]
         _, num_blocks, arguments = notebook.launches[0]
         assert num_blocks == 33 * 8
-        assert [x.shape for x in arguments[3:5]] == [(1, 33 * 8, 1, 64), (1, 33 * 8, 1, 1)]
+        assert [x.shape for x in arguments[3:5]] == [(1, 33 * 8, 1, 64), (1, 33 * 8, 1, 2)]
 
 
 def test_calls_that_fill_the_chip_are_one_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,6 +187,18 @@ def test_nan_reaches_the_rows_that_see_it_and_no_others(parts: Ring, options: di
     out, lse = parts.attention(*map(parts.asarray, (q, k, v)), return_lse=True, **given)
     assert_attention_accurate(q, k, v, out, lse, **options)
     assert np.isfinite(parts.numpy(out).astype(float)).any()
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("offset", [2.0**16, -(2.0**22), -1e9, -1e30])
+def test_parts_of_large_scores_keep_their_shares(parts: Ring, offset: float, dtype: str) -> None:
+    """The lse of a part would lose the log of its sum beside them."""
+    q, k, v = AttentionProblem((2, 70, 32), (2, 330, 32), (2, 330, 32), dtype).arrays()
+    q[:] = 0
+    step = max(1.0, abs(offset) / 2**22)
+    bias = (offset + step * np.random.default_rng(0).integers(0, 3, (70, 330))).astype(np.float32)
+    out, lse = parts.attention(*map(parts.asarray, (q, k, v)), bias=parts.asarray(bias), return_lse=True)
+    assert_attention_accurate(q, k, v, out, lse, bias=bias)
 
 
 def test_a_sink_counts_once(parts: Ring) -> None:

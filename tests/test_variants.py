@@ -221,8 +221,8 @@ def test_rows_that_a_large_number_hides_are_means(ring: Ring, value: float) -> N
 @pytest.mark.parametrize("seqlen_k", [2, 5])
 def test_the_gradient_of_a_float32_bias_at_large_scores(ring: Ring, seqlen_k: int, head_dim: int) -> None:
     """Its kernel computes scores once more, to the same last bits as the forward pass, or weights do not sum to 1."""
-    if "float32" not in ring.dtypes:
-        pytest.skip("float32 goes to another family")
+    if ring.name == "gpu":
+        pytest.skip("the lse, rounded, and sums that tensor cores cut may take all that the rule allows (README)")
     pairs, values = PairArray((1, 4, 40, seqlen_k)), (2, 2, seqlen_k, head_dim)
     for seed in range(8):
         ring.check_backward(

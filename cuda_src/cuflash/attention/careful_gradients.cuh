@@ -131,8 +131,8 @@ struct CarefulGradients {
     for (int col = 0; col < q.cols; ++col) product += to_float(*q.at(query, col)) * to_float(*k.at(key, col));
 #pragma unroll 1
     for (int col = 0; col < v.cols; ++col) dweight += to_float(*dout.at(query, col)) * to_float(*v.at(key, col));
-    const PairGradient exact =
-        pair_gradient(pairs, product, dweight, rows.lse_of(query), rows.delta_of(query), query, key, kept);
+    const PairGradient exact = pair_gradient<sizeof(Element) == 4>(pairs, product, dweight, rows.lse_of(query),
+                                                                   rows.delta_of(query), query, key, kept);
     return {true, {rounded(exact.weight), rounded(exact.dscore)}};
   }
 

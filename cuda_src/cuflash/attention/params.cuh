@@ -28,7 +28,7 @@ struct FwdParams {
 };
 
 struct MergeParams {
-  Strides out, lse, parts, part_lse;
+  Strides out, lse, parts, part_sums;
   Problem problem;
   int num_rows, num_parts;  // of all heads; of each head's keys
 };

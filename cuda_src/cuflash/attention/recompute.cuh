@@ -44,12 +44,13 @@ struct PairGradient {
   float weight, dscore;
 };
 
-// dweight = dout . value; `survives` counts only where there is dropout.
-template <class Pairs, class Key>
+// dweight = dout . value; `survives` counts only where there is dropout. kExact: scores of float32 are rounded before
+// the lse is subtracted, as in the forward pass.
+template <bool kExact, class Pairs, class Key>
 __device__ __forceinline__ PairGradient pair_gradient(const Pairs& pairs, float product, float dweight, float lse,
                                                       float delta, int query, Key key, bool survives) {
   const Dual score = pairs.score(product, query, key);
-  const float weight = softmax_weight(score.value, lse);
+  const float weight = kExact ? exp2f(__fsub_rn(score.value, lse) * kLog2e) : softmax_weight(score.value, lse);
   if constexpr (Pairs::kHasDropout) {
     const float factor = survives ? pairs.options.survivor_factor() : 0.0f;
     return {weight * factor, weight * (factor * dweight - delta) * score.slope};

@@ -38,8 +38,8 @@ struct GradientTile {
       use_pairs(pairs, scores, [&](const auto& pairs) {
 #pragma unroll
         for (int i = 0; i < Tile::kNumElements; ++i) {
-          const PairGradient pair =
-              pair_gradient(pairs, scores.x[i], dweights.x[i], lse_of(i), delta_of(i), query(i), key(i), survives(i));
+          const PairGradient pair = pair_gradient<kExact>(pairs, scores.x[i], dweights.x[i], lse_of(i), delta_of(i),
+                                                          query(i), key(i), survives(i));
           scores.x[i] = pair.weight;
           dweights.x[i] = pair.dscore;
         }

@@ -59,6 +59,16 @@ struct OnlineSoftmax {
     return factor;
   }
 
+  // The sum of exponentials as sum * e^base, where base is natural, and sum makes up for what it is rounded by.
+  struct Natural {
+    float base, sum;
+  };
+  __device__ __forceinline__ Natural natural(float sum) const {
+    if (kExponential == Exponential::kNatural || sum == 0.0f) return {base, sum};
+    const float natural = kLog2 ? __fmul_rn(base, kLn2) : base, unit = kLog2 ? kLog2e : unit_of(base);
+    return {natural, sum * exp2f(fmaf(-natural, unit, kLog2 ? base : __fmul_rn(base, unit)))};
+  }
+
   // The natural log of the sum of exponentials.
   __device__ __forceinline__ float lse(float sum) const {
     if (sum == 0.0f) return -infinity();

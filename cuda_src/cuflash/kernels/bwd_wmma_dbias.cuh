@@ -123,9 +123,9 @@ struct BwdWmmaDbias {
       const FragmentSurvivors<Number, kTilesM, kTilesN, Options> survives(map, here, first_query, first_key);
       acc_dbias.for_each([&](float& sum, int m, int n, int i) {
         const int row = 16 * m + map.row(i), query = first_query + row, key = first_key + 16 * n + map.col(i);
-        const PairGradient pair =
-            pair_gradient(pairs, acc_s.tile[m][n].x[i], acc_dp.tile[m][n].x[i], stage.lse[warp_row + row],
-                          stage.delta[warp_row + row], query, key, survives(m, n, i));
+        const PairGradient pair = pair_gradient<sizeof(Element) == 4>(
+            pairs, acc_s.tile[m][n].x[i], acc_dp.tile[m][n].x[i], stage.lse[warp_row + row],
+            stage.delta[warp_row + row], query, key, survives(m, n, i));
         if (query < band.seqlen_q && pairs.visible(query, key)) sum += pair.dscore;
       });
       if (kNumStages == 1) {

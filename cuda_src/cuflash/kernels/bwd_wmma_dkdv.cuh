@@ -175,8 +175,8 @@ struct BwdWmmaDkDv {
             acc_s.for_each([&](float& x, int n, int m, int i) {
               float& dp = acc_dp.tile[n][m].x[i];
               const int key = warp_key + 16 * n + map.row(i), query = col + 16 * m + map.col(i);
-              const PairGradient pair = pair_gradient(pairs, x, dp, stage.lse[query], stage.delta[query],
-                                                      first_query + query, key, survives(n, m, i));
+              const PairGradient pair = pair_gradient<sizeof(Element) == 4>(
+                  pairs, x, dp, stage.lse[query], stage.delta[query], first_query + query, key, survives(n, m, i));
               x = pair.weight;
               dp = pair.dscore;
             });

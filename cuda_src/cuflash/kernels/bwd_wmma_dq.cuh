@@ -150,8 +150,8 @@ struct BwdWmmaDq {
           use_pairs(pairs, acc_s, [&](const auto& pairs) {
             acc_dp.for_each([&](float& x, int m, int n, int i) {
               const int row = 16 * m + map.row(i), key = warp_key + 16 * n + map.col(i);
-              x = pair_gradient(pairs, acc_s.tile[m][n].x[i], x, warp_lse[row], warp_delta[row], warp_row + row, key,
-                                survives(m, n, i))
+              x = pair_gradient<sizeof(Element) == 4>(pairs, acc_s.tile[m][n].x[i], x, warp_lse[row], warp_delta[row],
+                                                      warp_row + row, key, survives(m, n, i))
                       .dscore;
             });
           });

@@ -41,7 +41,7 @@ struct FwdSm80 {
   struct Arrays {
     const Element *q, *k, *v;
     Result* out;
-    float* lse;  // may be null
+    float* lse;  // may be null; of parts a base and a sum for each row
   };
 
   // What a block knows of its job. In shared memory, since it is looked at once a tile and registers are few.
@@ -248,7 +248,13 @@ struct FwdSm80 {
         inverse[r] = sum == 0.0f ? 0.0f : kExact ? survivors / sum : __fdividef(survivors, sum);
         const int row = lane_row + 8 * r;
         if (arrays.lse != nullptr && lane % 4 == 0 && row < work.out.rows) {
-          *work.lse.at(row, 0) = rows[m].softmax[r].lse(sum);
+          if constexpr (kHasParts) {
+            const auto natural = rows[m].softmax[r].natural(sum);
+            *work.lse.at(row, 0) = natural.base;
+            *work.lse.at(row, 1) = natural.sum;
+          } else {
+            *work.lse.at(row, 0) = rows[m].softmax[r].lse(sum);
+          }
         }
       }
       const Matrix<Result> out = work.out;

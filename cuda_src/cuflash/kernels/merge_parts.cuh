@@ -1,4 +1,5 @@
-// The end of a forward whose keys were shared out: the online softmax once more, over parts instead of keys.
+// The end of a forward whose keys were shared out: the online softmax once more, over parts instead of keys. Of each it
+// has a base and a sum, since the lse of large scores would have lost the sum.
 #pragma once
 
 #include <cuflash/attention/params.cuh>
@@ -18,7 +19,7 @@ struct MergeParts {
   static constexpr int kCols = Parts::kVector;
 
   struct Arrays {
-    const float *parts, *part_lse;
+    const float *parts, *part_sums;
     Element* out;
     float* lse;  // may be null
   };
@@ -32,7 +33,7 @@ struct MergeParts {
     const int row = numbered % problem.seqlen_q, head = numbered / problem.seqlen_q % problem.num_heads;
     const int batch = numbered / problem.seqlen_q / problem.num_heads;
     const Parts parts(arrays.parts, params.parts, batch, head, row);
-    const Parts part_lse(arrays.part_lse, params.part_lse, batch, head, row);
+    const Parts part_sums(arrays.part_sums, params.part_sums, batch, head, row);
 
     OnlineSoftmax<> softmax;
     float sum = 0.0f, acc[kCols] = {};
@@ -41,8 +42,8 @@ struct MergeParts {
       const int first_head = part * problem.num_heads;
       const float4 loaded = *reinterpret_cast<const float4*>(parts.at(0, col) + first_head * params.parts.head);
       const float x[kCols] = {loaded.x, loaded.y, loaded.z, loaded.w};
-      const float lse = part_lse.data[first_head * params.part_lse.head];
-      const float factor = softmax.rescale(lse), weight = softmax_weight(lse, softmax.shift());
+      const float2 of_part = *reinterpret_cast<const float2*>(part_sums.at(0, 0) + first_head * params.part_sums.head);
+      const float factor = softmax.rescale(of_part.x), weight = softmax.weight(of_part.x) * of_part.y;
       sum = sum * factor + weight;
 #pragma unroll
       for (int i = 0; i < kCols; ++i) acc[i] = acc[i] * factor + weight * x[i];
