@@ -36,6 +36,7 @@ from ._sm80_tiles import (
     SHORT_TILES,
     DkDvTile,
     DqTile,
+    FrugalTiles,
     Tile,
     Tiles,
 )
@@ -106,11 +107,11 @@ def _careful_bytes(warps: int, options: Options) -> int:
     return warps * max(options.tile_bytes(16, 16), 16)
 
 
-def tile_class(tiles: Tiles, problem: Problem, chip: Chip) -> tuple[int, int, int]:
-    """The entry of a table for a problem on a chip."""
+def tile_class(tiles: Tiles | FrugalTiles, problem: Problem, chip: Chip) -> tuple[int, int, int]:
+    """The entry of a table for a problem on a chip; there may be none with its head dimensions."""
     dims = padded_head_dims(problem)
     classes = [kib for *of_dims, kib in tiles if tuple(of_dims) == dims]
-    return (*dims, max((kib for kib in classes if kib * 1024 <= chip.shared_memory), default=min(classes)))
+    return (*dims, max((kib for kib in classes if kib * 1024 <= chip.shared_memory), default=min(classes, default=0)))
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,7 @@ class _TiledKernel:
     num_blocks: Callable[[Problem, Any], int]
     pointers: tuple[str, ...]
     params: str
-    frugal_tiles: Mapping[int, dict[tuple[int, int], dict[Any, set[str]]]] = field(default_factory=dict)
+    frugal_tiles: Mapping[int, FrugalTiles] = field(default_factory=dict)
     short_tiles: Mapping[int, dict[tuple[int, int], Any]] = field(default_factory=dict)
     change: Callable[[Any], Any] = lambda tile: tile
     name: str = ""  # if not that of the header
@@ -134,7 +135,8 @@ class _TiledKernel:
         """The tile that suits a call, or None if none fits the shared memory."""
         size, dims = _size(problem), padded_head_dims(problem)
         tiles = self.tiles[size][tile_class(self.tiles[size], problem, chip)]
-        frugal = self.frugal_tiles.get(size, {}).get(dims, {})
+        frugal_tiles = self.frugal_tiles.get(size, {})
+        frugal = frugal_tiles.get(tile_class(frugal_tiles, problem, chip), {})
         short = self.short_tiles.get(size, {}).get(dims)
         tiles = (*(tile for tile, names in frugal.items() if names & options.names_in_every_tile), *tiles)
         if short and problem.seqlen_q <= short.block_m:

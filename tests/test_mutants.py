@@ -1322,8 +1322,9 @@ def numpy_arrays_on(device: HostDevice, family: str, *, one_stage: bool = False)
             patch.setitem(_dbias.SM80_TILES[2], kib, (_dbias.Sm80Tile(64, 64, 4, 2, 32, 3),))
         for table, tile in (TILES_OF_ONE_STAGE if one_stage else TILES).items():
             patch.setitem(getattr(_wmma, table), (2, 64), [tile])
-        for own in (_sm80_tiles.SHORT_TILES, _sm80_tiles.FRUGAL_TILES, _sm80_tiles.BACKWARD_FRUGAL_TILES):
-            patch.delitem(own, (64, 64))
+        patch.delitem(_sm80_tiles.SHORT_TILES, (64, 64))
+        for own in (_sm80_tiles.FRUGAL_TILES, _sm80_tiles.BACKWARD_FRUGAL_TILES):
+            patch.delitem(own, (64, 64, 99))
         for table, sm80_tile in (SM80_TILES_OF_ONE_STAGE if one_stage else SM80_TILES).items():
             tiles = getattr(_sm80_tiles, table)
             for key in [key for key in tiles if key[:2] == (64, 64)]:
