@@ -245,7 +245,7 @@ def cases() -> list[object]:
 # 64 columns and a softcap or score_mod its consumers do too. With 64 columns the three consumers of the forward on
 # sm_90 have 160 registers, and with one option they keep 128 keys.
 MAY_PARK = {
-    "bwd_sm80_dq_bf16_d128x128_mod": {90: 16, 100: 16},
+    "bwd_sm80_dq_bf16_d128x128_mod": {90: 16},
     "bwd_sm90_bf16_d64x64_dropout": {90: 236},
     "bwd_sm90_bf16_d64x64_mod": {90: 48},
     "bwd_sm90_bf16_d64x64_mod_block_mask": {90: 20},
@@ -269,13 +269,13 @@ MAY_PARK = {
     "fwd_sm80_f16_d96x96": {90: 16},
     "fwd_sm80_parts_bf16_d96x96": {90: 16},
     "fwd_sm80_parts_f16_d96x96": {90: 16},
-    "fwd_sm80_bf16_d128x128_alibi": {90: 56, 100: 48},
+    "fwd_sm80_bf16_d128x128_alibi": {90: 56},
     "fwd_sm80_bf16_d128x128_bias": {90: 32},
-    "fwd_sm80_bf16_d128x128_dropout": {80: 16, 90: 92, 100: 16},
+    "fwd_sm80_bf16_d128x128_dropout": {80: 16, 90: 92},
     "fwd_sm80_bf16_d128x128_mask": {90: 40},
     "fwd_sm80_bf16_d128x128_mod": {90: 8},
     "fwd_sm80_bf16_d128x128_mod_block_mask": {90: 120},
-    "fwd_sm80_bf16_d128x128_softcap": {90: 52, 100: 44},
+    "fwd_sm80_bf16_d128x128_softcap": {90: 52},
     "fwd_sm90_bf16_d64x64_alibi": {90: 56},
     "fwd_sm90_bf16_d64x64_bias": {90: 116},
     "fwd_sm90_bf16_d64x64_mod": {90: 88},
