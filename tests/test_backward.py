@@ -92,8 +92,8 @@ def test_weights_of_float32_add_up_to_one_however_large_scores_are(ring: Ring, h
     """The lse that the backward takes is of scores that it computes itself: it must not have been rounded once more."""
     shape = (1, 64, head_dim)
     for scale in (30.0, 1e3, 1e4):
-        if ring.kernel == "wmma" and scale > 1e3:
-            continue  # products of its parts lack the last bits (README, what does not work yet)
+        if (ring.name, ring.kernel) == ("gpu", "wmma") and scale > 1e3:
+            continue  # tensor cores cut off the last bits of its sums (README, what does not work yet)
         ring.check_backward(AttentionProblem(shape, shape, shape, "float32", scale=scale))
 
 
