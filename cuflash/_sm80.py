@@ -25,16 +25,16 @@ from ._problem import Operand, Problem, ceil_div
 from ._sm80_tiles import (
     BACKWARD_FRUGAL_TILES,
     DKDV_TILES,
-    DQ_FASTER_PARKED,
     DQ_FRUGAL_TILES,
+    DQ_PARKED,
     DQ_TILES,
-    FASTER_PARKED,
     FLOAT32_DKDV_TILES,
     FLOAT32_DQ_TILES,
     FLOAT32_FORWARD_TILES,
     FLOAT32_FRUGAL_TILES,
     FORWARD_TILES,
     FRUGAL_TILES,
+    PARKED,
     SHORT_TILES,
     DkDvTile,
     DqTile,
@@ -128,7 +128,7 @@ class _TiledKernel:
     pointers: tuple[str, ...]
     params: str
     frugal_tiles: Mapping[int, FrugalTiles] = field(default_factory=dict)
-    faster_parked: Mapping[tuple[int, int], set[str]] = field(default_factory=dict)
+    parked: Mapping[tuple[int, int], set[str]] = field(default_factory=dict)
     short_tiles: Mapping[int, dict[tuple[int, int], Any]] = field(default_factory=dict)
     change: Callable[[Any], Any] = lambda tile: tile
     name: str = ""  # if not that of the header
@@ -141,7 +141,7 @@ class _TiledKernel:
         frugal_tiles = self.frugal_tiles.get(size, {})
         frugal = frugal_tiles.get(tile_class(frugal_tiles, problem, chip), {})
         short = self.short_tiles.get(size, {}).get(dims)
-        parked = self.faster_parked.get(dims, set()) if chip.capability == (9, 0) else set()
+        parked = self.parked.get(dims, set()) if chip.capability == (9, 0) else set()
         names = options.names_in_every_tile - parked
         tiles = (*(tile for tile, hungry in frugal.items() if hungry & names), *tiles)
         if short and problem.seqlen_q <= short.block_m:
@@ -190,7 +190,7 @@ forward = _TiledKernel(
     pointers=("const Element* q", "const Element* k", "const Element* v", "Element* out", "float* lse"),
     params="FwdParams",
     frugal_tiles={2: FRUGAL_TILES, 4: FLOAT32_FRUGAL_TILES},
-    faster_parked=FASTER_PARKED,
+    parked=PARKED,
     short_tiles={2: SHORT_TILES},
 )
 forward_parts = replace(
@@ -219,7 +219,7 @@ backward_dq = _TiledKernel(
     header="bwd_sm80_dq",
     tiles={2: DQ_TILES, 4: FLOAT32_DQ_TILES},
     frugal_tiles={2: DQ_FRUGAL_TILES},
-    faster_parked=DQ_FASTER_PARKED,
+    parked=DQ_PARKED,
     shared_bytes=_dq_bytes,
     num_blocks=_query_blocks,
     pointers=(*BACKWARD_INPUTS, "Element* dq"),

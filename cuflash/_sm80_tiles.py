@@ -106,7 +106,7 @@ FLOAT32_FRUGAL_TILES: FrugalTiles = {
     (64, 64, 99): {Tile(128, 32, 4, 1): {"softcap", "alibi", "bias", "mask", "mod", "dropout"}}
 }
 # On sm_90 the first tile parks a dozen words for these, and is 4 to 12 % faster all the same.
-FASTER_PARKED = {(128, 128): {"softcap", "alibi", "dropout"}}
+PARKED = {(128, 128): {"softcap", "alibi", "dropout"}}
 # What calls with so few queries take first: memory decides, and copies have two stages.
 SHORT_TILES = {(64, 64): Tile(64, 128, 4, 2), (128, 128): Tile(64, 64, 4, 2)}
 
@@ -180,4 +180,4 @@ DQ_TILES: Tiles = {
     (256, 256, 163): (DqTile(64, 32, 4, 1),),
 }
 DQ_FRUGAL_TILES: FrugalTiles = {(128, 128, 99): {DqTile(64, 64, 4, 1): {"dropout", "mod"}}}
-DQ_FASTER_PARKED = {(128, 128): {"mod"}}  # on sm_90 by the same few words: not measured
+DQ_PARKED = {(128, 128): {"mod"}}  # two words on sm_90; whether the other tile is faster there was not measured

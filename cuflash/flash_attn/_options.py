@@ -119,7 +119,7 @@ def check_axes(name: str, array: Array, *axes: str | int) -> None:
 
 @contextmanager
 def named(**names: str) -> Iterator[None]:
-    """Let errors name the caller's arguments: ``named(q="query")`` around a function that calls it q."""
+    """Let errors name the caller's arguments: ``named(q="query")`` around, or on, what passes the query on as q."""
     try:
         yield
     except (TypeError, ValueError) as error:

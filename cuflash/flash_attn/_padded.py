@@ -102,6 +102,7 @@ def flash_attn_func(
     return out, lse, weights.swapaxes(1, 2)
 
 
+@named(q="qkv")
 def flash_attn_qkvpacked_func(
     qkv: Array,
     dropout_p: float = 0.0,
@@ -145,22 +146,22 @@ def flash_attn_qkvpacked_func(
     (2, 100, 4, 64)
     """
     check_axes("qkv", qkv, "batch", "seqlen", 3, "nheads", "headdim")
-    with named(q="qkv"):
-        return flash_attn_func(
-            qkv[:, :, 0],
-            qkv[:, :, 1],
-            qkv[:, :, 2],
-            dropout_p,
-            softmax_scale,
-            causal,
-            window_size,
-            softcap,
-            alibi_slopes,
-            deterministic,
-            return_attn_probs,
-        )
+    return flash_attn_func(
+        qkv[:, :, 0],
+        qkv[:, :, 1],
+        qkv[:, :, 2],
+        dropout_p,
+        softmax_scale,
+        causal,
+        window_size,
+        softcap,
+        alibi_slopes,
+        deterministic,
+        return_attn_probs,
+    )
 
 
+@named(k="kv", v="kv")
 def flash_attn_kvpacked_func(
     q: Array,
     kv: Array,
@@ -209,17 +210,16 @@ def flash_attn_kvpacked_func(
     (2, 10, 4, 64)
     """
     check_axes("kv", kv, "batch", "seqlen_k", 2, "nheads_k", "headdim")
-    with named(k="kv", v="kv"):
-        return flash_attn_func(
-            q,
-            kv[:, :, 0],
-            kv[:, :, 1],
-            dropout_p,
-            softmax_scale,
-            causal,
-            window_size,
-            softcap,
-            alibi_slopes,
-            deterministic,
-            return_attn_probs,
-        )
+    return flash_attn_func(
+        q,
+        kv[:, :, 0],
+        kv[:, :, 1],
+        dropout_p,
+        softmax_scale,
+        causal,
+        window_size,
+        softcap,
+        alibi_slopes,
+        deterministic,
+        return_attn_probs,
+    )

@@ -111,6 +111,7 @@ def _padded(x: Array, cu_seqlens: Array, max_seqlen: int) -> Array:
     return np.concatenate([x, np.zeros((1, *x.shape[1:]), x.dtype, like=x)])[row]
 
 
+@named(q="qkv", cu_seqlens_q="cu_seqlens", max_seqlen_q="max_seqlen")
 def flash_attn_varlen_qkvpacked_func(
     qkv: Array,
     cu_seqlens: Array,
@@ -160,26 +161,26 @@ def flash_attn_varlen_qkvpacked_func(
     (100, 4, 64)
     """
     check_axes("qkv", qkv, "total", 3, "nheads", "headdim")
-    with named(q="qkv", cu_seqlens_q="cu_seqlens", max_seqlen_q="max_seqlen"):
-        return flash_attn_varlen_func(
-            qkv[:, 0],
-            qkv[:, 1],
-            qkv[:, 2],
-            cu_seqlens,
-            cu_seqlens,
-            max_seqlen,
-            max_seqlen,
-            dropout_p,
-            softmax_scale,
-            causal,
-            window_size,
-            softcap,
-            alibi_slopes,
-            deterministic,
-            return_attn_probs,
-        )
+    return flash_attn_varlen_func(
+        qkv[:, 0],
+        qkv[:, 1],
+        qkv[:, 2],
+        cu_seqlens,
+        cu_seqlens,
+        max_seqlen,
+        max_seqlen,
+        dropout_p,
+        softmax_scale,
+        causal,
+        window_size,
+        softcap,
+        alibi_slopes,
+        deterministic,
+        return_attn_probs,
+    )
 
 
+@named(k="kv", v="kv")
 def flash_attn_varlen_kvpacked_func(
     q: Array,
     kv: Array,
@@ -235,21 +236,20 @@ def flash_attn_varlen_kvpacked_func(
     (20, 4, 64)
     """
     check_axes("kv", kv, "total_k", 2, "nheads_k", "headdim")
-    with named(k="kv", v="kv"):
-        return flash_attn_varlen_func(
-            q,
-            kv[:, 0],
-            kv[:, 1],
-            cu_seqlens_q,
-            cu_seqlens_k,
-            max_seqlen_q,
-            max_seqlen_k,
-            dropout_p,
-            softmax_scale,
-            causal,
-            window_size,
-            softcap,
-            alibi_slopes,
-            deterministic,
-            return_attn_probs,
-        )
+    return flash_attn_varlen_func(
+        q,
+        kv[:, 0],
+        kv[:, 1],
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max_seqlen_q,
+        max_seqlen_k,
+        dropout_p,
+        softmax_scale,
+        causal,
+        window_size,
+        softcap,
+        alibi_slopes,
+        deterministic,
+        return_attn_probs,
+    )
