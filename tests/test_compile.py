@@ -279,7 +279,7 @@ MAY_PARK = {
     "fwd_sm90_bf16_d64x64_alibi": {90: 56},
     "fwd_sm90_bf16_d64x64_bias": {90: 116},
     "fwd_sm90_bf16_d64x64_mod": {90: 88},
-    "fwd_sm90_bf16_d64x64_softcap": {90: 8},
+    "fwd_sm90_bf16_d64x64_softcap": {90: 180},
     "fwd_sm90_bf16_d128x128_mod": {90: 48},
     "fwd_wmma_bf16_d128x128_alibi": {90: 160},
     "fwd_wmma_bf16_d128x128_bias": {80: 224, 90: 192},

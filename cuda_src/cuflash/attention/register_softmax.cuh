@@ -88,13 +88,13 @@ struct TileOfPairs {
   }
 
  private:
-  // Scores rise with the magnitudes of products, which the choice of a short way has found the largest of.
+  // No score is larger than the scaled product, of which the choice of a short way has found the largest.
   template <class Scores>
   __device__ __forceinline__ Rest bend(Scores& scores) const {
     Rest rest = {};
+    rest.bound = scores.largest() * fabsf(pairs.scale);
     use_pairs(pairs, scores, [&](const auto& pairs) {
       rest.scale = pairs.factor();
-      rest.bound = fabsf(pairs.score_over_factor(scores.largest(), first_query, first_key).value * rest.scale);
 #pragma unroll
       for (int i = 0; i < Scores::kNumElements; ++i) {
         scores.x[i] = pairs.score_over_factor(scores.x[i], query(i), neighbour(i)).value;
