@@ -145,6 +145,9 @@ struct Pairs {
     return options.visible(inside(query, band.seqlen_q), inside(key, band.seqlen_k));
   }
 
+  // Then a tile may be visited all the same, but options have nothing to look at.
+  __device__ __forceinline__ bool has_no_keys() const { return Options::kReadsArrays && band.seqlen_k == 0; }
+
   // Calls hide(visible) for each mask that may hide pairs of a tile.
   template <class Hide>
   __device__ __forceinline__ void each_mask(Range queries, Range keys, Hide hide) const {

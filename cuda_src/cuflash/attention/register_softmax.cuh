@@ -34,7 +34,7 @@ struct TileOfPairs {
     } else if constexpr (Options::kLeavesFactor) {
       return bend(scores);
     } else if constexpr (Options::kChangesScores) {
-      if (!has_no_keys()) {
+      if (!pairs.has_no_keys()) {
         use_pairs(pairs, scores, [&](const auto& pairs) {
 #pragma unroll
           for (int i = 0; i < Scores::kNumElements; ++i) {
@@ -80,7 +80,9 @@ struct TileOfPairs {
     }
   }
 
-  __device__ __forceinline__ bool options_hide_nothing() const { return pairs.options.shows_all() || has_no_keys(); }
+  __device__ __forceinline__ bool options_hide_nothing() const {
+    return pairs.options.shows_all() || pairs.has_no_keys();
+  }
 
   // Element i, or the one so many columns to the right of it, an even number.
   __device__ __forceinline__ bool shown_by_options(int i, int further = 0) const {
@@ -122,9 +124,6 @@ struct TileOfPairs {
     for (int i = 0; i < Scores::kNumElements; ++i) scores.x[i] -= options.penalty(query(i), key(i));
     return {pairs.scale, 0.0f};
   }
-
-  // Then the tile is visited all the same, but options have nothing to look at.
-  __device__ __forceinline__ bool has_no_keys() const { return Options::kReadsArrays && pairs.band.seqlen_k == 0; }
 
   __device__ __forceinline__ int query(int i) const { return first_query + 8 * row_of_element(i); }
   __device__ __forceinline__ int key(int i) const { return first_key + col_of_element(i); }
