@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from cuflash import _backends, _dbias
@@ -129,6 +130,20 @@ def test_the_gradient_of_a_bias(case: AttentionProblem) -> None:
 def test_packed_sequences() -> None:
     with ring_on(Hopper(**WAYS["lazy"])) as ring:
         ring.check_varlen(PACKED)
+
+
+def test_a_mod_is_not_asked_where_there_are_no_keys() -> None:
+    """Rows behind the last sequence, whose dQ is a kernel of its own: an index out of bounds ends the child."""
+    q, k = np.ones((40, 1, 64), np.float16), np.ones((20, 1, 64), np.float16)
+    offsets = np.array([0, 30], np.int32), np.array([0, 20], np.int32)
+    mod = {
+        "score_mod": "score + table(kv_idx < 0 ? -10000000000ll : kv_idx)",
+        "mod_args": {"table": np.ones(20, np.float32)},
+    }
+    with ring_on(Hopper(isolated=True)) as ring:
+        out, vjp = ring.attention_varlen_vjp(q, k, k, *offsets, deterministic=True, **mod)
+        dq, _, _ = vjp(out)
+    np.testing.assert_array_equal(dq[30:], 0)
 
 
 @dataclass(frozen=True)
