@@ -124,6 +124,10 @@ class BlockMask:
         for name, value in (("visible", visible), ("full", full), ("shape", (seqlen_q, seqlen_k)), ("words", words)):
             object.__setattr__(self, name, value)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copied and unpickled ones are made anew, with words of their own and read-only arrays."""
+        return BlockMask, (self.visible, self.full, self.shape, self.needs)
+
 
 def make_block_mask(
     mask: Array | None = None,
@@ -231,7 +235,11 @@ def _backend_without_arrays(mask_mod: Any) -> Backend:
         return _backends.numpy_backend
     from . import _cupy
 
-    return _cupy.backend_on(_cupy.current_device_id())
+    try:
+        device_id = _cupy.current_device_id()
+    except RuntimeError as error:
+        raise RuntimeError(f"mask_mod: an expression needs a GPU, a callable does not: {error}") from error
+    return _cupy.backend_on(device_id)
 
 
 def _blocks(mask: Array | None, mask_mod: Callable[..., Any] | None, shape: Shape) -> tuple[Array, Array]:
@@ -247,7 +255,8 @@ def _blocks(mask: Array | None, mask_mod: Callable[..., Any] | None, shape: Shap
             parts.append(mask[:, :, start : start + BLOCK_SIZE])
         if mask_mod is not None:
             q_idx = np.arange(start, min(start + BLOCK_SIZE, seqlen_q))[:, None]
-            parts.append(_as_pairs(mask_mod(None, b, h, q_idx, kv_idx), (batch, heads, len(q_idx), seqlen_k)))
+            shown = mask_mod(None, *_check_mods.read_only(b, h, q_idx, kv_idx))
+            parts.append(_as_pairs(shown, (batch, heads, len(q_idx), seqlen_k)))
         seen = reduce(np.logical_and, parts)
         visible.append(_cut(seen.any(axis=2), BLOCK_SIZE, False).any(axis=-1))
         full.append(_cut(seen.all(axis=2), BLOCK_SIZE, True).all(axis=-1))

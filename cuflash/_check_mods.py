@@ -101,6 +101,13 @@ def is_number(value: Any) -> bool:
     return isinstance(value, (bool, int, float, np.bool_, np.integer, np.floating))
 
 
+def read_only(*indices: Any) -> tuple[Any, ...]:
+    """The same indices for a callable that must not write to them: it is called more than once with these arrays."""
+    for array in indices:
+        array.flags.writeable = False
+    return indices
+
+
 def returned(name: str, array: Any) -> None:
     """Refuse what a callable returned if it is not of real numbers, or from a mask_mod of bool or int."""
     kinds, allowed = {"score_mod": ("biuf", "real numbers"), "mask_mod": ("biu", "bool and int")}[name]

@@ -31,7 +31,7 @@ def softcap(value: Any, dtype: str) -> float | None:
 def dropout_p(value: Any, *, has_seed: bool) -> float:
     if not _checks.is_real(value):
         raise TypeError(f"dropout_p: got {value!r} of type {type(value).__name__}; allowed are numbers in [0, 1)")
-    if not 0 <= value < 1:
+    if not 0 <= _checks.comparable(value) < 1:
         raise ValueError(f"dropout_p: got {value!r}; allowed are numbers in [0, 1)")
     if value > 0 and not has_seed:
         raise ValueError(

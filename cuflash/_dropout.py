@@ -117,11 +117,11 @@ def dropout_mask(shape: tuple[int, int, int, int], dropout_p: float, seed: Any) 
     """
     batch, heads, seqlen_q, seqlen_k = shape = _checks.shape(shape, 4)
     dropout_p = _check_options.dropout_p(dropout_p, has_seed=seed is not None)
-    if dropout_p == 0:
-        return np.ones(shape, bool)
-    if not _check_options.is_seed_number(seed):
+    if seed is not None and not _check_options.is_seed_number(seed):
         _check_options.seed_array(seed)
         seed = seed.item()
+    if dropout_p == 0:
+        return np.ones(shape, bool)
     kept = np.empty(shape, bool)
     for b in range(batch):
         for h in range(heads):

@@ -19,7 +19,7 @@ DERIVATIVES: dict[str, tuple[Callable[..., Any], ...]] = {
     "subtract": (lambda y, a, b: 1.0, lambda y, a, b: -1.0),
     "multiply": (lambda y, a, b: b, lambda y, a, b: a),
     "divide": (lambda y, a, b: 1 / b, lambda y, a, b: -y / b),
-    "power": (lambda y, a, b: b * a ** (b - 1), lambda y, a, b: y * np.log(a, dtype=y.dtype)),
+    "power": (lambda y, a, b: _power_by_base(a, b), lambda y, a, b: _power_by_exponent(y, a, b)),
     "negative": (lambda y, x: -1.0,),
     "positive": (lambda y, x: 1.0,),
     "square": (lambda y, x: 2 * x,),
@@ -113,6 +113,9 @@ class Dual(NDArrayOperatorsMixin):
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(f"score.{name}: a score_mod can use operators and functions of numpy: {_known()}")
 
+    def __array__(self, *_: Any, **__: Any) -> Any:
+        raise TypeError(f"score: a score_mod cannot make another array of it, only use functions of numpy: {_known()}")
+
     def __getitem__(self, index: Any) -> Any:
         raise TypeError(f"score[{index!r}]: a score_mod sees the scores of a tile as a whole; numpy.where chooses")
 
@@ -168,6 +171,16 @@ def _apply(name: str, function: Callable[..., Any], inputs: Any, **options: Any)
         if isinstance(x, Dual)
     )
     return Dual(result, sum(terms))
+
+
+def _power_by_base(base: Any, exponent: Any) -> Any:
+    """b a^(b - 1); of a^0, which is 1 wherever, 0."""
+    return exponent * base ** ((exponent - 1) * (exponent != 0))
+
+
+def _power_by_exponent(power: Array, base: Any, exponent: Any) -> Any:
+    """a^b log(a); of 0^b, which is 0 but at b = 0, 0."""
+    return power * np.log(np.where((base == 0) & (exponent >= 0), 1, base), dtype=power.dtype)
 
 
 def _absolute(x: Any) -> Any:

@@ -163,10 +163,10 @@ def backward(
                     dq[here] = (acc_dq * scale).reshape(dq[here].shape)
                 dk[all_keys] = acc_dk
                 dv[all_keys] = acc_dv
-    if dbias is not None:
-        dbias[...] = acc_dbias
-    if dsinks is not None:
-        dsinks[...] = acc_dsinks
+        if dbias is not None:
+            dbias[...] = acc_dbias
+        if dsinks is not None:
+            dsinks[...] = acc_dsinks
 
 
 def _compute_dtype(problem: Problem) -> np.dtype[Any]:

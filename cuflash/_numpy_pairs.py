@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from ._check_mods import returned
+from ._check_mods import read_only, returned
 from ._dropout import kept_pairs
 from ._dual import Dual
 from ._problem import BLOCK_SIZE, Band, Problem, ceil_div
@@ -153,10 +153,10 @@ class Pairs:
         slope = mapped.slope
         return Dual(own(mapped.value), float(slope) if np.ndim(slope) == 0 else own(slope))
 
-    def _indices(self, block: Block) -> tuple[Array, Array, Array, Array]:
+    def _indices(self, block: Block) -> tuple[Array, ...]:
         """``b, h, q_idx, kv_idx`` as arrays that broadcast to (1, heads, queries, keys)."""
         heads, queries, keys = (np.arange(piece.start, piece.stop) for piece in block)
-        return np.full((1, 1, 1, 1), self.batch), heads[None, :, None, None], queries[:, None], keys
+        return read_only(np.full((1, 1, 1, 1), self.batch), heads[None, :, None, None], queries[:, None], keys)
 
     def _distance(self, block: Block) -> Array:
         """How far each key is from the diagonal."""

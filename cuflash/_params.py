@@ -1,4 +1,4 @@
-"""NumPy mirrors of the structs in cuda_src/cuflash/attention/params.cuh."""
+"""NumPy mirrors of what kernels are called with: cuda_src/cuflash/attention/params.cuh, and what Hopper adds to it."""
 
 from __future__ import annotations
 

@@ -124,7 +124,7 @@ FLOAT32_DKDV_TILES: Tiles = {
     (192, 128, 163): (DkDvTile(32, 64, 8, 2, 1, 1), DkDvTile(32, 32, 4, 2, 1, 1), DkDvTile(32, 16, 2, 2, 1, 1)),
     (192, 192, 99): (DkDvTile(32, 16, 2, 2, 1, 1),),
     (192, 192, 163): (DkDvTile(32, 64, 8, 2, 1, 1), DkDvTile(32, 16, 2, 2, 1, 1)),
-    (256, 256, 99): (DkDvTile(32, 16, 2, 2, 1, 1),),  # which wants 2 KiB more than chips have
+    (256, 256, 99): (DkDvTile(32, 16, 2, 2, 1, 1),),  # which wants 1.4 KiB more than chips have
     (256, 256, 163): (DkDvTile(32, 32, 4, 2, 1, 1), DkDvTile(32, 16, 2, 2, 1, 1)),
     (256, 256, 227): (DkDvTile(32, 64, 8, 2, 1, 1), DkDvTile(32, 16, 2, 2, 1, 1)),
 }

@@ -73,7 +73,7 @@ def why_not_array(name: str, array: Operand) -> str | None:
     if cols % VECTOR or not array.aligned or any(stride % VECTOR for size, stride in outer if size > 1):
         return f"{name}: its rows do not begin at multiples of 16 bytes"
     if any(not 0 <= stride < 2**39 for size, stride in outer if size > 1) or _repeats_rows(array):
-        return f"{name}: its strides are negative, or repeat rows"
+        return f"{name}: its strides are negative, too large for TMA, or repeat rows"
     return None
 
 

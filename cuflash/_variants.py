@@ -85,7 +85,7 @@ def gather(
     if "seed" in extras and _check_options.is_seed_number(extras["seed"]):
         extras["seed"] = int(extras["seed"])
     if "block_mask" in extras:
-        _check_block_mask(extras["block_mask"], extras.keys() | ({"mask_mod"} if mask_mod is not None else set()))
+        check_block_mask(extras["block_mask"], extras.keys() | ({"mask_mod"} if mask_mod is not None else set()))
     arrays = {name: array for option, value in extras.items() for name, array in _arrays_of(option, value)}
     given = inputs | ({} if out is None else {"out": out}) | arrays
     backend = backend_of(*given.values(), names=tuple(given))
@@ -95,7 +95,7 @@ def gather(
     return backend, Variant(extras, arrays, tuple((name, _option_meta(value)) for name, value in extras.items()), mod)
 
 
-def _check_block_mask(value: Any, given: Set[str]) -> None:
+def check_block_mask(value: Any, given: Set[str]) -> None:
     """Raise an exception if it is none, or if options that it needs are not among those given."""
     if not isinstance(value, BlockMask):
         kind = type(value)

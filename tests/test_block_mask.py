@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import tracemalloc
 from typing import Any
 
@@ -121,9 +123,12 @@ def test_blocks_given_by_the_caller() -> None:
 def test_blocks_cannot_be_changed_afterwards() -> None:
     visible = np.ones((1, 1, 1, 3), bool)
     block_mask = cuflash.BlockMask(visible, visible, (100, 300))
-    for array in (block_mask.visible, block_mask.full, *block_mask.words):
-        with pytest.raises(ValueError, match="read-only"):
-            array[...] = 0
+    for same in (block_mask, copy.deepcopy(block_mask), pickle.loads(pickle.dumps(block_mask))):
+        assert (same.shape, same.needs) == ((100, 300), ())
+        for array, its_own in zip((same.visible, same.full, *same.words), (visible, visible, 7, 7), strict=True):
+            np.testing.assert_array_equal(array, np.broadcast_to(its_own, array.shape))
+            with pytest.raises(ValueError, match="read-only"):
+                array[...] = 0
     visible[:] = False  # the caller's own
 
 

@@ -375,6 +375,18 @@ class TestTables:
         with pytest.raises(ValueError, match="bench:nonsense: there is no such block; allowed are device, summary"):
             tables.fill("<!-- bench:nonsense -->\n<!-- /bench -->", lambda _: {})
 
+    @pytest.mark.parametrize("text", ["<!-- bench:summary -->\nold\n", "<!-- bench:summary --> <!-- /bench -->"])
+    def test_a_block_without_an_end_is_not_up_to_date(self, text, tmp_path):
+        whole = "<!-- bench:summary -->\n<!-- /bench -->\n"
+        for document in (text, whole + text, text + whole):
+            with pytest.raises(
+                ValueError, match=f"begins {document.count('bench:')} blocks, and {document.count(whole)}"
+            ):
+                tables.fill(document, lambda _: {})
+        (tmp_path / "x.md").write_text(text)
+        with pytest.raises(SystemExit, match=r"x\.md: <!-- bench: begins 1 blocks"):
+            main(["bench", "--tables", str(tmp_path / "x.md"), "--check"])
+
     def test_the_gpu_is_meant_unless_there_are_two(self, tmp_path):
         assert tables.results_in(tmp_path, None) == {}
         for device, cuda in (("CPU", None), ("GPU A", "13.0")):

@@ -141,6 +141,9 @@ def test_the_seed_may_be_an_array_and_no_dropout_keeps_all() -> None:
         (((1, 2, 3, 4), 0.5, None), ValueError, "seed: got None"),
         (((1, 2, 3, 4), 0.5, 2**64), ValueError, "seed: got 18446744073709551616"),
         (((1, 2, 3, 4), 0.5, np.array([1])), TypeError, "seed: dtype is int64"),
+        (((1, 2, 3, 4), 0.0, -3), ValueError, "seed: got -3"),
+        (((1, 2, 3, 4), 0.0, "x"), TypeError, "seed: got 'x'"),
+        (((1, 2, 3, 4), np.longdouble(1) - np.longdouble(2) ** -60, 1), ValueError, "dropout_p: got .*allowed are"),
     ],
 )
 def test_wrong_arguments_are_named(arguments: Any, error: Any, pattern: str) -> None:

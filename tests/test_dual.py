@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 import cuflash
 from cuflash._dual import CHOICES, DERIVATIVES, STEPS, Dual
+from cuflash.testing import reference_attention
 
 FUNCTIONS: dict[str, Callable[[Any], Any]] = {
     "add": lambda x: (x + 2) + (3 + x) + (x + x),
@@ -82,6 +83,13 @@ def test_where_takes_the_slope_from_the_side_that_it_takes() -> None:
 def test_a_power_of_a_number_below_zero() -> None:
     result = Dual(np.array([-2.0, 0.0])) ** 3  # no logarithm of the base is taken
     np.testing.assert_array_equal(result.slope, [12.0, 0.0])
+
+
+def test_powers_of_0_and_by_0_are_constant() -> None:
+    x: Any = Dual(np.array([0.0, 2.0]))
+    for power, value in ((x**0, [1, 1]), (x ** np.array([0, 0]), [1, 1]), (0.0 ** (x + 1), [0, 0])):
+        np.testing.assert_array_equal(power.value, value)
+        np.testing.assert_array_equal(np.broadcast_to(power.slope, 2), [0, 0])
 
 
 def test_operators_in_place_act_as_on_arrays() -> None:
@@ -174,5 +182,30 @@ def test_asking_for_a_derivative_changes_no_score() -> None:
     out, vjp = cuflash.attention_vjp(q, k, v, score_mod=score_mod)
     np.testing.assert_array_equal(out, cuflash.attention(q, k, v, score_mod=score_mod))
     assert len(vjp(out)) == 3
+
+
+def test_what_makes_another_array_of_a_score_is_refused() -> None:
+    q, k, v = np.random.default_rng(0).standard_normal((3, 20, 8))
+    for another in (np.asarray, np.array):
+        with pytest.raises(TypeError, match="score: a score_mod cannot make another array of it"):
+            cuflash.attention_vjp(q, k, v, score_mod=lambda score, b, h, i, j, f=another: f(score) + j)
+
+
+def test_indices_are_not_for_writing() -> None:
+    q, k, v = np.random.default_rng(0).standard_normal((3, 20, 8))
+
+    def score_mod(score: Any, b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
+        kv_idx *= 2
+        return score - 0.05 * kv_idx
+
+    for call in (cuflash.attention, cuflash.attention_vjp, reference_attention):
+        with pytest.raises(ValueError, match="read-only"):
+            call(q, k, v, score_mod=score_mod)
+    with pytest.raises(ValueError, match="read-only"):
+        cuflash.make_block_mask(mask_mod=score_mod, shape=(1, 1, 300, 300))
+
+
+def test_a_score_mod_takes_all_it_is_given() -> None:
+    q, k, v = np.random.default_rng(0).standard_normal((3, 20, 8))
     with pytest.raises(TypeError, match=r"score_mod: got .* it must take 5 arguments"):
         cuflash.attention_vjp(q, k, v, score_mod=lambda score: score)

@@ -370,3 +370,11 @@ def test_no_warning_is_given_for_rows_without_keys() -> None:
     with np.errstate(all="raise"):
         out, vjp = cuflash.attention_vjp(q, k, v, causal=True)
         vjp(out)
+
+
+def test_gradients_of_a_bias_overflow_as_all_others_do() -> None:
+    q, k, v = (x.astype(np.float16) for x in np.random.default_rng(0).standard_normal((3, 10, 8)))
+    _, vjp = cuflash.attention_vjp(q, k, v * 1000, bias=np.zeros((10, 10), np.float16), return_dbias=True)
+    with np.errstate(all="raise"):
+        gradients = vjp(np.full_like(v, 500))
+    assert np.isinf(gradients[3]).any()

@@ -194,6 +194,17 @@ def test_the_reference_of_packed_sequences_is_a_loop() -> None:
         ({"causal": "top_left"}, ValueError, "causal: got 'top_left'"),
         ({"window_size": (-1, -1)}, ValueError, "window_size: got"),
         ({"layout": "BSHD"}, ValueError, "layout: got 'BSHD'"),
+        ({"mask": np.ones((1, 1), np.int8)}, TypeError, "mask: dtype int8"),
+        ({"bias": np.ones((1, 1), bool)}, TypeError, "bias: dtype bool"),
+        ({"mask_mod": lambda *_: np.ones(1)}, TypeError, "mask_mod: returned dtype float64"),
+        ({"sinks": np.zeros(7)}, ValueError, r"sinks: shape is \(7,\)"),
+        ({"alibi_slopes": np.zeros(7, np.float32)}, ValueError, r"alibi_slopes: shape is \(7,\)"),
+        ({"block_mask": np.ones((1, 1), bool)}, TypeError, "block_mask: got a numpy.ndarray"),
+        (
+            {"block_mask": cuflash.make_block_mask(np.tri(3, dtype=bool))},
+            ValueError,
+            "mask: got None beside a block_mask",
+        ),
     ],
 )
 def test_wrong_options_are_refused(options: dict[str, Any], error: type[Exception], message: str) -> None:
@@ -476,6 +487,11 @@ def test_the_strategy_draws_every_kind_of_problem(condition: Any) -> None:
     [
         ({"variants": ["alibi", "alibi_slopes"]}, r"variants: got 'alibi_slopes'; allowed are .*'alibi'"),
         ({"strides": ["sliced", "strided"]}, r"strides: got 'strided'; allowed are .*'sliced'"),
+        ({"dtypes": "float32"}, "dtypes: got 'f'; allowed are 'float16'"),
+        ({"causal": ["bottom-left"]}, "causal: got 'bottom-left'; allowed are False, True"),
+        ({"head_dims": [64, 300]}, "head_dims: got 300; allowed are ints of 1 to 256"),
+        ({"group_sizes": [0]}, "group_sizes: got 0; allowed are ints of 1"),
+        ({"max_seqlen": -1}, "max_seqlen: got -1; allowed are ints of 0"),
     ],
 )
 def test_a_name_that_no_problem_would_have_is_refused(strategy: Any, restriction: Any, pattern: str) -> None:

@@ -347,12 +347,14 @@ def test_score_mods(ring: Ring, name: str) -> None:
 FUNCTIONS = (
     "isnan(score) || isinf(score) || !isfinite(score) ? score : pow(2.0f, 0.5f * score) + pow(fabs(score) + 1.0f, 0.5f)"
     "+ exp(0.1f * score) + exp2f(0.1f * score) + log(abs(score) + 1.0f) + log2(abs(score) + 1.0f) + log1p(abs(score))"
-    "+ sqrt(abs(score) + 1.0f) + tanh(score) + sin(score) + cosf(score) + max(score, 0.1f) + fmin(score, 0.2f)",
+    "+ sqrt(abs(score) + 1.0f) + tanh(score) + sin(score) + cosf(score) + max(score, 0.1f) + fmin(score, 0.2f)"
+    "+ pow(0.0f * score, 0.0f) + pow(0.0f, abs(score))",
     lambda score, b, h, q_idx, kv_idx: (
         (2.0 ** (0.5 * score) + (abs(score) + 1.0) ** 0.5)
         + (np.exp(0.1 * score) + np.exp2(0.1 * score) + np.log(abs(score) + 1.0) + np.log2(abs(score) + 1.0))
         + (np.log1p(abs(score)) + np.sqrt(abs(score) + 1.0) + np.tanh(score) + np.sin(score) + np.cos(score))
         + (np.maximum(score, 0.1) + np.minimum(score, 0.2))
+        + ((0.0 * score) ** 0.0 + 0.0 ** abs(score))
     ),
 )
 

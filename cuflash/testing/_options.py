@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .. import _check_options, _checks
+from .. import _check_options, _checks, _variants
 from .._problem import Causal, Layout, WindowSize
 
 Array = NDArray[Any]
@@ -58,6 +58,13 @@ class Options:
             array = getattr(self, name)
             if array is not None:
                 object.__setattr__(self, name, as_numpy(array))
+        for name, kinds in (("mask", "b"), ("bias", "fV")):  # V: those of ml_dtypes
+            array = getattr(self, name)
+            if array is not None and array.dtype.kind not in kinds:
+                raise TypeError(f"{name}: dtype {array.dtype} is not supported here")
+        if self.block_mask is not None:
+            given = {name for name in ("mask", "mask_mod") if getattr(self, name) is not None}
+            _variants.check_block_mask(self.block_mask, given)
 
     @classmethod
     def of(cls, given: dict[str, Any], *, dlse: Any = None) -> Options:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import DTypeLike
 
+from .. import _check_mods
 from .._dual import Dual
 from .._problem import Layout
 from ._options import Array, Options, as_numpy
@@ -58,6 +59,7 @@ class Scores(NamedTuple):
     def of(cls, stacks: Stacks, options: Options) -> Scores:
         """Compute the scores of all pairs, in the dtype of the stacks."""
         work = stacks.q.dtype
+        _check_heads(stacks.shape, options)
         pairs = indices(stacks.shape, options.first_batch)
         scale = scale_of(stacks, options)
         # Over the whole batch, even where q and k are one for all: the options may tell its entries apart.
@@ -88,7 +90,10 @@ class Scores(NamedTuple):
 def indices(shape: tuple[int, int, int, int], first_batch: int = 0) -> tuple[Array, Array, Array, Array]:
     """Return ``b, h, i, j`` of all pairs, as arrays that broadcast to their shape."""
     batch, heads, seqlen_q, seqlen_k = (np.arange(n) for n in shape)
-    return (batch + first_batch)[:, None, None, None], heads[None, :, None, None], seqlen_q[:, None], seqlen_k
+    pairs = (batch + first_batch)[:, None, None, None], heads[None, :, None, None], seqlen_q[:, None], seqlen_k
+    for array in pairs:
+        array.flags.writeable = False  # callables must not change what others are given too
+    return pairs
 
 
 def stack(x: Any, layout: Layout, dtype: DTypeLike) -> Array:
@@ -108,6 +113,16 @@ def unstack(x: Array, rank: int, layout: Layout) -> Array:
 def scale_of(stacks: Stacks, options: Options) -> float:
     """Return the factor of the scores, ``1 / sqrt(D)`` if none is given."""
     return 1 / math.sqrt(stacks.q.shape[-1]) if options.scale is None else options.scale
+
+
+def _check_heads(shape: tuple[int, int, int, int], options: Options) -> None:
+    """Refuse arrays of another number of heads, which might broadcast."""
+    batch, heads, _, _ = shape
+    allowed = {"alibi_slopes": ((heads,), (1, heads), (batch, heads)), "sinks": ((heads,),)}
+    for name, shapes in allowed.items():
+        array = getattr(options, name)
+        if array is not None and array.shape not in shapes:
+            raise ValueError(f"{name}: shape is {array.shape}; allowed are {' and '.join(map(str, shapes))}")
 
 
 def _added(stacks: Stacks, options: Options) -> list[Array]:
@@ -148,7 +163,9 @@ def _visible(shape: tuple[int, int, int, int], options: Options, pairs: tuple[Ar
     if options.mask is not None:
         shown = shown & options.mask
     if options.mask_mod is not None:
-        shown = shown & options.mask_mod(None, *pairs)
+        allowed = np.asarray(options.mask_mod(None, *pairs))
+        _check_mods.returned("mask_mod", allowed)
+        shown = shown & allowed.astype(bool)
     if options.block_mask is not None:
         some, every = (
             as_numpy(x).repeat(BLOCK, axis=-2).repeat(BLOCK, axis=-1)[..., :seqlen_q, :seqlen_k]

@@ -11,7 +11,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from .._problem import Causal, Layout, WindowSize
+from .._problem import MAX_HEAD_DIM, MAX_SEQLEN, Causal, Layout, WindowSize
 from ._problems import AttentionProblem, Mods, PackedProblem, PairArray, Strides
 from .mods import MASK_MODS, SCORE_MODS, Shape
 
@@ -32,6 +32,7 @@ __all__ = [
 
 STRIDES: tuple[Strides, ...] = ("contiguous", "transposed", "negative", "sliced", "broadcast")
 PAIR_STRIDES: tuple[Strides, ...] = (*STRIDES, "offset", "repeated")
+DTYPES = ("float16", "bfloat16", "float32", "float64")
 LENGTHS = (0, 1, 17, 63, 64, 65, 129)
 
 PACKED_VARIANTS = ("softcap", "alibi", "sinks", "dropout", "dlse", "score_mod", "mask_mod")
@@ -92,7 +93,7 @@ def attention_problems(
     Raises
     ------
     ValueError
-        When it draws, if `variants` has a name that is not in :data:`VARIANTS`.
+        When it draws, if an argument has a value that no problem can have, a name that is not in :data:`VARIANTS` say.
 
     Examples
     --------
@@ -103,7 +104,9 @@ def attention_problems(
     >>> test()
     """
     _check_names("variants", variants, VARIANTS)
-    _check_names("strides", strides, PAIR_STRIDES)
+    _check_names("ranks", ranks, (2, 3, 4))
+    _check_names("layouts", layouts, ("bhsd", "bshd"))
+    _check_shared(dtypes, max_seqlen, head_dims, group_sizes, causal, strides)
     layout = draw(st.sampled_from(layouts))
     lengths = st.sampled_from([length for length in LENGTHS if length <= max_seqlen] + [max_seqlen])
     seqlen_q, seqlen_k = draw(lengths), draw(lengths)
@@ -176,7 +179,8 @@ def packed_problems(
     Raises
     ------
     ValueError
-        When it draws, if `variants` has a name that is not in :data:`PACKED_VARIANTS`.
+        When it draws, if an argument has a value that no problem can have, a name that is not in
+        :data:`PACKED_VARIANTS` say.
 
     Examples
     --------
@@ -187,7 +191,8 @@ def packed_problems(
     >>> test()
     """
     _check_names("variants", variants, PACKED_VARIANTS)
-    _check_names("strides", strides, PAIR_STRIDES)
+    _check_numbers("max_sequences", [max_sequences], 1)
+    _check_shared(dtypes, max_seqlen, head_dims, group_sizes, causal, strides)
     lengths = st.sampled_from([length for length in LENGTHS if length <= max_seqlen] + [max_seqlen])
     sequences = draw(st.lists(st.tuples(lengths, lengths), min_size=1, max_size=max_sequences))
     lengths_q, lengths_k = zip(*sequences, strict=True)
@@ -213,11 +218,34 @@ def packed_problems(
     )
 
 
-def _check_names(argument: str, names: Sequence[str], allowed: tuple[str, ...]) -> None:
+def _check_names(argument: str, names: Sequence[Any], allowed: tuple[Any, ...]) -> None:
     """Refuse a name that no problem would have: a test of it would pass without a look."""
     for name in names:
         if name not in allowed:
             raise ValueError(f"{argument}: got {name!r}; allowed are {', '.join(map(repr, allowed))}")
+
+
+def _check_numbers(argument: str, numbers: Sequence[int], least: int, most: int = MAX_SEQLEN) -> None:
+    for number in numbers:
+        if not isinstance(number, int) or not least <= number <= most:
+            raise ValueError(f"{argument}: got {number!r}; allowed are ints of {least} to {most}")
+
+
+def _check_shared(
+    dtypes: Sequence[str],
+    max_seqlen: int,
+    head_dims: Sequence[int],
+    group_sizes: Sequence[int],
+    causal: Sequence[Causal],
+    strides: Sequence[Strides],
+) -> None:
+    """Refuse what the library would refuse of every problem, or what means something else here."""
+    _check_names("dtypes", dtypes, DTYPES)
+    _check_numbers("max_seqlen", [max_seqlen], 0)
+    _check_numbers("head_dims", head_dims, 1, MAX_HEAD_DIM)
+    _check_numbers("group_sizes", group_sizes, 1)
+    _check_names("causal", causal, (False, True, "top-left"))
+    _check_names("strides", strides, PAIR_STRIDES)
 
 
 def _window_sizes(seqlen: int) -> st.SearchStrategy[WindowSize]:

@@ -20,6 +20,11 @@ struct Band {
     return queries.end - 1 + begin <= keys.begin && keys.end <= queries.begin + end && keys.end <= seqlen_k;
   }
 
+  // Whether it hides a pair of these queries and keys, of those that there are: what lies behind the ends is zeros.
+  __device__ __forceinline__ bool hides_any(Range queries, Range keys) const {
+    return !all_visible({queries.begin, min(queries.end, seqlen_q)}, {keys.begin, min(keys.end, seqlen_k)});
+  }
+
   // Whether any query of one range sees any key of the other.
   __device__ __forceinline__ bool any_visible(Range queries, Range keys) const {
     const Range seen = keys_of(queries);

@@ -73,11 +73,12 @@ __device__ __forceinline__ Dual abs(Dual x) { return x.value < 0.0f ? -x : x; }
 __device__ __forceinline__ Dual max(Dual x, Dual y) { return x.value < y.value ? y : x; }
 __device__ __forceinline__ Dual min(Dual x, Dual y) { return y.value < x.value ? y : x; }
 __device__ __forceinline__ Dual pow(Dual x, float exponent) {
-  return chain(x, ::powf(x.value, exponent), exponent * ::powf(x.value, exponent - 1.0f));
+  const float slope = exponent == 0.0f ? 0.0f : exponent * ::powf(x.value, exponent - 1.0f);
+  return chain(x, ::powf(x.value, exponent), slope);
 }
 __device__ __forceinline__ Dual pow(float x, Dual exponent) {
   const float y = ::powf(x, exponent.value);
-  return chain(exponent, y, ::logf(x) * y);
+  return chain(exponent, y, x == 0.0f && exponent.value >= 0.0f ? 0.0f : ::logf(x) * y);
 }
 __device__ __forceinline__ bool isfinite(Dual x) { return ::fabsf(x.value) < infinity(); }
 __device__ __forceinline__ bool isinf(Dual x) { return ::fabsf(x.value) == infinity(); }

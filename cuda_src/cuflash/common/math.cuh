@@ -9,7 +9,7 @@ constexpr float kLog2e = 1.442695040888963407f;
 
 __device__ __forceinline__ float infinity() { return __int_as_float(0x7f800000); }
 
-// Tells the compiler that all lanes of a warp hold the same number.
+// What lane 0 holds, for the whole warp. Where all lanes hold the same, the compiler learns it.
 __device__ __forceinline__ int uniform(int x) { return __shfl_sync(kFullMask, x, 0); }
 
 __host__ __device__ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }

@@ -115,19 +115,15 @@ struct BwdSm90Dq {
         const int first_key = block * kBlockN;
         if constexpr (Block::kLoadsPairs) rings.pairs.wait_full(pairs_at);
         here.template look_at<kBlockM, kBlockN>(shared.pairs[pairs_at.stage()].memory, job_query, first_key);
-        if (pairs.has_no_keys()) {
-          dweights.clear();
-        } else {
-          const Gradients tile = {pairs, first_query, first_key + first_col};
-          const Survivors<Options, kBlockN, false> survives(here, warp_query, first_key);
-          tile.differentiate(
-              scores, dweights, [&](int i) { return lse[row_of_element(i)]; },
-              [&](int i) { return delta[row_of_element(i)]; }, survives);
-          if (queries.end > band.seqlen_q || !band.all_visible(queries, {first_key, first_key + kBlockN})) {
-            tile.hide_by_band(scores, dweights);
-          }
-          if (!shown) tile.hide_by_options(scores, dweights);
+        const Gradients tile = {pairs, first_query, first_key + first_col};
+        const Survivors<Options, kBlockN, false> survives(here, warp_query, first_key);
+        tile.differentiate(
+            scores, dweights, [&](int i) { return lse[row_of_element(i)]; },
+            [&](int i) { return delta[row_of_element(i)]; }, survives);
+        if (queries.end > band.seqlen_q || !band.all_visible(queries, {first_key, first_key + kBlockN})) {
+          tile.hide_by_band(scores, dweights);
         }
+        if (!shown) tile.hide_by_options(scores, dweights);
         if constexpr (Block::kLoadsPairs) {
           __syncwarp();
           release(rings.pairs, pairs_at);

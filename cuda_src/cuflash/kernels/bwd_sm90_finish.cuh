@@ -42,8 +42,11 @@ struct BwdSm90Finish {
       } else {
         spoiled = arrays.spoiled_queries[tile];
       }
-      if (spoiled) {
-        const Range queries = {job.tile * kBlockM + static_cast<int>(threadIdx.x / 32), (job.tile + 1) * kBlockM};
+      const Band band = problem.band(job.sequence.seqlen_q, job.sequence.seqlen_k);
+      const Range tile_of_queries = {job.tile * kBlockM, (job.tile + 1) * kBlockM};
+      const bool hides_pairs = Options::kHidesPairs || band.hides_any(tile_of_queries, {0, job.sequence.seqlen_k});
+      if (spoiled && hides_pairs) {
+        const Range queries = {tile_of_queries.begin + static_cast<int>(threadIdx.x / 32), tile_of_queries.end};
         Careful::template write_queries<kHeadDim>(arrays, params, options, job, queries, kNumWarps, memory());
       }
       return;

@@ -208,7 +208,7 @@ struct FwdSm90 {
 #pragma unroll 1
         while (block > begin) advance(hide_if_any);
       } else {
-        // A loop for each kind of mask: one loop with branches has half the code, but takes 5 to 12 % longer.
+        // A loop for each kind of mask: one loop with branches has half the code, but takes up to 15 % longer.
 #pragma unroll 1
         for (--block; block >= larger(full_begin, full_end); --block) advance(hide_behind);
 #pragma unroll 1

@@ -158,8 +158,11 @@ def fill_documents(documents: list[Path], directory: Path, *, check: bool) -> in
     """Make the marked blocks of documents anew, or with ``check`` tell whether they are."""
     stale = []
     for document in documents:
-        old = document.read_text(encoding="utf-8")
-        new = tables.fill(old, lambda device: tables.results_in(directory, device))
+        try:
+            old = document.read_text(encoding="utf-8")
+            new = tables.fill(old, lambda device: tables.results_in(directory, device))
+        except ValueError as error:  # of the document, or of the results
+            raise SystemExit(f"python -m cuflash bench: error: {document}: {error}") from None
         if new != old:
             stale.append(document)
             if not check:

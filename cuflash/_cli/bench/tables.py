@@ -17,7 +17,8 @@ SUMMARY_SEQLEN = 4096
 SUMMARY_HEAD_DIM = 128
 PADDING_BAR = 0.9  # of the speed-up that the share of padding suggests
 NOT_MEASURED = "*Not measured yet.*"
-BLOCK = re.compile(r"(<!-- bench:([a-z]+)(?:@([\w.-]+))? -->\n).*?(<!-- /bench -->)", re.DOTALL)
+BEGIN = re.compile(r"<!-- bench:")
+BLOCK = re.compile(r"(<!-- bench:([a-z]+)(?:@([\w.-]+))? -->\n)(?:(?!<!-- bench:).)*?(<!-- /bench -->)", re.DOTALL)
 
 
 def speed(results: Results, op: str) -> Table:
@@ -243,7 +244,11 @@ def fill(text: str, results_of: Callable[[str | None], Results]) -> str:
             raise ValueError(f"bench:{name}: there is no such block; allowed are {', '.join(NAMES)}")
         return f"{begin}{block(results_of(device_name), name)}\n{end}"
 
-    return BLOCK.sub(replace, text)
+    filled, count = BLOCK.subn(replace, text)
+    begun = len(BEGIN.findall(text))
+    if begun != count:
+        raise ValueError(f"<!-- bench: begins {begun} blocks, and {count} have a name and an end, <!-- /bench -->")
+    return filled
 
 
 def results_in(directory: Path, device_name: str | None) -> Results:
