@@ -92,8 +92,8 @@ def pad_input(x_unpad: Array, indices: Array, batch: int, seqlen: int) -> Array:
     x_unpad : array, shape (total, ...)
         Packed tokens, of any dtype.
     indices : array of int, shape (total,)
-        Their places in the flattened (batch, seqlen), from 0 to ``batch * seqlen - 1``. On CuPy arrays this is not
-        checked: the call would have to wait for the GPU.
+        Their places in the flattened (batch, seqlen), from 0 to ``batch * seqlen - 1``, no place twice. On CuPy arrays
+        this is not checked: the call would have to wait for the GPU.
     batch, seqlen : int
         The shape of the padded batch.
 
@@ -132,6 +132,9 @@ def pad_input(x_unpad: Array, indices: Array, batch: int, seqlen: int) -> Array:
     batch, seqlen = int(batch), int(seqlen)  # Python's, whose product has any size
     if isinstance(indices, np.ndarray):
         _checks.within("indices", indices, 0, batch * seqlen - 1, "below batch * seqlen")
+        places, counts = np.unique(indices, return_counts=True)
+        if len(places) != len(indices):
+            raise ValueError(f"indices: has {places[counts > 1][0]} more than once; each token needs a place of its own")
     padded = np.zeros_like(x_unpad, shape=(batch * seqlen, *x_unpad.shape[1:]))
     padded[indices] = x_unpad
     return padded.reshape(batch, seqlen, *x_unpad.shape[1:])

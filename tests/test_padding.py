@@ -81,6 +81,7 @@ X, MASK = np.ones((2, 3, 4), np.float32), np.ones((2, 3), bool)
         (lambda: pad_input(X[0], np.array([0, 1, 2]), True, 3), ValueError, "batch: got True"),
         (lambda: pad_input(X[0], np.array([0, 1, 6]), 2, 3), ValueError, "got 6 at index 2, where 0 to 5 are allowed"),
         (lambda: pad_input(X[0], np.array([0, 1, -1]), 2, 3), ValueError, "indices: got -1 at index 2"),
+        (lambda: pad_input(X[0], np.array([0, 4, 4]), 2, 3), ValueError, "indices: has 4 more than once"),
     ],
 )
 def test_wrong_arguments_are_named(call: Any, error: Any, pattern: str) -> None:
