@@ -134,7 +134,9 @@ def pad_input(x_unpad: Array, indices: Array, batch: int, seqlen: int) -> Array:
         _checks.within("indices", indices, 0, batch * seqlen - 1, "below batch * seqlen")
         places, counts = np.unique(indices, return_counts=True)
         if len(places) != len(indices):
-            raise ValueError(f"indices: has {places[counts > 1][0]} more than once; each token needs a place of its own")
+            raise ValueError(
+                f"indices: has {places[counts > 1][0]} more than once; each token needs a place of its own"
+            )
     padded = np.zeros_like(x_unpad, shape=(batch * seqlen, *x_unpad.shape[1:]))
     padded[indices] = x_unpad
     return padded.reshape(batch, seqlen, *x_unpad.shape[1:])
