@@ -4,9 +4,9 @@
 #include <cuflash/attention/careful_gradients.cuh>
 #include <cuflash/attention/register_gradient.cuh>
 #include <cuflash/common/shared_memory.cuh>
+#include <cuflash/tile/global_sums.cuh>
 #include <cuflash/tile/mma_product.cuh>
 #include <cuflash/tile/row_store.cuh>
-#include <cuflash/tile/shared_sums.cuh>
 
 namespace cuflash {
 
@@ -43,7 +43,7 @@ struct BwdSm80DkDv {
   static constexpr bool kSharesWeights = kSplits > 1, kSharesDs = kSplits > 1 || kAddsDq;
   using TileWeights = LdmatrixTile<Number, kSharesWeights ? kBlockN : 16, kSharesWeights ? kBlockM : 32>;
   using TileDs = LdmatrixTile<Number, kSharesDs ? kBlockN : 16, kSharesDs ? kBlockM : 32>;
-  using DqSums = SharedSums<rows_of_sums(kBlockM, kHeadDim, kNumWarps), kHeadDim, kNumWarps>;
+  using DqSums = GlobalSums<rows_of_sums(kBlockM, kHeadDim, kNumWarps), kHeadDim, kNumWarps>;
   using Gradients = GradientTile<Options, true, sizeof(Element) == 4>;
   using Careful = CarefulGradients<Element, Options>;
 

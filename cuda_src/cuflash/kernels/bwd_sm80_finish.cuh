@@ -3,8 +3,8 @@
 
 #include <cuflash/attention/careful_gradients.cuh>
 #include <cuflash/common/shared_memory.cuh>
+#include <cuflash/tile/global_sums.cuh>
 #include <cuflash/tile/row_store.cuh>
-#include <cuflash/tile/shared_sums.cuh>
 
 namespace cuflash {
 
@@ -12,7 +12,7 @@ namespace cuflash {
 template <class Number, class Options, int kHeadDim, int kHeadDimV, int kBlockM, int kNumWarps>
 struct BwdSm80Finish {
   using Element = typename Number::Element;
-  using Sums = SharedSums<kBlockM, kHeadDim, kNumWarps>;
+  using Sums = GlobalSums<kBlockM, kHeadDim, kNumWarps>;
   using Careful = CarefulGradients<Element, Options>;
 
   static constexpr int kNumThreads = 32 * kNumWarps;

@@ -49,22 +49,28 @@ struct BwdSm90Dq {
                                                  Shared& shared) {
     const Problem& problem = params.problem;
     typename Block::Rings& rings = shared.rings;
+    auto &dout = shared.q, &q = shared.more;
+    auto& v = shared.k;
+    auto& k = shared.v;
+    auto& dout_ring = rings.q;
+    auto& v_ring = rings.k;
+    auto& k_ring = rings.v;
     const int consumer = uniform(threadIdx.x / 128 - 1);
     const unsigned thread = thread_of_warpgroup();
     const int lane = thread % 32;
     const typename Block::Turn turn = {consumer};
     typename Block::Jobs::Position job_at;
-    typename Block::RingQ::Position q_at;
+    typename Block::RingQ::Position dout_at;
     typename Block::RingK::Position v_at;
     typename Block::RingV::Position k_at;
     typename Block::RingPairs::Position pairs_at;
 
     Scores scores, dweights;
     const auto start_scores = [&] {
-      start_product_along<kHeadDim>(scores, shared.more[q_at.stage()], first_row_of(consumer), shared.v[k_at.stage()]);
+      start_product_along<kHeadDim>(scores, q[dout_at.stage()], first_row_of(consumer), k[k_at.stage()]);
     };
     const auto start_dweights = [&] {
-      start_product_along<kHeadDimV>(dweights, shared.q[q_at.stage()], first_row_of(consumer), shared.k[v_at.stage()]);
+      start_product_along<kHeadDimV>(dweights, dout[dout_at.stage()], first_row_of(consumer), v[v_at.stage()]);
     };
     const auto release = [&](auto& ring, auto& at) {
       if (lane == 0) ring.release(at);
@@ -95,11 +101,11 @@ struct BwdSm90Dq {
       WarpgroupTile<kHeadDim> dq;
       dq.clear();
 
-      rings.q.wait_full(q_at);
-      rings.v.wait_full(k_at);
+      dout_ring.wait_full(dout_at);
+      k_ring.wait_full(k_at);
       turn.begin();
       start_scores();
-      rings.k.wait_full(v_at);
+      v_ring.wait_full(v_at);
       start_dweights();
       turn.pass_on();
 #pragma unroll 1
@@ -111,7 +117,7 @@ struct BwdSm90Dq {
           shown = uniform(visited.shown);
         }
         ptx::wgmma_wait<0>();
-        release(rings.k, v_at);
+        release(v_ring, v_at);
         const int first_key = block * kBlockN;
         if constexpr (Block::kLoadsPairs) rings.pairs.wait_full(pairs_at);
         here.template look_at<kBlockM, kBlockN>(shared.pairs[pairs_at.stage()].memory, job_query, first_key);
@@ -131,22 +137,22 @@ struct BwdSm90Dq {
         dscores.round(dweights);
 
         turn.begin();
-        start_adding_across(dq, dscores, shared.v[k_at.stage()]);
+        start_adding_across(dq, dscores, k[k_at.stage()]);
         if (block == begin) break;
         auto k_before = k_at;
         k_at.advance();
-        rings.v.wait_full(k_at);
+        k_ring.wait_full(k_at);
         start_scores();
         ptx::wgmma_wait<1>();
-        release(rings.v, k_before);
-        rings.k.wait_full(v_at);
+        release(k_ring, k_before);
+        v_ring.wait_full(v_at);
         start_dweights();
         turn.pass_on();
       }
       turn.pass_on();
-      release(rings.q, q_at);
+      release(dout_ring, dout_at);
       ptx::wgmma_wait<0>();
-      release(rings.v, k_at);
+      release(k_ring, k_at);
 
       const Matrix<Element> target(arrays.dq, params.dq, sequence.batch, job.head, sequence.first_query,
                                    sequence.seqlen_q, problem.head_dim);

@@ -14,7 +14,7 @@ __host__ __device__ constexpr int rows_of_sums(int block_m, int head_dim, int nu
 
 // How the warps of a block share kRows x kCols sums: in a grid, each 32 rows, or 16 where that leaves whole 32 columns.
 template <int kRows, int kCols, int kNumWarps>
-struct SharedSums {
+struct GlobalSums {
   static constexpr int kRowsOfSums = kRows;
   static constexpr int kWarpRows = kRows % 32 == 0 && kRows / 32 * kCols / kNumWarps % 32 == 0 ? 32 : 16;
   static constexpr int kWarpsM = kRows / kWarpRows;
