@@ -49,7 +49,8 @@ struct BwdSm90Dq {
                                                  Shared& shared) {
     const Problem& problem = params.problem;
     typename Block::Rings& rings = shared.rings;
-    auto &dout = shared.q, &q = shared.more;
+    auto& dout = shared.q;
+    auto& q = shared.more;
     auto& v = shared.k;
     auto& k = shared.v;
     auto& dout_ring = rings.q;
