@@ -19,7 +19,7 @@ DERIVATIVES: dict[str, tuple[Callable[..., Any], ...]] = {
     "subtract": (lambda y, a, b: 1.0, lambda y, a, b: -1.0),
     "multiply": (lambda y, a, b: b, lambda y, a, b: a),
     "divide": (lambda y, a, b: 1 / b, lambda y, a, b: -y / b),
-    "power": (lambda y, a, b: _power_by_base(a, b), lambda y, a, b: _power_by_exponent(y, a, b)),
+    "power": (lambda y, a, b: b * a ** _one_less(b), lambda y, a, b: y * _log_of_base(a, b, y.dtype)),
     "negative": (lambda y, x: -1.0,),
     "positive": (lambda y, x: 1.0,),
     "square": (lambda y, x: 2 * x,),
@@ -173,14 +173,14 @@ def _apply(name: str, function: Callable[..., Any], inputs: Any, **options: Any)
     return Dual(result, sum(terms))
 
 
-def _power_by_base(base: Any, exponent: Any) -> Any:
-    """b a^(b - 1); of a^0, which is 1 wherever, 0."""
-    return exponent * base ** ((exponent - 1) * (exponent != 0))
+def _one_less(exponent: Any) -> Any:
+    """The exponent in the derivative of a power, but 0 for 0: nothing infinite meets that factor 0."""
+    return (exponent - 1) * (exponent != 0)
 
 
-def _power_by_exponent(power: Array, base: Any, exponent: Any) -> Any:
-    """a^b log(a); of 0^b, which is 0 but at b = 0, 0."""
-    return power * np.log(np.where((base == 0) & (exponent >= 0), 1, base), dtype=power.dtype)
+def _log_of_base(base: Any, exponent: Any, dtype: np.dtype[Any]) -> Any:
+    """The log of a base, but 0 for 0: its powers are constant."""
+    return np.log(np.where((base == 0) & (exponent >= 0), 1, base), dtype=dtype)
 
 
 def _absolute(x: Any) -> Any:

@@ -87,13 +87,11 @@ class Scores(NamedTuple):
         )
 
 
-def indices(shape: tuple[int, int, int, int], first_batch: int = 0) -> tuple[Array, Array, Array, Array]:
+def indices(shape: tuple[int, int, int, int], first_batch: int = 0) -> tuple[Array, ...]:
     """Return ``b, h, i, j`` of all pairs, as arrays that broadcast to their shape."""
     batch, heads, seqlen_q, seqlen_k = (np.arange(n) for n in shape)
     pairs = (batch + first_batch)[:, None, None, None], heads[None, :, None, None], seqlen_q[:, None], seqlen_k
-    for array in pairs:
-        array.flags.writeable = False  # callables must not change what others are given too
-    return pairs
+    return _check_mods.read_only(*pairs)
 
 
 def stack(x: Any, layout: Layout, dtype: DTypeLike) -> Array:

@@ -11,6 +11,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
+from .. import _checks
 from .._problem import MAX_HEAD_DIM, MAX_SEQLEN, Causal, Layout, WindowSize
 from ._problems import AttentionProblem, Mods, PackedProblem, PairArray, Strides
 from .mods import MASK_MODS, SCORE_MODS, Shape
@@ -227,7 +228,7 @@ def _check_names(argument: str, names: Sequence[Any], allowed: tuple[Any, ...]) 
 
 def _check_numbers(argument: str, numbers: Sequence[int], least: int, most: int = MAX_SEQLEN) -> None:
     for number in numbers:
-        if not isinstance(number, int) or not least <= number <= most:
+        if not _checks.is_size(number) or not least <= number <= most:
             raise ValueError(f"{argument}: got {number!r}; allowed are ints of {least} to {most}")
 
 

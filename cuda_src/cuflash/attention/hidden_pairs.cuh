@@ -26,7 +26,7 @@ struct alignas(16) HiddenPairs<Options, kTilesM, kCols, kNumThreads, true> {
   __device__ __forceinline__ void find(int m, const TileOfPairs<Options>& tile) {
 #pragma unroll
     for (int word = 0; word < kWords; ++word) {
-      words[m][word][threadIdx.x] = tile.options_hide_nothing() ? 0 : bits_of(tile, word * kBits);
+      words[m][word][threadIdx.x] = tile.pairs.options_hide_nothing() ? 0 : bits_of(tile, word * kBits);
     }
   }
 

@@ -147,6 +147,7 @@ struct Pairs {
 
   // Then a tile may be visited all the same, but options have nothing to look at.
   __device__ __forceinline__ bool has_no_keys() const { return Options::kReadsArrays && band.seqlen_k == 0; }
+  __device__ __forceinline__ bool options_hide_nothing() const { return options.shows_all() || has_no_keys(); }
 
   // Calls hide(visible) for each mask that may hide pairs of a tile.
   template <class Hide>

@@ -34,7 +34,7 @@ struct GradientTile {
         scores.x[i] = weight * factor;
         dweights.x[i] = weight * (factor * dweights.x[i] - delta_of(i));
       }
-    } else if (!pairs.has_no_keys()) {  // or the band hides all
+    } else if (!pairs.has_no_keys()) {  // without keys the band hides all pairs afterwards
       use_pairs(pairs, scores, [&](const auto& pairs) {
 #pragma unroll
         for (int i = 0; i < Tile::kNumElements; ++i) {
@@ -97,7 +97,7 @@ struct GradientTile {
   template <class Tile>
   __device__ __forceinline__ void hide_by_options(Tile& weights, Tile& dscores) const {
     if constexpr (Options::kHidesPairs) {
-      if (pairs.options.shows_all() || pairs.has_no_keys()) return;
+      if (pairs.options_hide_nothing()) return;
 #pragma unroll
       for (int i = 0; i < Tile::kNumElements; ++i) {
         if (!pairs.visible_by_options(query(i), key(i))) weights.x[i] = dscores.x[i] = 0.0f;

@@ -72,16 +72,12 @@ struct TileOfPairs {
   template <class Scores>
   __device__ __forceinline__ void hide_by_options(Scores& scores) const {
     if constexpr (Options::kHidesPairs) {
-      if (options_hide_nothing()) return;
+      if (pairs.options_hide_nothing()) return;
 #pragma unroll
       for (int i = 0; i < Scores::kNumElements; ++i) {
         if (!shown_by_options(i)) scores.x[i] = -infinity();
       }
     }
-  }
-
-  __device__ __forceinline__ bool options_hide_nothing() const {
-    return pairs.options.shows_all() || pairs.has_no_keys();
   }
 
   // Element i, or the one so many columns to the right of it, an even number.
