@@ -283,8 +283,8 @@ struct BwdSm80DkDv {
     }
     // 0 * NaN is NaN: each query meets all keys, if only with weight 0, and may have spoiled those that do not
     // see it.
-    const bool hides_pairs = Options::kHidesPairs || !work.band.all_visible({0, work.band.seqlen_q},
-                                                                            {work.first_key, work.first_key + kBlockN});
+    const bool hides_pairs = Options::kHidesPairs ||
+                             work.band.hides_any({0, work.band.seqlen_q}, {work.first_key, work.first_key + kBlockN});
     if (hides_pairs && __syncthreads_or(!finite)) {
       const int first = work.first_key + warp_row;
       if (split == 0) {

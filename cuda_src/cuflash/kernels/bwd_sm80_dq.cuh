@@ -204,9 +204,8 @@ struct BwdSm80Dq {
     const Sequence& sequence = job.sequence;
     const Matrix<Element> target(arrays.dq, params.dq, sequence.batch, job.head, sequence.first_query,
                                  sequence.seqlen_q, problem.head_dim);
-    const bool hides_pairs =
-        Options::kHidesPairs ||
-        !work.band.all_visible({work.first_query, work.first_query + kBlockM}, {0, work.band.seqlen_k});
+    const bool hides_pairs = Options::kHidesPairs || work.band.hides_any({work.first_query, work.first_query + kBlockM},
+                                                                         {0, work.band.seqlen_k});
     const float scale[2] = {problem.softmax_scale, problem.softmax_scale};
     bool all_finite = true;
 #pragma unroll

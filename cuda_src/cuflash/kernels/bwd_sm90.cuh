@@ -75,7 +75,6 @@ struct BwdSm90 {
       WarpgroupTile<kHeadDimV> dv;
       dk.clear();
       dv.clear();
-      bool hides_pairs = false;
 
       Scores scores;
       const auto start_scores = [&](const auto& at) {
@@ -106,7 +105,6 @@ struct BwdSm90 {
         here.template look_at<kBlockM, kBlockN>(shared.pairs[pairs_at.stage()].memory, first_query, job.tile * kBlockN);
         const AllVisible all_visible =
             Block::all_visible(here, band, sequence.seqlen_q, first_query, {warpgroup_key, warpgroup_key + 64});
-        hides_pairs |= !all_visible;
         const Gradients gradients = {pairs, first_query + first_col, first_key, shared.rows[stage], first_col};
         const typename Gradients::Survivors survives = Block::survivors(shared.pairs[pairs_at.stage()], warp_row, lane);
         gradients.weigh(scores, weights, slopes, all_visible, survives);
@@ -148,7 +146,7 @@ struct BwdSm90 {
 
       const bool dk_finite = Block::write_dk(arrays, params, job, dk, first_key);
       const bool dv_finite = Block::write_dv(arrays, params, options, job, dv, first_key);
-      if (hides_pairs && !(dk_finite && dv_finite)) Block::note_spoiled(arrays, problem, job);
+      if (!(dk_finite && dv_finite)) Block::note_spoiled(arrays, problem, job);
     }
     if constexpr (kPiecesStaged > 0) {
       if (lane == 0) ptx::bulk_add_wait_read();  // shared memory is another block's when this one ends

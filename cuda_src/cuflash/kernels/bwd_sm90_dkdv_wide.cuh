@@ -89,7 +89,7 @@ struct BwdSm90DkDvWide {
       typename Block::TileV& v = shared.v[kv_at.stage()];
       WarpgroupTile<kFirst ? kHeadDimV : kHeadDim> grad;  // dV or dK
       grad.clear();
-      bool hides_pairs = false;
+      bool hides_pairs = false;  // that it is known here keeps loop variables in uniform registers: D 256 3 % faster
 
       Scores scores;  // or the gradients of weights
       const auto wait_for_scores = [&](const auto& at) { (kFirst ? rings.q : rings.dout).wait_full(at); };

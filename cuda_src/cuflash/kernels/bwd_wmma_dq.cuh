@@ -147,7 +147,7 @@ struct BwdWmmaDq {
           acc_dp.template add_product<kHeadDimV, Stored::kTransposed>(warp_dout, kPitchV, stage_v(turn) + col * kPitchV,
                                                                       kPitchV);
           const FragmentSurvivors<Number, kTilesM, kTilesN, Options> survives(map, options, warp_row, warp_key);
-          use_pairs(pairs, acc_s, [&](const auto& pairs) {
+          use_pairs<Size::kSmallRounded>(pairs, acc_s, [&](const auto& pairs) {
             acc_dp.for_each([&](float& x, int m, int n, int i) {
               const int row = 16 * m + map.row(i), key = warp_key + 16 * n + map.col(i);
               x = pair_gradient<sizeof(Element) == 4>(pairs, acc_s.tile[m][n].x[i], x, warp_lse[row], warp_delta[row],

@@ -234,7 +234,8 @@ struct FwdSm80 {
     }
 
     const bool hides_pairs =
-        Options::kHidesPairs || work.blocks.full_begin > work.blocks.begin || work.blocks.full_end < work.blocks.end;
+        Options::kHidesPairs || work.band.hides_any({work.first_query, work.first_query + kBlockM},
+                                                    {work.blocks.begin * kBlockN, work.blocks.end * kBlockN});
     const int lane = threadIdx.x % 32;
 #pragma unroll
     for (int m = 0; m < kTilesM; ++m) {

@@ -279,6 +279,8 @@ struct FwdSm90 {
     const Problem& problem = params.problem;
     const Sequence& sequence = job.sequence;
     const Band band = problem.band(sequence.seqlen_q, sequence.seqlen_k);
+    const int first_row = job.tile * kBlockM + warp_row;
+    if (!Options::kHidesPairs && !band.hides_any({first_row, first_row + 16}, {0, sequence.seqlen_k})) return;
     options.enter(sequence, job.head);
     const int head_kv = job.head / problem.group_size();
     const Matrix<const Element> q(arrays.q, params.q, sequence.batch, job.head, sequence.first_query, sequence.seqlen_q,
@@ -291,7 +293,7 @@ struct FwdSm90 {
                               problem.head_dim_v);
     const typename Block::Careful head = {
         q, k, v, out, options, band, {0, sequence.seqlen_k}, problem.softmax_scale, memory};
-    head.template write_rows<kHeadDimV>(job.tile * kBlockM + warp_row, base, inverse);
+    head.template write_rows<kHeadDimV>(first_row, base, inverse);
   }
 };
 
