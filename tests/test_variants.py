@@ -71,6 +71,25 @@ def test_softcap_of_single_scores(ring: Ring, softcap: float, scale: float, shuf
     np.testing.assert_allclose(ring.numpy(lse), expected, rtol=2.0**-21)
 
 
+# By a dlse of 1 and a lone key with weight 1 they are the slopes of scores. The shortest way is the gradients' own.
+@pytest.mark.parametrize("softcap", [1.0, 8.0, 1000.0])
+@pytest.mark.parametrize("scale", [0.25, -0.25])
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_gradients_of_single_scores_with_a_softcap(ring: Ring, softcap: float, scale: float, shuffled: bool) -> None:
+    products = 4 * softcap / abs(scale) * (1 - 2.0**-6) ** np.arange(700)
+    products = np.concatenate([products, -products])
+    if shuffled:
+        products = np.random.default_rng(0).permutation(products)
+    q, one = products.astype(np.float16)[:, None], np.ones((1, 1), np.float16)
+    dout, dlse = np.zeros_like(q), np.ones(len(q), np.float32)
+
+    _, vjp = ring.attention_vjp(*map(ring.asarray, (q, one, one)), scale=scale, softcap=softcap, return_lse=True)
+    dq, _, _ = vjp(*map(ring.asarray, (dout, dlse)))
+
+    expected = scale * (1 - np.tanh(scale * q.astype(np.float64) / softcap) ** 2)
+    np.testing.assert_allclose(ring.numpy(dq), expected, rtol=2.0**-10 + 2.0**-12, atol=2.0**-20)
+
+
 @pytest.mark.parametrize("alibi", ["heads", "batch"])
 @pytest.mark.parametrize("causal", [False, True])
 def test_alibi_slopes(ring: Ring, alibi: Any, causal: Any) -> None:

@@ -35,7 +35,7 @@ struct GradientTile {
         dweights.x[i] = weight * (factor * dweights.x[i] - delta_of(i));
       }
     } else if (!pairs.has_no_keys()) {  // without keys the band hides all pairs afterwards
-      use_pairs(pairs, scores, [&](const auto& pairs) {
+      use_pairs<Size::kSmallRounded>(pairs, scores, [&](const auto& pairs) {
 #pragma unroll
         for (int i = 0; i < Tile::kNumElements; ++i) {
           const PairGradient pair = pair_gradient<kExact>(pairs, scores.x[i], dweights.x[i], lse_of(i), delta_of(i),
@@ -51,7 +51,7 @@ struct GradientTile {
   // with lse in base 2,
   template <class Tile, class LseOf>
   __device__ __forceinline__ void weigh(Tile& scores, LseOf lse_of) const {
-    use_pairs(pairs, scores, [&](const auto& pairs) {
+    use_pairs<Size::kSmallRounded>(pairs, scores, [&](const auto& pairs) {
 #pragma unroll
       for (int i = 0; i < Tile::kNumElements; ++i) {
         const Dual score = pairs.score(scores.x[i], query(i), key(i));
