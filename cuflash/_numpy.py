@@ -43,6 +43,7 @@ def forward(
     The extras are the options that are arrays, as Problem does not tell them.
     """
     dtype = _compute_dtype(problem)
+    scale = dtype.type(problem.softmax_scale)
     if problem.packed:  # rows that belong to no sequence
         out[...] = 0
         if lse is not None:
@@ -52,7 +53,7 @@ def forward(
             for heads, heads_kv in _head_blocks(pairs.problem):
                 for queries in _query_blocks(pairs.problem):
                     here = rows.part(heads, queries)
-                    block_q = _stacked(problem, q[here], dtype) * dtype.type(problem.softmax_scale)
+                    block_q = _stacked(problem, q[here], dtype)
                     acc = np.zeros((*block_q.shape[:2], problem.head_dim_v), dtype)
                     row_max = _sink_logits(sinks, pairs.batch, heads, block_q.shape[:2], dtype)
                     row_sum = np.isfinite(row_max).astype(dtype)  # e^(sink - row_max)
@@ -61,7 +62,7 @@ def forward(
                         block_k = np.ascontiguousarray(k[there], dtype)
                         block_v = np.ascontiguousarray(v[there], dtype)
                         # The steps in which the documentation of attention() lists the options.
-                        p = pairs.capped(block_q @ block_k.mT)
+                        p = pairs.capped(_scaled_product(block_q, block_k, scale))
                         p = pairs.modified(p, block)
                         hidden = pairs.hidden(block)
                         if hidden is not None:
@@ -120,7 +121,7 @@ def backward(
                 acc_dv = np.zeros(dv[all_keys].shape, dtype)
                 for queries in _query_blocks(pairs.problem):
                     here = rows.part(heads, queries)
-                    block_q = _stacked(problem, q[here], dtype) * scale
+                    block_q = _stacked(problem, q[here], dtype)
                     block_dout = _stacked(problem, dout[here], dtype)
                     delta = (block_dout * _stacked(problem, out[here], dtype)).sum(axis=-1, keepdims=True)
                     if dlse is not None:
@@ -135,7 +136,7 @@ def backward(
                         there, block = key_rows.part(heads_kv, keys), Block(heads, queries, keys)
                         block_k = np.ascontiguousarray(k[there], dtype)
                         block_v = np.ascontiguousarray(v[there], dtype)
-                        capped = pairs.capped(Dual(block_q @ block_k.mT))
+                        capped = pairs.capped(Dual(_scaled_product(block_q, block_k, scale)))
                         final = pairs.modified(Dual(capped.value), block)  # its slope is the derivative by the bias
                         hidden = pairs.hidden(block)
                         p = final.value
@@ -161,7 +162,7 @@ def backward(
                         acc_dk[:, keys] += _visible_product(ds.mT, block_q, hidden_from)
                         acc_dq += _visible_product(ds, block_k, hidden)
                     dq[here] = (acc_dq * scale).reshape(dq[here].shape)
-                dk[all_keys] = acc_dk
+                dk[all_keys] = acc_dk * scale
                 dv[all_keys] = acc_dv
         if dbias is not None:
             dbias[...] = acc_dbias
@@ -235,6 +236,13 @@ def _stacked(problem: Problem, x: Array, dtype: np.dtype[Any]) -> Array:
     heads, rows, columns = x.shape
     group_size = problem.group_size
     return np.ascontiguousarray(x, dtype).reshape(heads // group_size, group_size * rows, columns)
+
+
+def _scaled_product(q: Array, k: Array, scale: Any) -> Array:
+    """Return ``scale * q @ k.T``; the scale comes last, as in plain attention: it may be too large for q."""
+    product: Array = q @ k.mT
+    product *= scale
+    return product
 
 
 def _sink_logits(sinks: Array | None, batch: int, heads: slice, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:

@@ -354,6 +354,17 @@ def test_inputs_are_not_copied_whole() -> None:
     assert peak < k.nbytes / 2
 
 
+@pytest.mark.parametrize(("scale", "q_factor", "k_factor"), [(1e9, 1e30, 1e-38), (1e37, 1e3, 1e-37)])
+def test_the_scale_may_be_too_large_for_a_factor(scale: float, q_factor: float, k_factor: float) -> None:
+    shape = (2, 17, 8)
+    problem = AttentionProblem(shape, shape, shape, scale=scale)
+    (q, k, v), dout = problem.arrays(), problem.dout() * np.float32(1e-3)
+    arrays = q * np.float32(q_factor), k * np.float32(k_factor), v
+    (out, lse), vjp = cuflash.attention_vjp(*arrays, return_lse=True, scale=scale)
+    assert_attention_accurate(*arrays, out, lse, scale=scale)
+    assert_gradients_accurate(dout, *arrays, *vjp(dout), scale=scale)
+
+
 def test_cupy_is_not_imported() -> None:
     code = """
 import sys, numpy as np, cuflash, cuflash.testing

@@ -285,6 +285,51 @@ def test_arrays_that_do_not_fit_are_refused() -> None:
         assert_attention_accurate(q.astype(np.int64), k, v, q)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("bias", np.zeros((2, 1, 1, 1), np.float32)),
+        ("bias", np.zeros((33, 1), np.float32)),
+        ("mask", np.ones((2, 1, 1, 1), bool)),
+        ("block_mask", cuflash.BlockMask.from_blocks(np.ones((2, 1, 1, 1), bool), shape=(1, 40))),
+        ("block_mask", cuflash.BlockMask.from_blocks(np.ones((1, 1), bool), shape=(1, 41))),
+    ],
+)
+def test_pairs_do_not_broadcast_to_options(name: str, value: Any) -> None:
+    problem = AttentionProblem((1, 4, 1, 16), (1, 2, 40, 16), (1, 2, 40, 8))
+    arrays, dout = problem.arrays(), problem.dout()
+    for call in (
+        lambda: cuflash.attention(*arrays, **{name: value}),
+        lambda: reference_attention(*arrays, **{name: value}),
+        lambda: reference_attention_backward(dout, *arrays, **{name: value}),
+    ):
+        with pytest.raises(ValueError, match=f"^{name}: "):
+            call()
+
+
+def test_gradients_of_results_of_another_shape_are_refused() -> None:
+    arrays, dout, lse = PROBLEM.arrays(), PROBLEM.dout(), np.zeros((2, 4, 33), np.float32)
+    with pytest.raises(ValueError, match=r"^dout: shape is \(1, 4, 33, 8\)"):
+        reference_attention_backward(dout[:1], *arrays)
+    with pytest.raises(ValueError, match=r"^dlse: shape is \(2, 33, 4\)"):
+        reference_attention_backward(dout, *arrays, dlse=lse.swapaxes(1, 2))
+    packed = PackedProblem((5, 3), (9, 3))
+    with pytest.raises(ValueError, match=r"^dout: shape is \(9, 1, 8\)"):
+        reference_attention_varlen_backward(np.zeros((9, 1, 8), np.float32), *packed.arrays())
+    with pytest.raises(ValueError, match=r"^dlse: shape is \(1, 9\)"):
+        reference_attention_varlen_backward(packed.dout(), *packed.arrays(), dlse=np.zeros((1, 9), np.float32))
+
+
+def test_slopes_of_packed_sequences_broadcast_as_in_a_call() -> None:
+    arrays = PackedProblem((5, 3), (9, 3), heads=(2, 1)).arrays()
+    slopes = np.array([0.5, 0.25], np.float32)
+    for alike in (slopes, slopes[None], np.stack([slopes, slopes])):
+        out, lse = cuflash.attention_varlen(*arrays, alibi_slopes=alike, return_lse=True)
+        assert_attention_varlen_accurate(*arrays, out, lse, alibi_slopes=alike)
+    with pytest.raises(ValueError, match=r"^alibi_slopes: shape is \(3, 2\)"):
+        reference_attention_varlen(*arrays, alibi_slopes=np.zeros((3, 2), np.float32))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("variants", [{}, EVERYTHING], ids=["plain", "everything"])
 def test_plain_attention_passes_its_own_rule(dtype: str, variants: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ from numpy.typing import DTypeLike
 from .. import _check_options, _checks
 from .._dropout import dropout_mask
 from ._options import Array, Options, as_numpy
-from ._scores import Scores, Stacks, scale_of, stack, unstack
+from ._scores import Scores, Stacks, check_heads, scale_of, stack, unstack
 
 Results = dict[str, Array]
 
@@ -74,6 +74,9 @@ def gradients(dout: Any, q: Any, k: Any, v: Any, options: Options, arithmetic: A
     scores = Scores.of(stacks, options)
     kept = _dropout(stacks, options)
     out, lse = _attend(stacks, scores, options, arithmetic)
+    _checks.same_shape("dout", dout, unstack(out, stacks.rank, layout).shape)
+    if options.dlse is not None:
+        _checks.same_shape("dlse", options.dlse, lse.shape[4 - stacks.rank : 3])
     grad_out, (q_stack, k_stack, v_stack, _) = stack(dout, layout, work), stacks
     grad_lse = np.zeros((), work) if options.dlse is None else options.dlse.astype(work).reshape(lse.shape)
     raw_slope, bias_slope, scale = scores.raw_slope, scores.bias_slope, scale_of(stacks, options)
@@ -189,7 +192,14 @@ def _each_sequence(
     arrays = {name: as_numpy(x) for name, x in arrays.items()}
     (total_q, heads, _), head_dim_v = arrays["q"].shape, arrays["v"].shape[-1]
     num_sequences = _checked_sequences(total_q, len(arrays["k"]), options)
+    check_heads(num_sequences, heads, options)
+    slopes = options.alibi_slopes
+    if slopes is not None:
+        slopes = np.broadcast_to(slopes, (num_sequences, heads))
+    if options.dlse is not None:
+        _checks.same_shape("dlse", options.dlse, (heads, total_q))
     if "dout" in arrays:
+        _checks.same_shape("dout", arrays["dout"], (total_q, heads, head_dim_v))
         packed = {"d" + name: np.zeros(arrays[name].shape, arithmetic.work) for name in "qkv"}
         if options.sinks is not None:
             packed["dsinks"] = np.zeros(heads, arithmetic.work)
@@ -203,11 +213,10 @@ def _each_sequence(
         rows_q, rows_k = (slice(*cu[sequence : sequence + 2]) for cu in (options.cu_seqlens_q, options.cu_seqlens_k))
         if options.seqused_k is not None:
             rows_k = slice(rows_k.start, rows_k.start + options.seqused_k[sequence])
-        slopes = options.alibi_slopes
         own = options.replace(
             layout="bshd",
             first_batch=sequence,
-            alibi_slopes=slopes if slopes is None or slopes.ndim == 1 else slopes[sequence],
+            alibi_slopes=None if slopes is None else slopes[sequence],
             dlse=None if options.dlse is None else options.dlse[:, rows_q],
             **dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k", "seqused_k")),
         )

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import DTypeLike
 
-from .. import _check_mods
+from .. import _check_mods, _check_options, _checks
 from .._dual import Dual
 from .._problem import Layout
 from ._options import Array, Options, as_numpy
@@ -59,7 +59,8 @@ class Scores(NamedTuple):
     def of(cls, stacks: Stacks, options: Options) -> Scores:
         """Compute the scores of all pairs, in the dtype of the stacks."""
         work = stacks.q.dtype
-        _check_heads(stacks.shape, options)
+        check_heads(*stacks.shape[:2], options)
+        _check_pairs(stacks.shape, options)
         pairs = indices(stacks.shape, options.first_batch)
         scale = scale_of(stacks, options)
         # Over the whole batch, even where q and k are one for all: the options may tell its entries apart.
@@ -113,14 +114,24 @@ def scale_of(stacks: Stacks, options: Options) -> float:
     return 1 / math.sqrt(stacks.q.shape[-1]) if options.scale is None else options.scale
 
 
-def _check_heads(shape: tuple[int, int, int, int], options: Options) -> None:
-    """Refuse arrays of another number of heads, which might broadcast."""
-    batch, heads, _, _ = shape
+def check_heads(batch: int, heads: int, options: Options) -> None:
+    """Refuse arrays of another number of heads or batch entries, which might broadcast."""
     allowed = {"alibi_slopes": ((heads,), (1, heads), (batch, heads)), "sinks": ((heads,),)}
     for name, shapes in allowed.items():
         array = getattr(options, name)
         if array is not None and array.shape not in shapes:
             raise ValueError(f"{name}: shape is {array.shape}; allowed are {' and '.join(map(str, shapes))}")
+
+
+def _check_pairs(shape: tuple[int, int, int, int], options: Options) -> None:
+    """Refuse a bias and masks that do not broadcast to the pairs; the pairs might broadcast to them."""
+    sizes = {name: array.shape for name in ("bias", "mask") if (array := getattr(options, name)) is not None}
+    if options.block_mask is not None:
+        _checks.same_shape("block_mask", options.block_mask, shape[2:])
+        sizes["block_mask"] = (*options.block_mask.visible.shape[:2], 1, 1)
+    for name, size in sizes.items():
+        if not _check_options.fits(size, shape):
+            raise ValueError(f"{name}: shape {size} does not broadcast to {shape}: (batch, heads, queries, keys)")
 
 
 def _added(stacks: Stacks, options: Options) -> list[Array]:
