@@ -240,10 +240,11 @@ def cases() -> list[object]:
 
 
 # What an option adds to a kernel that has no register left: the bytes that ptxas may park for it in memory, at most, by
-# kernel and chip. Plain kernels park nothing, but for a word of the backward on sm_90 with 192 and 128 columns. Its
-# warps that copy have 24 or 40 registers and park what they cannot hold, most of all where they draw for dropout; with
-# 64 columns and a softcap or score_mod its consumers do too. With 64 columns the three consumers of the forward on
-# sm_90 have 160 registers, and with one option they keep 128 keys.
+# kernel and chip. Plain kernels park nothing, but for a word of the backward of sm90 with 192 and 128 columns, and
+# three of the forward of sm80 with 96 on sm_90. In sm90 the warps of the backward that copy have 24 or 40 registers and
+# park what they cannot hold, most of all where they draw for dropout; with 64 columns and a softcap or score_mod its
+# consumers do too. With 64 columns the three consumers of the forward have 160 registers, and with one option they keep
+# 128 keys.
 MAY_PARK = {
     "bwd_sm80_dq_bf16_d128x128_mod": {90: 16},
     "bwd_sm90_bf16_d64x64_dropout": {90: 236},
