@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from cuflash import _dbias, _parts, _sm80, _sm80_tiles, _sm90, _sm90_backward, _sm90_dq, _wgmma, _wmma
+from cuflash import _dbias, _gradients, _parts, _sm80, _sm80_tiles, _sm90, _sm90_backward, _sm90_dq, _wgmma, _wmma
 from cuflash._device import KernelSource
 from cuflash._kernel import HEAD_DIMS, NUMBERS, Kernel, find_blocks
 from cuflash._options import Options
@@ -101,7 +101,7 @@ def sm80_float32_passes(number: str, head_dims: tuple[int, int], arch: int) -> I
 
 def plain_kernels(arch: int) -> Iterator[Kernel]:
     for number in numbers(arch):
-        yield _wmma.delta(problem(1, 1), number)[0]
+        yield _gradients.delta(problem(1, 1), number)[0]
         for head_dims in HEAD_DIMS:
             yield from passes(Options(), number, head_dims, arch)
     if arch >= 80:
@@ -139,7 +139,7 @@ def kernels_with_options(arch: int) -> Iterator[Kernel]:
             yield sm90_dbias(options("bias"), number, head_dims)
         yield sm90_dbias(options("bias"), "bfloat16", (64, 64), seqlen=64)  # for a block alone, without a cluster
     if arch in (80, 90, 100, 120):
-        yield _wmma.dsinks(problem(1, 1), options("sinks"), "float32")[0]
+        yield _gradients.dsinks(problem(1, 1), options("sinks"), "float32")[0]
     for number, head_dims in product(numbers(arch), HEAD_DIMS):
         if number != "tfloat32":
             for by_mma in (False, True) if number == "float32" else (True,):
