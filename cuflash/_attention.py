@@ -41,7 +41,7 @@ def attention(
     return_lse: bool = False,
     kernel: str = "auto",
 ) -> Any:
-    r"""Exact attention in memory linear in the sequence lengths.
+    r"""Exact attention in memory linear in the sequence lengths [1]_.
 
     Computes, for every batch entry ``b`` and head ``h``,
 

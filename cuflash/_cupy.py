@@ -1,4 +1,4 @@
-"""CuPy's GPUs as devices. The only module, with the JIT, that imports CuPy."""
+"""CuPy's GPUs as devices. Beside _cublas.py, the JIT and the command line the only module that imports CuPy."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ class Pairs:
     """The options of one sequence: batch entry `batch`, of the lengths in `problem`.
 
     All arrays are (batch, heads, queries, keys) of the whole call. Scores come and go with the query heads of a group
-    stacked as rows, (heads_kv, group_size * queries, keys).
+    stacked as rows, (heads_kv, group_size * queries, keys). Steps have the numbers of attention's docstring.
     """
 
     problem: Problem

@@ -9,6 +9,7 @@ from typing import Any
 from . import _parts
 from ._call import Call, Run
 from ._device import Array, Chip
+from ._gradients import Inputs, Workspace, operand_of_delta, plan_gradients
 from ._kernel import (
     BACKWARD_INPUTS,
     MIN_SCALE,
@@ -42,7 +43,6 @@ from ._sm80_tiles import (
     Tile,
     Tiles,
 )
-from ._wmma import Inputs, Workspace, operand_of_delta, plan_gradients
 
 CAPABILITY = (8, 0)
 WORK_BYTES, DKDV_WORK_BYTES, DQ_WORK_BYTES = 240, 80, 224  # what a block knows of its job

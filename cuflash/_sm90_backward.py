@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from . import _sm90_dq, _wmma
+from . import _sm90_dq
 from ._call import Call, Run
 from ._device import Array, Chip
+from ._gradients import Inputs, Workspace, operand_of_delta, plan_gradients
 from ._kernel import NUMBERS, Kernel, num_key_jobs, num_query_jobs
 from ._options import Options
 from ._params import PARAMS, fill
@@ -174,7 +175,7 @@ def plan(call: Call) -> Run:
     device, problem, operands = call.device, call.problem, call.operands
     made = kernels(problem, call.options, call.number, call.chip, deterministic=call.deterministic)
     main, finish, tile, of_dq, block_m = made
-    delta = _wmma.operand_of_delta(problem)
+    delta = operand_of_delta(problem)
     key_tiles, query_tiles = num_key_jobs(problem, tile.block_n), num_query_jobs(problem, block_m)
     num_jobs = max(key_tiles, query_tiles)
     if num_jobs >= 2**31 - call.chip.multiprocessors:  # blocks ask once in vain
@@ -201,7 +202,7 @@ def plan(call: Call) -> Run:
     num_sums = query_tiles * (tile.block_m * _dims(problem)[0] if of_dq is None else 1)
 
     def products(
-        inputs: _wmma.Inputs, workspace: _wmma.Workspace, dq: Array, dk: Array, dv: Array, options: tuple[Any, ...]
+        inputs: Inputs, workspace: Workspace, dq: Array, dk: Array, dv: Array, options: tuple[Any, ...]
     ) -> None:
         (q, k, v, dout, lse, delta), (sums, lse_log2) = inputs, workspace
         spoiled_keys = sums[num_sums:]
@@ -210,4 +211,4 @@ def plan(call: Call) -> Run:
             start_dq((lse, delta, sums, dq), (q, k, v, dout), options)
         finish_step(*inputs, sums, sums, spoiled_keys, dq, dk, dv, options=options)
 
-    return _wmma.plan_gradients(call, products, ceil_div(num_sums + key_tiles, 4) * 4, wants_lse_log2=True)
+    return plan_gradients(call, products, ceil_div(num_sums + key_tiles, 4) * 4, wants_lse_log2=True)

@@ -1179,6 +1179,14 @@ class TestTune:
             chip = Chip("chip", (8, 0), kib * 1024)
             assert {(*tile[:-1], 1) for tile in tiles} <= set(tune._sm80_backward_candidates(problem, chip))
 
+    def test_the_tiles_of_the_backward_of_sm90_compile_and_differ(self):
+        (chip,) = (chip for chip in families.known_chips() if chip.arch == "sm_90")
+        for head_dim in (64, 128, 192, 256):
+            rows = tune.listed(chip, "bfloat16", head_dim).rows
+            tiles = [tuple(map(int, row[1].split())) for row in rows if row[0] == "sm90 backward"]
+            assert len({tile[:4] for tile in tiles}) == len(tiles) > 0, "places for pairs change no plain kernel"
+            assert all(tile[3] > 1 for tile in tiles), "with one place for Q and dO there is no kernel"
+
     def test_a_dtype_that_no_kernel_of_a_gpu_takes(self):
         with pytest.raises(SystemExit, match=r"error: bfloat16 needs .* 8\.0 or newer, sm_70 has 7\.0\. .*float16$"):
             main(["tune", "--arch", "sm_70", "--dtype", "bfloat16"])
@@ -1194,8 +1202,8 @@ class TestTune:
             ((128, 64, 1, 4, 4, 1), "sm90, D 128, causal: 128 64 1 4 4 1 instead of 128 128 2 2 2 1, 100 % faster"),
             ((64, 64, 4), "wmma, D 128, full: 64 64 4 instead of 128 64 4, 100 % faster"),
             (
-                (64, 128, 1, 2, 1),
-                "sm90 backward, D 128, causal: 64 128 1 2 1 instead of 64 128 2 2 1, 100 % faster",
+                (64, 128, 1, 2, 2),
+                "sm90 backward, D 128, causal: 64 128 1 2 2 instead of 64 128 2 2 1, 100 % faster",
             ),
             (
                 (64, 64, 8, 2, 1, 1, 1),

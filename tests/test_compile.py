@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from cuflash import _dbias, _parts, _sm80, _sm80_tiles, _sm90, _sm90_backward, _sm90_dq, _wgmma, _wmma
+from cuflash import _dbias, _gradients, _parts, _sm80, _sm80_tiles, _sm90, _sm90_backward, _sm90_dq, _wgmma, _wmma
 from cuflash._device import KernelSource
 from cuflash._kernel import HEAD_DIMS, NUMBERS, Kernel, find_blocks
 from cuflash._options import Options
@@ -101,7 +101,7 @@ def sm80_float32_passes(number: str, head_dims: tuple[int, int], arch: int) -> I
 
 def plain_kernels(arch: int) -> Iterator[Kernel]:
     for number in numbers(arch):
-        yield _wmma.delta(problem(1, 1), number)[0]
+        yield _gradients.delta(problem(1, 1), number)[0]
         for head_dims in HEAD_DIMS:
             yield from passes(Options(), number, head_dims, arch)
     if arch >= 80:
@@ -139,7 +139,7 @@ def kernels_with_options(arch: int) -> Iterator[Kernel]:
             yield sm90_dbias(options("bias"), number, head_dims)
         yield sm90_dbias(options("bias"), "bfloat16", (64, 64), seqlen=64)  # for a block alone, without a cluster
     if arch in (80, 90, 100, 120):
-        yield _wmma.dsinks(problem(1, 1), options("sinks"), "float32")[0]
+        yield _gradients.dsinks(problem(1, 1), options("sinks"), "float32")[0]
     for number, head_dims in product(numbers(arch), HEAD_DIMS):
         if number != "tfloat32":
             for by_mma in (False, True) if number == "float32" else (True,):
@@ -240,10 +240,11 @@ def cases() -> list[object]:
 
 
 # What an option adds to a kernel that has no register left: the bytes that ptxas may park for it in memory, at most, by
-# kernel and chip. Plain kernels park nothing, but for a word of the backward on sm_90 with 192 and 128 columns. Its
-# warps that copy have 24 or 40 registers and park what they cannot hold, most of all where they draw for dropout; with
-# 64 columns and a softcap or score_mod its consumers do too. With 64 columns the three consumers of the forward on
-# sm_90 have 160 registers, and with one option they keep 128 keys.
+# kernel and chip. Plain kernels park nothing, but for a word of the backward of sm90 with 192 and 128 columns, and
+# three of the forward of sm80 with 96 on sm_90. In sm90 the warps of the backward that copy have 24 or 40 registers and
+# park what they cannot hold, most of all where they draw for dropout; with 64 columns and a softcap or score_mod its
+# consumers do too. With 64 columns the three consumers of the forward have 160 registers, and with one option they keep
+# 128 keys.
 MAY_PARK = {
     "bwd_sm80_dq_bf16_d128x128_mod": {90: 16},
     "bwd_sm90_bf16_d64x64_dropout": {90: 236},

@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 
 import cuflash
-from cuflash import _backends
+from cuflash import _backends, _checks, _sm90, _sm90_backward, _sm90_block, _sm90_dq
 from cuflash._device import Chip
 from cuflash._launch import FAMILIES, LaunchBackend
+from cuflash._options import PLAIN, Options
 from cuflash._problem import Operand, Problem
 from tests.conftest import Ring
 from tests.hostcuda import HostDevice
@@ -26,6 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ALGORITHM = (ROOT / "docs" / "algorithm.md").read_text()
 README = (ROOT / "README.md").read_text()
 VARIANTS = (ROOT / "docs" / "variants.md").read_text()
+KERNELS = (ROOT / "docs" / "kernels.md").read_text()
 FOR_CUPY = "# CuPy\n"
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 
@@ -120,6 +122,77 @@ def test_a_wrong_number_is_found(check, right: str, wrong: str) -> None:
     assert right in ALGORITHM
     with pytest.raises(AssertionError):
         check(ALGORITHM.replace(right, wrong))
+
+
+def tiles_with(array: str) -> set[tuple[tuple[int, ...], int]]:
+    """Tiles of sm90's gradients of K and V, without the places for pairs, and their KiB beside an array of pairs."""
+    problem = Problem("bfloat16", 1, 1, 1, 128, 128, 64, 64, 1.0)
+    dtype = {"mask": "bool", "bias": problem.dtype}.get(array, "")
+    options = Options.of(problem, {array: Operand((1, 1, 128, 128), (0, 0, 128, 1), dtype)}) if dtype else PLAIN
+    return {
+        (tile[:4], kib(_sm90_backward._shared_bytes(dims, tile, options, _sm90_backward._adds_dq(dims, False))))
+        for dims, tiles in _sm90_backward.TILES.items()
+        for tile in tiles
+    }
+
+
+def kib(size: int) -> int:
+    return int(size / 1024 + 0.5)
+
+
+def check_tiles(text: str) -> None:
+    """The tables have tiles that there are, and what they take of the shared memory."""
+    forward = {
+        (tile[:5], kib(_sm90_block.shared_bytes(dims, tile, PLAIN)))
+        for dims, tiles in _sm90.TILES.items()
+        for tile in tiles
+    }
+    dq = {
+        (tile[:5], kib(_sm90_dq._shared_bytes(dims, tile, PLAIN)))
+        for dims, tiles in _sm90_dq.TILES.items()
+        for tile in tiles
+    }
+    of_backward = "dK and dV", "S and dP", "P and dS, rounded", "dQ", "places for K and V, Q and dO"
+    headers = {
+        ("head dimensions", "rows x keys", "places for Q, K, V", "KiB", "registers", "why"): lambda _: forward,
+        ("head dimension", "queries x keys", *of_backward, "KiB"): lambda dims: tiles_with(dims.split()[-1]),
+        ("head dimension", "queries x keys", "places for Q and dO, V, K", "KiB", "registers of 232"): lambda _: dq,
+    }
+    for header, tiles_of in headers.items():
+        (places,) = (name for name in header if name.startswith("places"))
+        for row in table(text, *header):
+            shape = [int(size) for size in row[header[1]].split(" x ")]
+            numbers, sizes = (re.findall(r"[\d, ]*\d", row[name]) for name in (places, "KiB"))
+            for counts, size in zip(numbers, sizes, strict=True):  # in brackets those of other head dimensions
+                assert ((*shape, *map(int, counts.split(", "))), int(size)) in tiles_of(row[header[0]])
+
+
+def test_the_tiles_are_those_of_the_kernels() -> None:
+    check_tiles(KERNELS)
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [("161 (168)", "161 (176)"), ("192 x 128 | 2, 4, 4", "192 x 112 | 2, 4, 4"), ("| 198 |", "| 199 |")],
+)
+def test_a_wrong_tile_is_found(right: str, wrong: str) -> None:
+    assert right in KERNELS
+    with pytest.raises(AssertionError):
+        check_tiles(KERNELS.replace(right, wrong))
+
+
+def test_every_kernel_is_listed() -> None:
+    listing = KERNELS[KERNELS.index("\n## The wmma family") :]
+    sources = sorted((ROOT / "cuda_src" / "cuflash" / "kernels").glob("*.cuh"))
+    assert [path.name for path in sources if f"`{path.name}`" not in listing] == []
+
+
+def test_all_lists_of_families_are_the_same() -> None:
+    names = ("auto", *FAMILIES)
+    assert names == _checks.KERNELS
+    listed = ", ".join(f'"{name}"' for name in names)
+    assert f"kernel : {{{listed}}}" in str(cuflash.attention.__doc__)
+    assert re.findall(r'^\| "(\w+)" \|', README, re.MULTILINE) == list(FAMILIES)
 
 
 def named_files(text: str) -> set[str]:

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 import cuflash
-from cuflash import _backends, _params, _wmma
+from cuflash import _backends, _gradients, _params, _wmma
 from cuflash._device import KernelSource
 from cuflash._jit import compiler, headers, sources
 from cuflash._kernel import HEAD_DIMS, NUMBERS, Kernel
@@ -35,7 +35,7 @@ MAKERS = (_wmma.forward, _wmma.backward_dkdv, _wmma.backward_dq)
 def kernels(number: str = "float16", dims: tuple[int, int] = (64, 64)) -> list[Kernel]:
     problem = Problem("float16", 1, 1, 1, 64, 64, *dims, 1.0)
     made = [make(problem, Options(), number, cubin.CHIPS[90]) for make in MAKERS]
-    return [kernel for kernel, _ in (*made, _wmma.delta(problem, number))]
+    return [kernel for kernel, _ in (*made, _gradients.delta(problem, number))]
 
 
 # Headers

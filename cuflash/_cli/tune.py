@@ -123,11 +123,14 @@ def _sm90_candidates(problem: Problem, chip: Chip) -> Iterator[Tile]:
 
 
 def _sm90_backward_candidates(problem: Problem, chip: Chip) -> Iterator[Tile]:
-    """64 keys a consumer, or beyond 128 columns 64 for both; places are powers of two."""
+    """64 keys a consumer, or beyond 128 columns 64 for both; places are powers of two, those for Q at least two."""
     dims = _sm90_backward._dims(problem)
     block_n = 128 if dims[0] <= 128 else 64
-    for block_m, stages_kv, stages in product((64, 128) if dims[0] <= 64 else (64,), (1, 2), (1, 2, 4)):
-        yield block_m, block_n, stages_kv, stages, 1
+    # Plain calls have no pairs: tiles that differ in places for them alone are one, the first of the table.
+    places = {tile[:4]: tile.stages_pairs for tile in reversed(_sm90_backward.TILES[dims])}
+    for block_m, stages_kv, stages in product((64, 128) if dims[0] <= 64 else (64,), (1, 2), (2, 4)):
+        numbers = block_m, block_n, stages_kv, stages
+        yield *numbers, places.get(numbers, 1)
 
 
 def _sm80_candidates(problem: Problem, chip: Chip) -> Iterator[Tile]:
@@ -205,7 +208,7 @@ def add_parser(commands: Any) -> None:
         description="Measure the tiles that kernels might have on plain calls, and show what would change.",
     )
     parser.add_argument("--head-dim", nargs="+", type=_head_dim, default=[64, 128, 256], help="default: 64 128 256")
-    parser.add_argument("--dtype", choices=("float16", "bfloat16"), default="bfloat16")
+    parser.add_argument("--dtype", choices=("float16", "bfloat16"), default="bfloat16", help="default: bfloat16")
     parser.add_argument(
         "--arch",
         choices=[chip.arch for chip in known_chips()],

@@ -115,6 +115,10 @@ def assert_gradients_accurate(
         As :func:`assert_attention_accurate` does; ValueError also for `dbias` without `bias`, and `dsinks` without
         `sinks`.
 
+    References
+    ----------
+    As of :func:`plain_attention`.
+
     Examples
     --------
     >>> import cuflash, numpy as np
@@ -144,6 +148,10 @@ def assert_attention_varlen_accurate(
     ------
     AssertionError, TypeError, ValueError, NotImplementedError
         As :func:`assert_attention_accurate` and :func:`reference_attention_varlen` do.
+
+    References
+    ----------
+    As of :func:`plain_attention`.
 
     Examples
     --------
@@ -185,6 +193,10 @@ def assert_gradients_varlen_accurate(
     ------
     AssertionError, TypeError, ValueError, NotImplementedError
         As :func:`assert_gradients_accurate` and :func:`reference_attention_varlen` do.
+
+    References
+    ----------
+    As of :func:`plain_attention`.
 
     Examples
     --------

@@ -32,12 +32,20 @@ __all__ = [
 ]
 
 STRIDES: tuple[Strides, ...] = ("contiguous", "transposed", "negative", "sliced", "broadcast")
+"""How arrays of problems lie in memory, unless it is said: see :class:`AttentionProblem`."""
+
 PAIR_STRIDES: tuple[Strides, ...] = (*STRIDES, "offset", "repeated")
+"""How biases and masks do: see :class:`PairArray`."""
+
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 LENGTHS = (0, 1, 17, 63, 64, 65, 129)
+"""Of sequences, up to the longest that is asked for, which is drawn too."""
 
 PACKED_VARIANTS = ("softcap", "alibi", "sinks", "dropout", "dlse", "score_mod", "mask_mod")
+"""The options of :func:`packed_problems`."""
+
 VARIANTS = (*PACKED_VARIANTS, "bias", "mask", "block_mask")
+"""The options of :func:`attention_problems`."""
 
 
 @st.composite
@@ -68,8 +76,8 @@ def attention_problems(
     layouts : sequence of str
         ``"bhsd"``, ``"bshd"``.
     max_seqlen : int
-        The longest sequence; lengths are 0, 1, and those around multiples of 64, not the same for queries and
-        keys.
+        The longest sequence; lengths are those of :data:`LENGTHS` up to it, and itself, drawn apart for queries
+        and keys.
     head_dims : sequence of int
         Values of the head dimension, of queries and keys and, drawn apart, of the values.
     same_head_dims : bool
@@ -83,7 +91,7 @@ def attention_problems(
     scales : sequence of float or None
         Values of the option `scale`.
     strides : sequence of str
-        Memory layouts, as in :class:`AttentionProblem`.
+        Memory layouts, as in :class:`AttentionProblem` and :class:`PairArray`.
     variants : sequence of str
         Further options, of which problems use none, some or all; :data:`VARIANTS` lists them.
 

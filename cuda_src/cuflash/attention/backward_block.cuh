@@ -51,11 +51,11 @@ struct BackwardBlock {
   static constexpr int kProducerRegisters = !kLeavesFew && (kHelps || (kHeadDim <= 64 && kBlockM == 64)) ? 40 : 24;
   static constexpr int kConsumerRegisters = 256 - (kProducerRegisters + 8) / 2;
 
-  struct alignas(16) TileOfPairs {
-    unsigned char memory[larger(kPairBytes, 16)];
+  struct alignas(16) KnownOfPairs {
+    unsigned char bytes[larger(kPairBytes, 16)];
 
     // Behind the arrays.
-    __device__ __forceinline__ Survivors& survivors() { return *reinterpret_cast<Survivors*>(memory + kArrayBytes); }
+    __device__ __forceinline__ Survivors& survivors() { return *reinterpret_cast<Survivors*>(bytes + kArrayBytes); }
   };
   struct Rings {
     RingKv kv;
@@ -70,14 +70,14 @@ struct BackwardBlock {
     TileQ q[kStages];
     TileDout dout[kStages];
     Handed handed;  // by consumers to each other; an empty struct takes 16 bytes
-    TileOfPairs pairs[kStagesPairs];
+    KnownOfPairs pairs[kStagesPairs];
     Rows rows[kStages];
     Rings rings;
   };
   // Without the padding that makes the struct a multiple of 1024.
   static constexpr int kSharedBytes = (sizeof(TileK) + sizeof(TileV)) * kStagesKv +
                                       (sizeof(TileQ) + sizeof(TileDout) + sizeof(Rows)) * kStages +
-                                      larger(sizeof(Handed), 16) + sizeof(TileOfPairs) * kStagesPairs + sizeof(Rings);
+                                      larger(sizeof(Handed), 16) + sizeof(KnownOfPairs) * kStagesPairs + sizeof(Rings);
 
   struct Arrays {
     const float *lse_log2, *delta;  // both with the strides of delta
@@ -111,7 +111,7 @@ struct BackwardBlock {
       if constexpr (Options::kHasDropout) {
         Dropout dropout = options.dropout;
         dropout.enter({}, 0);
-        for (TileOfPairs& tile : shared.pairs) tile.survivors().keys.fill(dropout.key_of_seed());
+        for (KnownOfPairs& tile : shared.pairs) tile.survivors().keys.fill(dropout.key_of_seed());
       }
       ptx::barrier_init_fence();
     }
@@ -254,9 +254,9 @@ struct BackwardBlock {
           shared.rings.pairs.wait_empty(pairs_at);
           Options here = options;
           here.enter(job.sequence, walk.head);
-          TileOfPairs& tile = shared.pairs[pairs_at.stage()];
+          KnownOfPairs& tile = shared.pairs[pairs_at.stage()];
           const int first_query = walk.block * kBlockM, first_key = job.tile * kBlockN;
-          here.template load<kBlockM, kBlockN, 64>(tile.memory, first_query, first_key);
+          here.template load<kBlockM, kBlockN, 64>(tile.bytes, first_query, first_key);
           if constexpr (Options::kHasDropout) {
             draw_survivors(options, job, walk, shared, pairs_at);
           }
@@ -299,7 +299,7 @@ struct BackwardBlock {
   }
 
   // Which weights survive of the pairs of a warp's 16 keys, of the tile at hand.
-  static __device__ __forceinline__ KeptElements<kBlockM> survivors(TileOfPairs& pairs, int warp_row, int lane) {
+  static __device__ __forceinline__ KeptElements<kBlockM> survivors(KnownOfPairs& pairs, int warp_row, int lane) {
     if constexpr (Options::kHasDropout) {
       return pairs.survivors().of_keys(warp_row, lane);
     } else {

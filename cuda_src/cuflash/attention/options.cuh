@@ -96,6 +96,12 @@ struct PlainOptions : BatchedSequences {
   __device__ __forceinline__ float survivor_factor() const { return 1.0f; }
 };
 
+// Shared memory for what options copy of a tile of pairs; some in any case, so that there may be an array of it.
+template <class Options, int kBlockM, int kBlockN>
+struct alignas(16) PairMemory {
+  unsigned char bytes[larger(Options::template kTileBytes<kBlockM, kBlockN>, 16)];
+};
+
 // Whether scores may be of any size, as with a bias of -1e30 for what is hidden: of those log2(e) times a score must be
 // rounded before a base is subtracted, or what is left is the rounding of the base.
 template <class Options>

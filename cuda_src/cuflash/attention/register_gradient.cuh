@@ -47,8 +47,8 @@ struct GradientTile {
     }
   }
 
-  // The same as two factors, for who only adds them up: weights times slopes, which do not need gradients of weights,
-  // with lse in base 2,
+  // For who only adds up gradients of scores, these as two factors. The first, which does not need gradients of
+  // weights: weights times slopes, with lse in base 2.
   template <class Tile, class LseOf>
   __device__ __forceinline__ void weigh(Tile& scores, LseOf lse_of) const {
     use_pairs<Size::kSmallRounded>(pairs, scores, [&](const auto& pairs) {
@@ -59,7 +59,7 @@ struct GradientTile {
       }
     });
   }
-  // and gradients of weights minus delta.
+  // The second factor: gradients of weights minus delta.
   template <class Tile, class DeltaOf, class Survives>
   __device__ __forceinline__ void subtract_delta(Tile& dweights, DeltaOf delta_of, Survives survives) const {
 #pragma unroll

@@ -54,10 +54,7 @@ struct BwdSm80DkDv {
     float* dq_sums;  // may be null without kAddsDq
   };
 
-  static constexpr int kPairBytes = Options::template kTileBytes<kBlockM, kBlockN>;
-  struct alignas(16) TileOfArrays {
-    unsigned char memory[larger(kPairBytes, 16)];
-  };
+  using TileOfArrays = PairMemory<Options, kBlockM, kBlockN>;
   struct alignas(16) Statistics {
     float lse[kBlockM], delta[kBlockM];
   };
@@ -146,7 +143,7 @@ struct BwdSm80DkDv {
                                                     first_query);
       Options there = options;
       there.enter(sequence, head);
-      there.template load<kBlockM, kBlockN, kNumThreads>(shared.pairs[stage].memory, first_query, work.first_key);
+      there.template load<kBlockM, kBlockN, kNumThreads>(shared.pairs[stage].bytes, first_query, work.first_key);
       if (threadIdx.x < kBlockM) {
         const RowStatistics rows(arrays.lse, arrays.delta, params, sequence, head);
         rows.start_to_copy(first_query + threadIdx.x, shared.rows[stage].lse + threadIdx.x,
@@ -190,7 +187,7 @@ struct BwdSm80DkDv {
 
       Options here = options;
       here.enter(sequence, step.head);
-      here.template look_at<kBlockM, kBlockN>(shared.pairs[stage].memory, step.first_query, work.first_key);
+      here.template look_at<kBlockM, kBlockN>(shared.pairs[stage].bytes, step.first_query, work.first_key);
       const Pairs<Options> pairs = {here, work.band, problem.softmax_scale};
 
 #pragma unroll 1

@@ -46,10 +46,7 @@ struct BwdSm80Dq {
     Element* dq;
   };
 
-  static constexpr int kPairBytes = Options::template kTileBytes<kBlockM, kBlockN>;
-  struct alignas(16) TileOfArrays {
-    unsigned char memory[larger(kPairBytes, 16)];
-  };
+  using TileOfArrays = PairMemory<Options, kBlockM, kBlockN>;
   // What a block knows of its job. In shared memory, since it is looked at once a step and registers are few.
   struct alignas(16) Work {
     Matrix<const Element> q, k, v, dout;
@@ -122,7 +119,7 @@ struct BwdSm80Dq {
       shared.v[stage].template load<kNumThreads>(work.v, n_block * kBlockN);
       unsigned thread = threadIdx.x;
       ptx::make_opaque(thread);  // as in LdmatrixTile::load
-      options.template load<kBlockM, kBlockN, kNumThreads>(shared.pairs[stage].memory, work.first_query,
+      options.template load<kBlockM, kBlockN, kNumThreads>(shared.pairs[stage].bytes, work.first_query,
                                                            n_block * kBlockN, static_cast<int>(thread));
     };
 
@@ -155,7 +152,7 @@ struct BwdSm80Dq {
       ptx::cp_async_wait<0>();
       __syncthreads();  // this stage has arrived, and the previous one is no longer read
       if (kStages > 1) load_following(stage ^ 1);
-      options.template look_at<kBlockM, kBlockN>(shared.pairs[stage].memory, work.first_query, first_key);
+      options.template look_at<kBlockM, kBlockN>(shared.pairs[stage].bytes, work.first_query, first_key);
       const bool masked =
           work.first_query + kBlockM > work.band.seqlen_q ||
           !work.band.all_visible({work.first_query, work.first_query + kBlockM}, {first_key, first_key + kBlockN});

@@ -102,7 +102,7 @@ struct BwdSm90 {
         rings.dout.wait_full(at);
         start_product_along<kHeadDimV>(dweights, v, 64 * consumer, shared.dout[stage]);
         if constexpr (Block::kLoadsPairs) rings.pairs.wait_full(pairs_at);
-        here.template look_at<kBlockM, kBlockN>(shared.pairs[pairs_at.stage()].memory, first_query, job.tile * kBlockN);
+        here.template look_at<kBlockM, kBlockN>(shared.pairs[pairs_at.stage()].bytes, first_query, job.tile * kBlockN);
         const AllVisible all_visible =
             Block::all_visible(here, band, sequence.seqlen_q, first_query, {warpgroup_key, warpgroup_key + 64});
         const Gradients gradients = {pairs, first_query + first_col, first_key, shared.rows[stage], first_col};

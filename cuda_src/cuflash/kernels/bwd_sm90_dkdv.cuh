@@ -87,7 +87,7 @@ struct BwdSm90DkDv {
           here.enter(sequence, walk.head);
           const Pairs<Options> pairs = {here, band, problem.softmax_scale};
           if constexpr (Block::kLoadsPairs) rings.pairs.wait_full(pairs_at);
-          here.template look_at<kBlockM, kBlockN>(shared.pairs[pairs_at.stage()].memory, first_query, job_key);
+          here.template look_at<kBlockM, kBlockN>(shared.pairs[pairs_at.stage()].bytes, first_query, job_key);
           const AllVisible all_visible = Block::all_visible(here, band, sequence.seqlen_q, first_query, keys);
           const Gradients gradients = {pairs, first_query + first_col, first_key, shared.rows[stage], first_col};
           const typename Gradients::Survivors survives =

@@ -119,7 +119,7 @@ struct BwdSm90DkDvWide {
         const Pairs<Options> pairs = {here, band, problem.softmax_scale};
         const Gradients gradients = {pairs, first_query + first_col, first_key, shared.rows[stage], first_col};
         if constexpr (kLooksAtPairs) rings.pairs.wait_full(pairs_at);
-        here.template look_at<kBlockM, kBlockN>(shared.pairs[pairs_at.stage()].memory, first_query, block_key);
+        here.template look_at<kBlockM, kBlockN>(shared.pairs[pairs_at.stage()].bytes, first_query, block_key);
         const AllVisible all_visible =
             Block::all_visible(here, band, sequence.seqlen_q, first_query, {block_key, block_key + 64});
         hides_pairs |= !all_visible;

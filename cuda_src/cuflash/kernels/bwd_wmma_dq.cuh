@@ -184,9 +184,8 @@ struct BwdWmmaDq {
       if (!__syncthreads_or(!careful && acc_dq.has_non_finite())) break;
     }
 
-    // Q is no longer read: the result takes its place.
-
     acc_dq.for_each([&](float& x, int, int, int) { x *= problem.softmax_scale; });
+    // Q is no longer read: the result takes its place.
     map.store(warp_q + warp_d * kWarpCols, kPitch, acc_dq);
     __syncthreads();
     const Matrix<Element> dq(arrays.dq, params.dq, batch, head, sequence.first_query, sequence.seqlen_q,

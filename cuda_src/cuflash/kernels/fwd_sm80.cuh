@@ -82,10 +82,7 @@ struct FwdSm80 {
           first_query(job.tile * kBlockM) {}
   };
 
-  static constexpr int kPairBytes = Options::template kTileBytes<kBlockM, kBlockN>;
-  struct alignas(16) TileOfArrays {
-    unsigned char memory[larger(kPairBytes, 16)];
-  };
+  using TileOfArrays = PairMemory<Options, kBlockM, kBlockN>;
   struct Shared {
     TileQ q;
     TileK k[kStages];
@@ -120,7 +117,7 @@ struct FwdSm80 {
     };
     const auto load_keys = [&](int stage, int block) {
       shared.k[stage].template load<kNumThreads>(work.k, block * kBlockN);
-      work.options.template load<kBlockM, kBlockN, kNumThreads>(shared.pairs[stage].memory, work.first_query,
+      work.options.template load<kBlockM, kBlockN, kNumThreads>(shared.pairs[stage].bytes, work.first_query,
                                                                 block * kBlockN);
     };
     const auto load_values = [&](int stage, int block) {
@@ -192,7 +189,7 @@ struct FwdSm80 {
 #pragma unroll
       for (int m = 0; m < kTilesM; ++m) rest[m] = {pairs.scale, 0.0f};
       if (sees) {
-        here.template look_at<kBlockM, kBlockN>(shared.pairs[stage].memory, work.first_query, first_key);
+        here.template look_at<kBlockM, kBlockN>(shared.pairs[stage].bytes, work.first_query, first_key);
 #pragma unroll
         for (int m = 0; m < kTilesM; ++m) {
           shared.hidden.find(m, tile_at(m));

@@ -122,7 +122,7 @@ struct FwdSm90 {
       const auto weigh_block = [&](const auto& hide) {
         release(shared.rings.k, k_at);
         if constexpr (Block::kLoadsPairs) shared.rings.pairs.wait_full(pairs_at);
-        here.template look_at<kBlockM, kBlockN>(shared.pairs[pairs_at.stage()].memory, job_query, block * kBlockN);
+        here.template look_at<kBlockM, kBlockN>(shared.pairs[pairs_at.stage()].bytes, job_query, block * kBlockN);
         const TileOfPairs<Options> tile = {pairs, first_query, block * kBlockN + first_col};
         const typename TileOfPairs<Options>::Rest rest = tile.change(scores);
         hide(tile);

@@ -37,9 +37,9 @@ def add_parser(commands: Any) -> None:
         nargs="+",
         choices=SWEEPS,
         default=["quick"],
-        help="what to measure: speed (quick; cells, the full table), peak memory, host time of a small call, "
-        "first call of a process, plain attention beside FlashAttention-1 and 2 (history), options of attention "
-        "beside plain (variants; default: quick)",
+        help="what to measure: speed (quick, the default, or cells, the full table), peak memory (memory), host time "
+        "of a small call (host), first call of a process (compile), plain attention beside FlashAttention-1 and 2 "
+        "(history), options of attention beside plain (variants)",
     )
     parser.add_argument("--op", nargs="+", choices=OPS, default=OPS, help="default: both")
     parser.add_argument(
