@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import numpy as np
@@ -21,6 +22,9 @@ class Backend(Protocol):
 
     def empty(self, shape: tuple[int, ...], dtype: Any) -> Any:
         """Allocate an uninitialised array."""
+
+    def temporaries(self) -> AbstractContextManager[None]:
+        """Where arrays are allocated that do not outlive a call."""
 
     def pointer(self, array: Any) -> int:
         """The address of an array's first element."""
@@ -48,6 +52,9 @@ class NumpyBackend:
 
     def empty(self, shape: tuple[int, ...], dtype: Any) -> Any:
         return np.empty(shape, dtype)
+
+    def temporaries(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def pointer(self, array: Any) -> int:
         return int(array.__array_interface__["data"][0])

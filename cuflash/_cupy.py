@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any
 
@@ -78,6 +79,13 @@ class CupyDevice:
 
     def empty(self, shape: tuple[int, ...], dtype: Any) -> Array:
         return cupy.empty(shape, dtype)
+
+    def temporaries(self) -> AbstractContextManager[None]:
+        stream = cupy.cuda.get_current_stream().ptr
+        if stream == 0 or not cupy.cuda.runtime.streamIsCapturing(stream):
+            return nullcontext()
+        # CuPy's pool would give the memory to others, to whom every replay would write.
+        return cupy.cuda.using_allocator(cupy.cuda.malloc_async)
 
     def pointer(self, array: Array) -> int:
         return int(array.data.ptr)

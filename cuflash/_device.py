@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -55,6 +56,9 @@ class Device(Protocol):
 
     def empty(self, shape: tuple[int, ...], dtype: Any) -> Array:
         """Allocate an uninitialised C-ordered array."""
+
+    def temporaries(self) -> AbstractContextManager[None]:
+        """Where arrays are allocated that a run needs for itself: in a captured CUDA graph they are the graph's own."""
 
     def pointer(self, array: Array) -> int:
         """The address of an array's first element."""

@@ -70,7 +70,8 @@ def plan_forward(call: Call) -> Run:
     step, shapes = call.step((kernel, num_blocks)), workspaces(call.problem, kernel)
 
     def run(q: Array, k: Array, v: Array, out: Array, lse: Array | None, **extras: Any) -> None:
-        scratch = (device.empty(shape, "float32") for shape in shapes)
+        with device.temporaries():
+            scratch = [device.empty(shape, "float32") for shape in shapes]
         step(q, k, v, out, device.null if lse is None else lse, *scratch)
 
     return run

@@ -105,7 +105,8 @@ def plan_gradients(
         dsinks: Array | None = None,
         **extras: Any,
     ) -> None:
-        workspace = device.empty((num_sums + num_rows * (1 + wants_lse_log2),), "float32")
+        with device.temporaries():
+            workspace = device.empty((num_sums + num_rows * (1 + wants_lse_log2),), "float32")
         delta = workspace[num_sums:]
         lse_log2 = delta[num_rows:] if wants_lse_log2 else device.null
         options = call.options_argument(extras)

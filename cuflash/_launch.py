@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import Any, Literal, Protocol
 
 from . import _fa1, _naive, _sm80, _sm90, _wmma
@@ -65,6 +66,9 @@ class LaunchBackend:
 
     def empty(self, shape: tuple[int, ...], dtype: Any) -> Array:
         return self.device.empty(shape, dtype)
+
+    def temporaries(self) -> AbstractContextManager[None]:
+        return self.device.temporaries()
 
     def pointer(self, array: Array) -> int:
         return self.device.pointer(array)

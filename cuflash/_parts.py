@@ -72,7 +72,8 @@ def plan_forward(call: Call, made: tuple[Kernel, int], count: int) -> Run:
     merge_step = call.step(merge(call.problem, call.number), **workspace)
 
     def run(q: Array, k: Array, v: Array, out: Array, lse: Array | None, **extras: Any) -> None:
-        parts, part_sums = (device.empty(operand.shape, operand.dtype) for operand in workspace.values())
+        with device.temporaries():
+            parts, part_sums = (device.empty(operand.shape, operand.dtype) for operand in workspace.values())
         step(q, k, v, parts, part_sums, options=call.options_argument(extras))
         merge_step(parts, part_sums, out, device.null if lse is None else lse)
 

@@ -232,20 +232,31 @@ def run_backward(
     """
     plan_backward: Any = _plan_backward if _cacheable((*gradients, *options)) else _plan_backward.__wrapped__
     plan = plan_backward(backend, *map(meta_of, arrays), variant.metas, *gradients, *options)
-    dq, dk, dv = (backend.empty(meta.shape, meta.dtype) for meta in plan.gradients)
+    _, q, k, v, _, _ = arrays
+    dq, dk, dv = (_empty_gradient(backend, meta, x) for meta, x in zip(plan.gradients, (q, k, v), strict=True))
     more = {name: backend.empty(meta.shape, meta.dtype) for name, meta in plan.more_gradients.items()}
     plan.run(*arrays, dq, dk, dv, **variant.extras, **more)
-    _, q, k, v, _, _ = arrays
-    return _sum_broadcast(dq, q), _sum_broadcast(dk, k), _sum_broadcast(dv, v), *more.values()
+    gradients_of_inputs = (_sum_broadcast(backend, gradient, x) for gradient, x in ((dq, q), (dk, k), (dv, v)))
+    return *gradients_of_inputs, *more.values()
 
 
-def _sum_broadcast(gradient: Array, array: Array) -> Array:
+def _empty_gradient(backend: Backend, meta: Meta, array: Array) -> Array:
+    """Where the gradient of an input is to be written: what is yet to be summed is not the result."""
+    if meta.shape == array.shape:
+        return backend.empty(meta.shape, meta.dtype)
+    with backend.temporaries():
+        return backend.empty(meta.shape, meta.dtype)
+
+
+def _sum_broadcast(backend: Backend, gradient: Array, array: Array) -> Array:
     """The gradient of an input that was broadcast along the batch is the sum of its copies' gradients."""
     if gradient.shape == array.shape:
         return gradient
     sum_dtype = "float64" if gradient.dtype == "float64" else "float32"
     with np.errstate(all="ignore"):  # what float16 cannot hold is infinite without a warning, as in all gradients
-        return gradient.astype(sum_dtype, copy=False).sum(axis=0).astype(gradient.dtype).reshape(array.shape)
+        with backend.temporaries():
+            summed = gradient.astype(sum_dtype, copy=False).sum(axis=0)
+        return summed.astype(gradient.dtype).reshape(array.shape)
 
 
 def make_vjp(

@@ -9,7 +9,7 @@ import os
 import re
 import subprocess
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from itertools import product
@@ -755,6 +755,9 @@ class _Recorder:
         return np.zeros(shape, dtype)
 
     zeros = empty
+
+    def temporaries(self):
+        return nullcontext()
 
     def pointer(self, array):
         return array.ctypes.data

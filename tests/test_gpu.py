@@ -274,6 +274,38 @@ def test_calls_can_be_captured_in_a_cuda_graph(gpu: Any) -> None:
         assert_same_bits(result, expected)
 
 
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_replay_writes_to_no_memory_of_others(gpu: Any, kernel: str) -> None:
+    """What a captured call needs for itself goes back to no pool, or the next array there would be written to."""
+    q, k, v, dout = (normal(gpu, (2, 4, 129, 64), "float16", seed) for seed in range(4))
+    one, keys = normal(gpu, (2, 4, 1, 64), "float16"), normal(gpu, (1, 4, 8192, 64), "float16")  # keys in parts
+    stream = gpu.cuda.Stream(non_blocking=True)
+    gpu.cuda.Device().synchronize()
+    with stream:
+
+        def step() -> Any:
+            out, lse = cuflash.attention(q, k, v, return_lse=True, kernel=kernel)
+            gradients = cuflash.attention_backward(dout, q, k, v, out, lse, kernel=kernel)
+            few, few_lse = cuflash.attention(one, keys, keys, return_lse=True, kernel=kernel)
+            of_shared = cuflash.attention_backward(one, one, keys, keys, few, few_lse, kernel=kernel)
+            return out, lse, *gradients, few, few_lse, *of_shared
+
+        warm = step()
+        stream.synchronize()
+        del warm
+        stream.begin_capture()
+        captured = step()
+        graph = stream.end_capture()
+        others = [gpu.full(size // 4, 7.0, "float32") for size in (512 * 2**i for i in range(16)) for _ in range(4)]
+        for _ in range(3):
+            graph.launch(stream)
+        stream.synchronize()
+        assert all(bool((x == 7.0).all()) for x in others)
+        for result, expected in zip(captured, step(), strict=True):
+            error = abs(result.astype("float32") - expected.astype("float32")).max()  # sums of dQ come in any order
+            assert float(error) < 1e-2
+
+
 def test_a_graph_is_replayed_with_other_lengths_and_another_seed(gpu: Any) -> None:
     """Lengths and seeds are read on the device, so that one capture serves batches of any lengths."""
     total, heads = 300, 4

@@ -263,10 +263,17 @@ class Gpu:
         self.current = CurrentDevice()
         self.compiled_on: list[int] = []
         self.launched: list[tuple[str, int]] = []
-        self.empty = np.empty
         self.ndarray = np.ndarray
+        self.stream, self.captured, self.allocator = 0, False, "the pool"
+        self.allocated: list[tuple[str, tuple[int, ...]]] = []
         self.cuda = SimpleNamespace(
-            Device=self.use, runtime=SimpleNamespace(getDeviceProperties=lambda number: self.properties)
+            Device=self.use,
+            runtime=SimpleNamespace(
+                getDeviceProperties=lambda number: self.properties, streamIsCapturing=lambda stream: self.captured
+            ),
+            get_current_stream=lambda: SimpleNamespace(ptr=self.stream),
+            malloc_async="the graph",
+            using_allocator=self.allocate_from,
         )
         self.properties = {
             "name": b"A100",
@@ -281,6 +288,16 @@ class Gpu:
         before, self.current.number = self.current.number, number
         yield
         self.current.number = before
+
+    @contextmanager
+    def allocate_from(self, allocator: str) -> Iterator[None]:
+        before, self.allocator = self.allocator, allocator
+        yield
+        self.allocator = before
+
+    def empty(self, shape: tuple[int, ...], dtype: Any) -> Any:
+        self.allocated.append((self.allocator, shape))
+        return np.zeros(shape, dtype)
 
     def compile(self, kernel: KernelSource) -> Any:
         self.compiled_on.append(self.current.number)
@@ -321,6 +338,21 @@ def test_the_kernels_of_a_call_are_compiled_at_the_same_time(gpu: Gpu, monkeypat
     gradients(rows=32)  # has the same kernels
     assert gpu.launched[3:] == gpu.launched[:3]
     assert gpu.compiled_on == [1, 1, 1]
+
+
+def test_what_a_captured_call_needs_for_itself_is_the_graphs_own(gpu: Gpu) -> None:
+    """The pool would give it to others, and replays would write to it. Results are the caller's."""
+    workspace, results = (64,), [(64, 64)] * 3
+    for stream, captured, expected in ((0, False, "the pool"), (1, False, "the pool"), (1, True, "the graph")):
+        gpu.stream, gpu.captured = stream, captured
+        gpu.allocated.clear()
+        gradients()
+        assert gpu.allocated == [*(("the pool", shape) for shape in results), (expected, workspace)]
+    # What is summed up over the batch is not the result.
+    x, batch, lse = np.zeros((1, 1, 64, 64), np.float16), np.zeros((2, 1, 64, 64), np.float16), np.zeros((2, 1, 64))
+    gpu.allocated.clear()
+    cuflash.attention_backward(batch, batch, x, x, batch, lse.astype(np.float32), kernel="wmma")
+    assert [allocator for allocator, _ in gpu.allocated] == ["the pool", *["the graph"] * 3]
 
 
 def test_one_kernel_that_does_not_compile_stops_the_call(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:

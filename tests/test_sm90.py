@@ -6,7 +6,7 @@ import itertools
 import math
 import re
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from types import SimpleNamespace
@@ -60,6 +60,9 @@ class Notebook:
         array = np.empty(shape, dtype)
         self.workspaces.append(array.nbytes)
         return array
+
+    def temporaries(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def pointer(self, array: np.ndarray[Any, Any]) -> int:
         return array.ctypes.data

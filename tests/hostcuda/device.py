@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -72,6 +73,9 @@ class HostDevice:
         array = np.empty(shape, dtype)  # without fences: sanitizers see where it ends
         array.reshape(-1).view(np.uint8)[...] = fences.NAN_BYTE
         return array
+
+    def temporaries(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def pointer(self, array: np.ndarray[Any, Any]) -> int:
         """The address of an array's first element."""
