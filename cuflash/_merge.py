@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from . import _checks
-from ._backends import backend_of
+from ._backends import Backend, backend_of
 from ._problem import Layout
 
 Array = Any
@@ -68,16 +68,17 @@ def merge_states(
     >>> bool(np.allclose(out, cuflash.attention(q, k, v), atol=1e-6))
     True
     """
-    _check(layout, out_a=out_a, lse_a=lse_a, out_b=out_b, lse_b=lse_b)
-    with np.errstate(all="ignore"):
-        weight_a, weight_b, lse = _weights(lse_a, lse_b)
+    backend = _check(layout, out_a=out_a, lse_a=lse_a, out_b=out_b, lse_b=lse_b)
+    out, lse = (backend.empty(x.shape, x.dtype) for x in (out_a, lse_a))
+    with backend.temporaries(), np.errstate(all="ignore"):
+        weight_a, weight_b, lse[...] = _weights(lse_a, lse_b)
         # A NaN in a result that does not count must not come through as 0 * NaN.
         part_a, part_b = (
             np.where(weight != 0, weight * x.astype(lse.dtype), 0)
             for weight, x in ((_per_row(weight_a, layout), out_a), (_per_row(weight_b, layout), out_b))
         )
-        out = part_a + part_b
-    return out.astype(out_a.dtype, copy=False), lse
+        out[...] = part_a + part_b
+    return out, lse
 
 
 def merge_states_backward(
@@ -135,9 +136,10 @@ def merge_states_backward(
     (True, True)
     """
     rows = {} if dlse is None else {"dlse": dlse}
-    _check(layout, out_a=out_a, lse_a=lse_a, out_b=out_b, lse_b=lse_b, dout=dout, **rows)
+    backend = _check(layout, out_a=out_a, lse_a=lse_a, out_b=out_b, lse_b=lse_b, dout=dout, **rows)
+    dout_a, dlse_a, dout_b, dlse_b = (backend.empty(x.shape, x.dtype) for x in (out_a, lse_a, out_b, lse_b))
     work = lse_a.dtype
-    with np.errstate(all="ignore"):
+    with backend.temporaries(), np.errstate(all="ignore"):
         weight_a, weight_b, _ = _weights(lse_a, lse_b)
         grad = dout.astype(work)
         # dout . (out_a - out), where out = w_a out_a + w_b out_b, is w_b dout . (out_a - out_b).
@@ -149,11 +151,12 @@ def merge_states_backward(
         direct_a, direct_b = (
             0 if dlse is None else np.where(weight != 0, weight * dlse, 0) for weight in (weight_a, weight_b)
         )
-        dout_a, dout_b = (
-            np.where(weight != 0, weight * grad, 0).astype(dout.dtype, copy=False)
+        dlse_a[...], dlse_b[...] = direct_a + exchange, direct_b - exchange
+        dout_a[...], dout_b[...] = (
+            np.where(weight != 0, weight * grad, 0)
             for weight in (_per_row(weight_a, layout), _per_row(weight_b, layout))
         )
-        return dout_a, direct_a + exchange, dout_b, direct_b - exchange
+    return dout_a, dlse_a, dout_b, dlse_b
 
 
 def _weights(lse_a: Array, lse_b: Array) -> tuple[Array, Array, Array]:
@@ -171,8 +174,8 @@ def _per_row(x: Array, layout: Layout) -> Array:
     return (x.swapaxes(-1, -2) if layout == "bshd" and x.ndim > 1 else x)[..., None]
 
 
-def _check(layout: Layout, *, out_a: Array, lse_a: Array, **others: Array) -> None:
-    """Refuse results that differ from out_a in dtype and shape, and rows that do not fit it."""
+def _check(layout: Layout, *, out_a: Array, lse_a: Array, **others: Array) -> Backend:
+    """Refuse results that differ from out_a in dtype and shape, and rows that do not fit it; return the backend."""
     arrays = {"out_a": out_a, "lse_a": lse_a, **others}
     backend = backend_of(*arrays.values(), names=tuple(arrays))
     layout = _checks.layout(layout)
@@ -188,3 +191,4 @@ def _check(layout: Layout, *, out_a: Array, lse_a: Array, **others: Array) -> No
         if name not in results:
             _checks.dtype_of({name: x}, (str(_checks.lse_dtype(dtype)),))
         _checks.same_shape(name, x, out_a.shape if name in results else rows_shape)
+    return backend

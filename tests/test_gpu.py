@@ -288,7 +288,9 @@ def test_a_replay_writes_to_no_memory_of_others(gpu: Any, kernel: str) -> None:
             gradients = cuflash.attention_backward(dout, q, k, v, out, lse, kernel=kernel)
             few, few_lse = cuflash.attention(one, keys, keys, return_lse=True, kernel=kernel)
             of_shared = cuflash.attention_backward(one, one, keys, keys, few, few_lse, kernel=kernel)
-            return out, lse, *gradients, few, few_lse, *of_shared
+            merged = cuflash.merge_states(out, lse, out, lse)
+            of_merged = cuflash.merge_states_backward(dout, lse, out, lse, out, lse)
+            return out, lse, *gradients, few, few_lse, *of_shared, *merged, *of_merged
 
         warm = step()
         stream.synchronize()
