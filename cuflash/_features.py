@@ -159,7 +159,7 @@ def _cubic(cap: np.float64, scale: np.float64) -> tuple[float, list[float], list
     steep = ((2 * np.sqrt(2) - 2) * 2 / 3 * limit**2 - 1) * slope**2
     cubic, line = [scale * a / shift, shift], [steep, 1 - steep * shift]
     largest = limit / abs(slope)
-    held = abs(shift) < 1e37 / largest and all(1e-37 < abs(x) < 1e37 for x in (*cubic, *line))
+    held = 1e-15 < abs(shift) < 1e37 / largest and all(1e-37 < abs(x) < 1e37 for x in (*cubic, *line))
     return (float(largest), cubic, line) if held else (0.0, [0.0] * 2, [0.0] * 2)
 
 

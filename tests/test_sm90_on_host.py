@@ -132,6 +132,22 @@ def test_packed_sequences() -> None:
         ring.check_varlen(PACKED)
 
 
+@pytest.mark.parametrize("spoiled", ["q", "dout"])
+@pytest.mark.parametrize("head_dim, deterministic", [(64, False), (64, True), (136, False)])
+def test_keys_out_of_use_have_no_gradient_beside_nan(spoiled: str, head_dim: int, deterministic: bool) -> None:
+    case = PackedProblem(
+        (70, 5), (90, 9), heads=(2, 1), head_dims=(head_dim, head_dim), seqused_k=(33, 9), dtype="float16"
+    )
+    (q, *others), dout = case.arrays(), case.dout()
+    {"q": q, "dout": dout}[spoiled][3] = np.nan
+    with ring_on(Hopper()) as ring:
+        _, vjp = ring.attention_varlen_vjp(q, *others, **ring.options(case), deterministic=deterministic)
+        _, dk, dv = vjp(dout)
+    for gradient in (dk, dv):
+        assert np.isnan(gradient[0]).any()
+        assert (gradient[33:90] == 0).all() and np.isfinite(gradient[90:]).all()
+
+
 def test_a_mod_is_not_asked_where_there_are_no_keys() -> None:
     """Rows behind the last sequence, whose dQ is a kernel of its own: an index out of bounds ends the child."""
     q, k = np.ones((40, 1, 64), np.float16), np.ones((20, 1, 64), np.float16)

@@ -347,11 +347,13 @@ struct BackwardBlock {
   }
 
   // Gradients that are not finite must be computed once more where pairs are hidden: 0 * NaN is NaN, so queries that
-  // others see may have spoiled all keys, and values their own.
+  // others see may have spoiled all keys, those out of use too, and values their own.
   static __device__ __forceinline__ void note_spoiled(const Arrays& arrays, const Problem& problem, const Job& job) {
-    const Range queries = {0, job.sequence.seqlen_q}, keys = {job.tile * kBlockN, (job.tile + 1) * kBlockN};
-    if (!Options::kHidesPairs && !band_of(problem, job).hides_any(queries, keys)) return;
-    arrays.spoiled[Options::template key_tile<kBlockN>(problem, job.sequence, job.head, job.tile)] = 1;
+    const Sequence& sequence = job.sequence;
+    const Range queries = {0, sequence.seqlen_q};
+    const Range keys = {job.tile * kBlockN, min((job.tile + 1) * kBlockN, sequence.num_keys)};
+    if (!Options::kHidesPairs && band_of(problem, job).all_visible(queries, keys)) return;
+    arrays.spoiled[Options::template key_tile<kBlockN>(problem, sequence, job.head, job.tile)] = 1;
   }
 };
 

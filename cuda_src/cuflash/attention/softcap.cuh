@@ -6,7 +6,8 @@
 namespace cuflash {
 
 // The short ways take the product of query and key as it comes: scale and cap are part of their coefficients, which
-// cuflash/_features.py computes. They are as accurate as tanhf; the one for rounded weights is so when they are rounded.
+// cuflash/_features.py computes. They are as accurate as tanhf; the one for rounded weights is so when they are
+// rounded.
 struct Softcap {
   float cap, inverse;   // 1 / cap
   float limits[3];      // how large products may be for the short ways

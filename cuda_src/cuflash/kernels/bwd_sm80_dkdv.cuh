@@ -278,10 +278,10 @@ struct BwdSm80DkDv {
       finite = store_rows(target_k, dk[n], scale, row, split * kCols) && finite;
       finite = store_rows(target_v, dv[n], one, row, split * kColsV) && finite;
     }
-    // 0 * NaN is NaN: each query meets all keys, if only with weight 0, and may have spoiled those that do not
-    // see it.
-    const bool hides_pairs = Options::kHidesPairs ||
-                             work.band.hides_any({0, work.band.seqlen_q}, {work.first_key, work.first_key + kBlockN});
+    // 0 * NaN is NaN: each query meets all keys, those out of use too, if only with weight 0, and may have spoiled
+    // those that do not see it.
+    const Range keys = {work.first_key, min(work.first_key + kBlockN, sequence.num_keys)};
+    const bool hides_pairs = Options::kHidesPairs || !work.band.all_visible({0, work.band.seqlen_q}, keys);
     if (hides_pairs && __syncthreads_or(!finite)) {
       const int first = work.first_key + warp_row;
       if (split == 0) {
