@@ -10,7 +10,7 @@ namespace cuflash {
 
 // How large the products of queries and keys at hand are, where options know a shorter way to scores of some sizes: the
 // shortest for small ones whose weights are rounded to 16 bits, and without an lse, as in the backward.
-enum class Size { kSmallRounded, kSmall, kModerate, kAny };
+enum class Size { kSmall, kModerate, kAny, kSmallRounded };
 
 // Plain attention. For a call with options the JIT writes a class derived from this one, which holds their parameters
 // and replaces what they change (cuflash/_options.py): every kernel family takes it as a template argument.

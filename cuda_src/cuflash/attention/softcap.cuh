@@ -10,14 +10,15 @@ namespace cuflash {
 // rounded.
 struct Softcap {
   float cap, inverse;   // 1 / cap
-  float limits[3];      // how large products may be for the short ways
-  float cubic[2];       // score / product: cubic[0] * (product^2 + cubic[1]), for rounded weights
-  float line[2];        // and the slope of the score: line[0] * (product^2 + cubic[1]) + line[1]
+  float limits[2];      // how large products may be for the short ways to scores of float32
   float square[3];      // score / product: square[0] * ((product^2 + square[1])^2 + square[2])
   float reciprocal[5];  // product / score
+  float rounded_limit;  // and for the one to rounded weights
+  float cubic[2];       // score / product there: cubic[0] * (product^2 + cubic[1])
+  float line[2];        // the slope of the score there: line[0] * (product^2 + cubic[1]) + line[1]
 
   __device__ __forceinline__ bool allows(Size size, float largest_product) const {
-    return largest_product < limits[static_cast<int>(size)];
+    return largest_product < (size == Size::kSmallRounded ? rounded_limit : limits[static_cast<int>(size)]);
   }
 
   template <Size kSize>
