@@ -48,9 +48,6 @@ SCALARS = {"int": ("int", "i4"), "float": ("float", "f4"), "bool": ("bool", "?")
 TANH_OVER_X = (0.17, (0.99999996, -0.333308414, 0.131024664))
 X_OVER_TANH = (1.0, (1.00000003, 0.333331875, -0.022209883, 0.00207988807, -0.000166657719))
 
-# Of scores whose weights are rounded: an eighth of what rounding to float16 costs a weight.
-ROUNDED_ERROR = 2.0**-14
-
 
 @dataclass(frozen=True)
 class Feature:
@@ -102,9 +99,7 @@ def _softcap(problem: Problem, operands: Mapping[str, Operand]) -> Feature | Non
     if problem.softcap is None:
         return None
     with np.errstate(all="ignore"):
-        scale, cap = np.float64(problem.softmax_scale), np.float64(problem.softcap)
-        inverse = 1 / cap
-        rounded_limit, cubic, line = _cubic(cap, scale)
+        scale, inverse = np.float64(problem.softmax_scale), 1 / np.float64(problem.softcap)
         small_limit, square = _completed_square(*TANH_OVER_X, scale * inverse, scale)
         if scale < 0:  # the largest score would not be that of the largest number that the factor is left out of
             small_limit = 0.0
@@ -113,25 +108,13 @@ def _softcap(problem: Problem, operands: Mapping[str, Operand]) -> Feature | Non
         name="softcap",
         type="cuflash::Softcap",
         header="softcap",
-        dtype=_struct(
-            cap="f4",
-            inverse="f4",
-            limits=("f4", (2,)),
-            square=("f4", (3,)),
-            reciprocal=("f4", (5,)),
-            rounded_limit="f4",
-            cubic=("f4", (2,)),
-            line=("f4", (2,)),
-        ),
+        dtype=_struct(cap="f4", inverse="f4", limits=("f4", (2,)), square=("f4", (3,)), reciprocal=("f4", (5,))),
         values={
             "cap": problem.softcap,
             "inverse": inverse,
             "limits": (small_limit, moderate_limit),
             "square": square,
             "reciprocal": reciprocal,
-            "rounded_limit": rounded_limit,
-            "cubic": cubic,
-            "line": line,
         },
         arrays=lambda extras, pointer: {},
         flags=("kChangesScores", "kBendsScores") + (() if _is_exact(problem) else ("kHasShortWays",)),
@@ -146,23 +129,6 @@ def _by_products(
     largest = limit / abs(slope)
     held = 1e-15 < largest < 1e15 and np.all((abs(sizes) > 1e-37) & (abs(sizes) < 1e37))
     return (float(largest), sizes.tolist()) if held else (0.0, [0.0] * len(coefficients))
-
-
-def _cubic(cap: np.float64, scale: np.float64) -> tuple[float, list[float], list[float]]:
-    """Put cap * tanh(x) with x = scale * product / cap into d * product * (product^2 + e); return d and e.
-
-    And its slope 1 - tanh(x)^2 into f * (product^2 + e) + g, 1 at 0; return f and g. Both are the best of their kind up
-    to the limit, by the first term left out: 2/15 x^5 and 2/3 x^4.
-    """
-    slope = scale / cap
-    limit = min(TANH_OVER_X[0], (60 * ROUNDED_ERROR / cap) ** 0.2)
-    a, b = 1 - limit**4 / 60, 2 / 15 * limit**2 - 1 / 3
-    shift = np.float64(np.float32(a / (b * slope**2)))
-    steep = ((2 * np.sqrt(2) - 2) * 2 / 3 * limit**2 - 1) * slope**2
-    cubic, line = [scale * a / shift, shift], [steep, 1 - steep * shift]
-    largest = limit / abs(slope)
-    held = 1e-15 < abs(shift) < 1e37 / largest and all(1e-37 < abs(x) < 1e37 for x in (*cubic, *line))
-    return (float(largest), cubic, line) if held else (0.0, [0.0] * 2, [0.0] * 2)
 
 
 def _completed_square(

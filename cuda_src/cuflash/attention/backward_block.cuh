@@ -51,11 +51,11 @@ struct BackwardBlock {
   static constexpr int kProducerRegisters = !kLeavesFew && (kHelps || (kHeadDim <= 64 && kBlockM == 64)) ? 40 : 24;
   static constexpr int kConsumerRegisters = 256 - (kProducerRegisters + 8) / 2;
 
-  struct alignas(16) KnownOfPairs {
-    unsigned char bytes[larger(kPairBytes, 16)];
+  struct alignas(16) TileOfPairs {
+    unsigned char memory[larger(kPairBytes, 16)];
 
     // Behind the arrays.
-    __device__ __forceinline__ Survivors& survivors() { return *reinterpret_cast<Survivors*>(bytes + kArrayBytes); }
+    __device__ __forceinline__ Survivors& survivors() { return *reinterpret_cast<Survivors*>(memory + kArrayBytes); }
   };
   struct Rings {
     RingKv kv;
@@ -70,14 +70,14 @@ struct BackwardBlock {
     TileQ q[kStages];
     TileDout dout[kStages];
     Handed handed;  // by consumers to each other; an empty struct takes 16 bytes
-    KnownOfPairs pairs[kStagesPairs];
+    TileOfPairs pairs[kStagesPairs];
     Rows rows[kStages];
     Rings rings;
   };
   // Without the padding that makes the struct a multiple of 1024.
   static constexpr int kSharedBytes = (sizeof(TileK) + sizeof(TileV)) * kStagesKv +
                                       (sizeof(TileQ) + sizeof(TileDout) + sizeof(Rows)) * kStages +
-                                      larger(sizeof(Handed), 16) + sizeof(KnownOfPairs) * kStagesPairs + sizeof(Rings);
+                                      larger(sizeof(Handed), 16) + sizeof(TileOfPairs) * kStagesPairs + sizeof(Rings);
 
   struct Arrays {
     const float *lse_log2, *delta;  // both with the strides of delta
@@ -111,7 +111,7 @@ struct BackwardBlock {
       if constexpr (Options::kHasDropout) {
         Dropout dropout = options.dropout;
         dropout.enter({}, 0);
-        for (KnownOfPairs& tile : shared.pairs) tile.survivors().keys.fill(dropout.key_of_seed());
+        for (TileOfPairs& tile : shared.pairs) tile.survivors().keys.fill(dropout.key_of_seed());
       }
       ptx::barrier_init_fence();
     }
@@ -254,9 +254,9 @@ struct BackwardBlock {
           shared.rings.pairs.wait_empty(pairs_at);
           Options here = options;
           here.enter(job.sequence, walk.head);
-          KnownOfPairs& tile = shared.pairs[pairs_at.stage()];
+          TileOfPairs& tile = shared.pairs[pairs_at.stage()];
           const int first_query = walk.block * kBlockM, first_key = job.tile * kBlockN;
-          here.template load<kBlockM, kBlockN, 64>(tile.bytes, first_query, first_key);
+          here.template load<kBlockM, kBlockN, 64>(tile.memory, first_query, first_key);
           if constexpr (Options::kHasDropout) {
             draw_survivors(options, job, walk, shared, pairs_at);
           }
@@ -299,7 +299,7 @@ struct BackwardBlock {
   }
 
   // Which weights survive of the pairs of a warp's 16 keys, of the tile at hand.
-  static __device__ __forceinline__ KeptElements<kBlockM> survivors(KnownOfPairs& pairs, int warp_row, int lane) {
+  static __device__ __forceinline__ KeptElements<kBlockM> survivors(TileOfPairs& pairs, int warp_row, int lane) {
     if constexpr (Options::kHasDropout) {
       return pairs.survivors().of_keys(warp_row, lane);
     } else {
@@ -347,13 +347,9 @@ struct BackwardBlock {
   }
 
   // Gradients that are not finite must be computed once more where pairs are hidden: 0 * NaN is NaN, so queries that
-  // others see may have spoiled all keys, those out of use too, and values their own.
+  // others see may have spoiled all keys, and values their own.
   static __device__ __forceinline__ void note_spoiled(const Arrays& arrays, const Problem& problem, const Job& job) {
-    const Sequence& sequence = job.sequence;
-    const Range queries = {0, sequence.seqlen_q};
-    const Range keys = {job.tile * kBlockN, min((job.tile + 1) * kBlockN, sequence.num_keys)};
-    if (!Options::kHidesPairs && band_of(problem, job).all_visible(queries, keys)) return;
-    arrays.spoiled[Options::template key_tile<kBlockN>(problem, sequence, job.head, job.tile)] = 1;
+    arrays.spoiled[Options::template key_tile<kBlockN>(problem, job.sequence, job.head, job.tile)] = 1;
   }
 };
 

@@ -20,7 +20,7 @@ struct Band {
     return queries.end - 1 + begin <= keys.begin && keys.end <= queries.begin + end && keys.end <= seqlen_k;
   }
 
-  // Whether it hides a pair of these queries and keys, of those that there are: what is read behind the ends is zeros.
+  // Whether it hides a pair of these queries and keys, of those that there are: what lies behind the ends is zeros.
   __device__ __forceinline__ bool hides_any(Range queries, Range keys) const {
     return !all_visible({queries.begin, min(queries.end, seqlen_q)}, {keys.begin, min(keys.end, seqlen_k)});
   }

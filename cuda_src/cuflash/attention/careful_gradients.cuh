@@ -11,7 +11,9 @@ namespace cuflash {
 template <class Element, class Options>
 struct CarefulGradients {
   // What a warp needs for the pairs of a 16 x 16 tile: it goes through rows and columns in such steps.
-  using Memory = PairMemory<Options, 16, 16>;
+  struct alignas(16) Memory {
+    unsigned char pairs[larger(Options::template kTileBytes<16, 16>, 16)];
+  };
 
   Matrix<const Element> q, k, v, dout;
   RowStatistics rows;
@@ -115,11 +117,11 @@ struct CarefulGradients {
     const int tile_query = query / 16 * 16, tile_key = key / 16 * 16;
     Options here = options;
     __syncwarp();
-    here.template load<16, 16, 32>(memory.bytes, tile_query, tile_key, threadIdx.x % 32);
+    here.template load<16, 16, 32>(memory.pairs, tile_query, tile_key, threadIdx.x % 32);
     ptx::cp_async_commit();
     ptx::cp_async_wait<0>();
     __syncwarp();
-    here.template look_at<16, 16>(memory.bytes, tile_query, tile_key);
+    here.template look_at<16, 16>(memory.pairs, tile_query, tile_key);
     const Pairs<Options> pairs = {here, band, scale};
     const bool kept = survives(here, query, key);
     const bool visible = query < band.seqlen_q && pairs.visible(query, key);

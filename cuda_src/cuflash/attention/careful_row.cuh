@@ -15,7 +15,9 @@ struct CarefulHead {
   using Softmax = RowSoftmax<Element, Options>;
 
   // What a warp needs for the pairs of one row.
-  using Memory = PairMemory<Options, 1, 32>;
+  struct alignas(16) Memory {
+    unsigned char pairs[larger(Options::template kTileBytes<1, 32>, 16)];
+  };
 
   const Matrix<const Element>&q, &k, &v;
   const Matrix<Result>& out;
@@ -35,11 +37,11 @@ struct CarefulHead {
 #pragma unroll 1
     for (int first_key = begin / 32 * 32; first_key < end; first_key += 32) {
       Options here = options;
-      here.template load<1, 32, 32>(memory.bytes, row, first_key, lane);
+      here.template load<1, 32, 32>(memory.pairs, row, first_key, lane);
       ptx::cp_async_commit();
       ptx::cp_async_wait<0>();
       __syncwarp();
-      here.template look_at<1, 32>(memory.bytes, row, first_key);
+      here.template look_at<1, 32>(memory.pairs, row, first_key);
       const Pairs<Options> pairs = {here, band, scale};
 
       const int key = first_key + lane;

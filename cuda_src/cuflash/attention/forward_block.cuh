@@ -47,13 +47,16 @@ struct ForwardBlock {
   using Turn = cuflash::Turn<kNumConsumers>;
 
   // Arrays of pairs, which two warps copy ahead of the consumers.
-  static constexpr bool kLoadsPairs = Options::template kTileBytes<kBlockM, kBlockN> > 0;
+  static constexpr int kPairBytes = Options::template kTileBytes<kBlockM, kBlockN>;
+  static constexpr bool kLoadsPairs = kPairBytes > 0;
   // Whether those two warps have anything to do.
   static constexpr bool kHelps = kLoadsPairs || Options::kPacked;
   // With a second place for Q, the next job begins before the epilogue of the one at hand.
   static constexpr bool kOverlapsJobs = kStagesQ > 1;
 
-  using TileOfArrays = PairMemory<Options, kBlockM, kBlockN>;
+  struct alignas(16) TileOfArrays {
+    unsigned char memory[larger(kPairBytes, 16)];
+  };
   struct Rings {
     RingQ q;
     RingK k;
@@ -228,7 +231,7 @@ struct ForwardBlock {
         v_at.advance();
         if constexpr (kLoadsPairs) {
           shared.rings.pairs.wait_empty(pairs_at);
-          here.template load<kBlockM, kBlockN, 64>(shared.pairs[pairs_at.stage()].bytes, job.tile * kBlockM,
+          here.template load<kBlockM, kBlockN, 64>(shared.pairs[pairs_at.stage()].memory, job.tile * kBlockM,
                                                    block * kBlockN);
           shared.rings.pairs.fill_by_copies(pairs_at);
           pairs_at.advance();

@@ -8,9 +8,8 @@
 
 namespace cuflash {
 
-// How large the products of queries and keys at hand are, where options know a shorter way to scores of some sizes: the
-// shortest for small ones whose weights are rounded to 16 bits, and without an lse, as in the backward.
-enum class Size { kSmall, kModerate, kAny, kSmallRounded };
+// How large the products of queries and keys at hand are, where options know a shorter way to scores of some sizes.
+enum class Size { kSmall, kModerate, kAny };
 
 // Plain attention. For a call with options the JIT writes a class derived from this one, which holds their parameters
 // and replaces what they change (cuflash/_options.py): every kernel family takes it as a template argument.
@@ -94,12 +93,6 @@ struct PlainOptions : BatchedSequences {
     return {};
   }
   __device__ __forceinline__ float survivor_factor() const { return 1.0f; }
-};
-
-// Shared memory for what options copy of a tile of pairs; some in any case, so that there may be an array of it.
-template <class Options, int kBlockM, int kBlockN>
-struct alignas(16) PairMemory {
-  unsigned char bytes[larger(Options::template kTileBytes<kBlockM, kBlockN>, 16)];
 };
 
 // Whether scores may be of any size, as with a bias of -1e30 for what is hidden: of those log2(e) times a score must be
@@ -189,12 +182,12 @@ struct BiasPairs : Pairs<Options, kSize> {
 };
 
 // Calls use(pairs) with the kind of pairs that suits these products of a warp.
-template <Size kSmall = Size::kSmall, template <class, Size> class SomePairs, class Options, class Tile, class Use>
+template <template <class, Size> class SomePairs, class Options, class Tile, class Use>
 __device__ __forceinline__ void use_pairs(const SomePairs<Options, Size::kAny>& pairs, Tile& products, Use use) {
   if constexpr (Options::kHasShortWays) {
     const float largest = products.largest();
-    if (__all_sync(kFullMask, pairs.options.allows(kSmall, largest))) {
-      use(SomePairs<Options, kSmall>{pairs.options, pairs.band, pairs.scale});
+    if (__all_sync(kFullMask, pairs.options.allows(Size::kSmall, largest))) {
+      use(SomePairs<Options, Size::kSmall>{pairs.options, pairs.band, pairs.scale});
     } else if (__all_sync(kFullMask, pairs.options.allows(Size::kModerate, largest))) {
       use(SomePairs<Options, Size::kModerate>{pairs.options, pairs.band, pairs.scale});
     } else {

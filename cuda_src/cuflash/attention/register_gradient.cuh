@@ -35,7 +35,7 @@ struct GradientTile {
         dweights.x[i] = weight * (factor * dweights.x[i] - delta_of(i));
       }
     } else if (!pairs.has_no_keys()) {  // without keys the band hides all pairs afterwards
-      use_pairs<Size::kSmallRounded>(pairs, scores, [&](const auto& pairs) {
+      use_pairs(pairs, scores, [&](const auto& pairs) {
 #pragma unroll
         for (int i = 0; i < Tile::kNumElements; ++i) {
           const PairGradient pair = pair_gradient<kExact>(pairs, scores.x[i], dweights.x[i], lse_of(i), delta_of(i),
@@ -47,11 +47,11 @@ struct GradientTile {
     }
   }
 
-  // For who only adds up gradients of scores, these as two factors. The first, which does not need gradients of
-  // weights: weights times slopes, with lse in base 2.
+  // The same as two factors, for who only adds them up: weights times slopes, which do not need gradients of weights,
+  // with lse in base 2,
   template <class Tile, class LseOf>
   __device__ __forceinline__ void weigh(Tile& scores, LseOf lse_of) const {
-    use_pairs<Size::kSmallRounded>(pairs, scores, [&](const auto& pairs) {
+    use_pairs(pairs, scores, [&](const auto& pairs) {
 #pragma unroll
       for (int i = 0; i < Tile::kNumElements; ++i) {
         const Dual score = pairs.score(scores.x[i], query(i), key(i));
@@ -59,7 +59,7 @@ struct GradientTile {
       }
     });
   }
-  // The second factor: gradients of weights minus delta.
+  // and gradients of weights minus delta.
   template <class Tile, class DeltaOf, class Survives>
   __device__ __forceinline__ void subtract_delta(Tile& dweights, DeltaOf delta_of, Survives survives) const {
 #pragma unroll

@@ -39,7 +39,7 @@ struct ScoreGradients {
   // rounded, to leave room in the registers for a product in flight. With all pairs visible nothing is hidden.
   __device__ __forceinline__ void weigh(Scores& scores, Factor& weights, Factor& slopes, AllVisible all_visible,
                                         const Survivors& survives) const {
-    use_pairs<Size::kSmallRounded>(pairs, scores, [&](const auto& pairs) {
+    use_pairs(pairs, scores, [&](const auto& pairs) {
       if (all_visible) {
         weigh(pairs, scores, weights, slopes, survives, [](int, float&) {});
       } else if (Options::kHidesPairs && all_visible.by_band) {

@@ -6,19 +6,15 @@
 namespace cuflash {
 
 // The short ways take the product of query and key as it comes: scale and cap are part of their coefficients, which
-// cuflash/_features.py computes. They are as accurate as tanhf; the one for rounded weights is so when they are
-// rounded.
+// cuflash/_features.py computes. They are as accurate as tanhf.
 struct Softcap {
   float cap, inverse;   // 1 / cap
-  float limits[2];      // how large products may be for the short ways to scores of float32
+  float limits[2];      // how large products may be for the short ways
   float square[3];      // score / product: square[0] * ((product^2 + square[1])^2 + square[2])
   float reciprocal[5];  // product / score
-  float rounded_limit;  // and for the one to rounded weights
-  float cubic[2];       // score / product there: cubic[0] * (product^2 + cubic[1])
-  float line[2];        // the slope of the score there: line[0] * (product^2 + cubic[1]) + line[1]
 
   __device__ __forceinline__ bool allows(Size size, float largest_product) const {
-    return largest_product < (size == Size::kSmallRounded ? rounded_limit : limits[static_cast<int>(size)]);
+    return largest_product < limits[static_cast<int>(size)];
   }
 
   template <Size kSize>
@@ -35,15 +31,12 @@ struct Softcap {
   // The score as a product of two, of which kernels may leave the first one for later; with the slope of the score.
   template <Size kSize>
   __device__ __forceinline__ float factor() const {
-    return kSize == Size::kSmallRounded ? cubic[0] : kSize == Size::kSmall ? square[0] : 1.0f;
+    return kSize == Size::kSmall ? square[0] : 1.0f;
   }
   template <Size kSize>
   __device__ __forceinline__ Dual over_factor(float product) const {
     float value;
-    if constexpr (kSize == Size::kSmallRounded) {
-      const float shifted = fmaf(product, product, cubic[1]);
-      return {product * shifted, fmaf(line[0], shifted, line[1])};
-    } else if constexpr (kSize == Size::kSmall) {
+    if constexpr (kSize == Size::kSmall) {
       const float shifted = fmaf(product, product, square[1]);
       value = product * fmaf(shifted, shifted, square[2]);
     } else {

@@ -49,9 +49,10 @@ struct BwdSm80Dbias {
   using Walk = typename Tiles::Walk;
   using Step = typename Walk::Step;
 
+  static constexpr int kPairBytes = Options::template kTileBytes<kBlockM, kBlockN>;
   struct Shared {
     Stage stages[kStages];
-    PairMemory<Options, kBlockM, kBlockN> pairs;
+    alignas(16) unsigned char pairs[larger(kPairBytes, 16)];
     Tiles tiles;
   };
   // Without the padding at the end of the struct.
@@ -81,8 +82,8 @@ struct BwdSm80Dbias {
     const auto load_pairs = [&](const Step& step) {
       unsigned thread = threadIdx.x;
       ptx::make_opaque(thread);  // as in LdmatrixTile::load
-      options_of(step).template load<kBlockM, kBlockN, kNumThreads>(shared.pairs.bytes, step.first_query(),
-                                                                    step.first_key(), static_cast<int>(thread));
+      options_of(step).template load<kBlockM, kBlockN, kNumThreads>(shared.pairs, step.first_query(), step.first_key(),
+                                                                    static_cast<int>(thread));
     };
     // The panel that comes so many turns after the first of a tile.
     const auto load = [&](Stage& stage, int number, int turns) {
@@ -166,7 +167,7 @@ struct BwdSm80Dbias {
 
       if (visible) {
         Options here = options_of(step);
-        here.template look_at<kBlockM, kBlockN>(shared.pairs.bytes, step.first_query(), step.first_key());
+        here.template look_at<kBlockM, kBlockN>(shared.pairs, step.first_query(), step.first_key());
         const BiasPairs<Options> pairs = {here, band, problem.softmax_scale};
         const int first_query = step.first_query() + warp_row, first_key = step.first_key() + warp_col;
         const Range queries = {first_query, first_query + kWarpM}, keys = {first_key, first_key + kWarpN};

@@ -54,7 +54,10 @@ struct BwdSm80DkDv {
     float* dq_sums;  // may be null without kAddsDq
   };
 
-  using TileOfArrays = PairMemory<Options, kBlockM, kBlockN>;
+  static constexpr int kPairBytes = Options::template kTileBytes<kBlockM, kBlockN>;
+  struct alignas(16) TileOfArrays {
+    unsigned char memory[larger(kPairBytes, 16)];
+  };
   struct alignas(16) Statistics {
     float lse[kBlockM], delta[kBlockM];
   };
@@ -143,7 +146,7 @@ struct BwdSm80DkDv {
                                                     first_query);
       Options there = options;
       there.enter(sequence, head);
-      there.template load<kBlockM, kBlockN, kNumThreads>(shared.pairs[stage].bytes, first_query, work.first_key);
+      there.template load<kBlockM, kBlockN, kNumThreads>(shared.pairs[stage].memory, first_query, work.first_key);
       if (threadIdx.x < kBlockM) {
         const RowStatistics rows(arrays.lse, arrays.delta, params, sequence, head);
         rows.start_to_copy(first_query + threadIdx.x, shared.rows[stage].lse + threadIdx.x,
@@ -187,7 +190,7 @@ struct BwdSm80DkDv {
 
       Options here = options;
       here.enter(sequence, step.head);
-      here.template look_at<kBlockM, kBlockN>(shared.pairs[stage].bytes, step.first_query, work.first_key);
+      here.template look_at<kBlockM, kBlockN>(shared.pairs[stage].memory, step.first_query, work.first_key);
       const Pairs<Options> pairs = {here, work.band, problem.softmax_scale};
 
 #pragma unroll 1
@@ -278,10 +281,10 @@ struct BwdSm80DkDv {
       finite = store_rows(target_k, dk[n], scale, row, split * kCols) && finite;
       finite = store_rows(target_v, dv[n], one, row, split * kColsV) && finite;
     }
-    // 0 * NaN is NaN: each query meets all keys, those out of use too, if only with weight 0, and may have spoiled
-    // those that do not see it.
-    const Range keys = {work.first_key, min(work.first_key + kBlockN, sequence.num_keys)};
-    const bool hides_pairs = Options::kHidesPairs || !work.band.all_visible({0, work.band.seqlen_q}, keys);
+    // 0 * NaN is NaN: each query meets all keys, if only with weight 0, and may have spoiled those that do not
+    // see it.
+    const bool hides_pairs = Options::kHidesPairs || !work.band.all_visible({0, work.band.seqlen_q},
+                                                                            {work.first_key, work.first_key + kBlockN});
     if (hides_pairs && __syncthreads_or(!finite)) {
       const int first = work.first_key + warp_row;
       if (split == 0) {

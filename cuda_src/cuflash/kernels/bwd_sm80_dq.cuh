@@ -46,7 +46,10 @@ struct BwdSm80Dq {
     Element* dq;
   };
 
-  using TileOfArrays = PairMemory<Options, kBlockM, kBlockN>;
+  static constexpr int kPairBytes = Options::template kTileBytes<kBlockM, kBlockN>;
+  struct alignas(16) TileOfArrays {
+    unsigned char memory[larger(kPairBytes, 16)];
+  };
   // What a block knows of its job. In shared memory, since it is looked at once a step and registers are few.
   struct alignas(16) Work {
     Matrix<const Element> q, k, v, dout;
@@ -119,7 +122,7 @@ struct BwdSm80Dq {
       shared.v[stage].template load<kNumThreads>(work.v, n_block * kBlockN);
       unsigned thread = threadIdx.x;
       ptx::make_opaque(thread);  // as in LdmatrixTile::load
-      options.template load<kBlockM, kBlockN, kNumThreads>(shared.pairs[stage].bytes, work.first_query,
+      options.template load<kBlockM, kBlockN, kNumThreads>(shared.pairs[stage].memory, work.first_query,
                                                            n_block * kBlockN, static_cast<int>(thread));
     };
 
@@ -152,7 +155,7 @@ struct BwdSm80Dq {
       ptx::cp_async_wait<0>();
       __syncthreads();  // this stage has arrived, and the previous one is no longer read
       if (kStages > 1) load_following(stage ^ 1);
-      options.template look_at<kBlockM, kBlockN>(shared.pairs[stage].bytes, work.first_query, first_key);
+      options.template look_at<kBlockM, kBlockN>(shared.pairs[stage].memory, work.first_query, first_key);
       const bool masked =
           work.first_query + kBlockM > work.band.seqlen_q ||
           !work.band.all_visible({work.first_query, work.first_query + kBlockM}, {first_key, first_key + kBlockN});
@@ -201,8 +204,9 @@ struct BwdSm80Dq {
     const Sequence& sequence = job.sequence;
     const Matrix<Element> target(arrays.dq, params.dq, sequence.batch, job.head, sequence.first_query,
                                  sequence.seqlen_q, problem.head_dim);
-    const bool hides_pairs = Options::kHidesPairs || work.band.hides_any({work.first_query, work.first_query + kBlockM},
-                                                                         {0, work.band.seqlen_k});
+    const bool hides_pairs =
+        Options::kHidesPairs ||
+        !work.band.all_visible({work.first_query, work.first_query + kBlockM}, {0, work.band.seqlen_k});
     const float scale[2] = {problem.softmax_scale, problem.softmax_scale};
     bool all_finite = true;
 #pragma unroll

@@ -48,7 +48,7 @@ struct BwdSm80Finish {
     }
     // 0 * NaN is NaN: each key meets all queries, if only with weight 0, and may have spoiled those that do not see it.
     const bool hides_pairs =
-        Options::kHidesPairs || band.hides_any({block_query, block_query + kBlockM}, {0, sequence.seqlen_k});
+        Options::kHidesPairs || !band.all_visible({block_query, block_query + kBlockM}, {0, sequence.seqlen_k});
     if (hides_pairs && __syncthreads_or(!finite)) {
       const int warp = threadIdx.x / 32;
       auto* const memories = reinterpret_cast<typename Careful::Memory*>(dynamic_shared_memory());

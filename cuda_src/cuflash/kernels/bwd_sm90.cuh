@@ -75,6 +75,7 @@ struct BwdSm90 {
       WarpgroupTile<kHeadDimV> dv;
       dk.clear();
       dv.clear();
+      bool hides_pairs = false;
 
       Scores scores;
       const auto start_scores = [&](const auto& at) {
@@ -102,9 +103,10 @@ struct BwdSm90 {
         rings.dout.wait_full(at);
         start_product_along<kHeadDimV>(dweights, v, 64 * consumer, shared.dout[stage]);
         if constexpr (Block::kLoadsPairs) rings.pairs.wait_full(pairs_at);
-        here.template look_at<kBlockM, kBlockN>(shared.pairs[pairs_at.stage()].bytes, first_query, job.tile * kBlockN);
+        here.template look_at<kBlockM, kBlockN>(shared.pairs[pairs_at.stage()].memory, first_query, job.tile * kBlockN);
         const AllVisible all_visible =
             Block::all_visible(here, band, sequence.seqlen_q, first_query, {warpgroup_key, warpgroup_key + 64});
+        hides_pairs |= !all_visible;
         const Gradients gradients = {pairs, first_query + first_col, first_key, shared.rows[stage], first_col};
         const typename Gradients::Survivors survives = Block::survivors(shared.pairs[pairs_at.stage()], warp_row, lane);
         gradients.weigh(scores, weights, slopes, all_visible, survives);
@@ -146,7 +148,7 @@ struct BwdSm90 {
 
       const bool dk_finite = Block::write_dk(arrays, params, job, dk, first_key);
       const bool dv_finite = Block::write_dv(arrays, params, options, job, dv, first_key);
-      if (!(dk_finite && dv_finite)) Block::note_spoiled(arrays, problem, job);
+      if (hides_pairs && !(dk_finite && dv_finite)) Block::note_spoiled(arrays, problem, job);
     }
     if constexpr (kPiecesStaged > 0) {
       if (lane == 0) ptx::bulk_add_wait_read();  // shared memory is another block's when this one ends

@@ -48,7 +48,9 @@ struct BwdSm90Dbias {
     SwizzledTile<Element, 64, kPanel> rows[kNumConsumers];  // of Q or dO
     SwizzledTile<Element, kBlockN, kPanel> cols;            // of K or V
   };
-  using TileOfArrays = PairMemory<Options, kBlockM, kBlockN>;
+  struct alignas(16) TileOfPairs {
+    unsigned char memory[Options::template kTileBytes<kBlockM, kBlockN>];
+  };
   struct Rows {
     float lse[kBlockM], delta[kBlockM];
   };
@@ -60,14 +62,14 @@ struct BwdSm90Dbias {
   };
   struct Shared {
     Panel panels[kStages];
-    TileOfArrays pairs[kStagesPairs];
+    TileOfPairs pairs[kStagesPairs];
     Rows rows[2];
     Rings rings;
     Tiles tiles;
   };
   // Without the padding that makes the struct a multiple of 1024.
   static constexpr int kSharedBytes =
-      sizeof(Panel) * kStages + sizeof(TileOfArrays) * kStagesPairs + sizeof(Rows) * 2 + sizeof(Rings) + sizeof(Tiles);
+      sizeof(Panel) * kStages + sizeof(TileOfPairs) * kStagesPairs + sizeof(Rows) * 2 + sizeof(Rings) + sizeof(Tiles);
 
   static_assert(kNumConsumers == 2 && (kCluster == 1 || kCluster == 2) && kHeadDim % kPanel == 0 &&
                 kHeadDimV % kPanel == 0);
@@ -211,7 +213,7 @@ struct BwdSm90Dbias {
       ring.wait_empty(at);
       Options there = options;
       there.enter(BatchedSequences::sequence(problem, tile.step.batch), tile.step.head);
-      there.template load<kBlockM, kBlockN, 64>(shared.pairs[at.stage()].bytes, tile.step.first_query(),
+      there.template load<kBlockM, kBlockN, 64>(shared.pairs[at.stage()].memory, tile.step.first_query(),
                                                 first_key_of(tile.step));
       ring.fill_by_copies(at);
       at.advance();
@@ -259,7 +261,7 @@ struct BwdSm90Dbias {
       if (visible) {
         Options here = options;
         here.enter(BatchedSequences::sequence(problem, step.batch), step.head);
-        here.template look_at<kBlockM, kBlockN>(shared.pairs[pairs_at.stage()].bytes, step.first_query(),
+        here.template look_at<kBlockM, kBlockN>(shared.pairs[pairs_at.stage()].memory, step.first_query(),
                                                 first_key_of(step));
         const BiasPairs<Options> pairs = {here, band, problem.softmax_scale};
         const int first_query = step.first_query() + warp_row, first_key = first_key_of(step);

@@ -60,6 +60,7 @@ struct BwdSm90DkDv {
       WarpgroupTile<kHeadDimV> dv;
       dk.clear();
       dv.clear();
+      bool hides_pairs = false;
 
       Scores scores, dweights;
       const auto start_scores = [&] {
@@ -87,8 +88,9 @@ struct BwdSm90DkDv {
           here.enter(sequence, walk.head);
           const Pairs<Options> pairs = {here, band, problem.softmax_scale};
           if constexpr (Block::kLoadsPairs) rings.pairs.wait_full(pairs_at);
-          here.template look_at<kBlockM, kBlockN>(shared.pairs[pairs_at.stage()].bytes, first_query, job_key);
+          here.template look_at<kBlockM, kBlockN>(shared.pairs[pairs_at.stage()].memory, first_query, job_key);
           const AllVisible all_visible = Block::all_visible(here, band, sequence.seqlen_q, first_query, keys);
+          hides_pairs |= !all_visible;
           const Gradients gradients = {pairs, first_query + first_col, first_key, shared.rows[stage], first_col};
           const typename Gradients::Survivors survives =
               Block::survivors(shared.pairs[pairs_at.stage()], warp_row, lane);
@@ -128,7 +130,7 @@ struct BwdSm90DkDv {
 
       const bool dk_finite = Block::write_dk(arrays, params, job, dk, first_key);
       const bool dv_finite = Block::write_dv(arrays, params, options, job, dv, first_key);
-      if (!(dk_finite && dv_finite)) Block::note_spoiled(arrays, problem, job);
+      if (hides_pairs && !(dk_finite && dv_finite)) Block::note_spoiled(arrays, problem, job);
     }
   }
 };

@@ -89,7 +89,7 @@ struct BwdSm90DkDvWide {
       typename Block::TileV& v = shared.v[kv_at.stage()];
       WarpgroupTile<kFirst ? kHeadDimV : kHeadDim> grad;  // dV or dK
       grad.clear();
-      bool hides_pairs = false;  // that it is known here keeps loop variables in uniform registers: D 256 3 % faster
+      bool hides_pairs = false;
 
       Scores scores;  // or the gradients of weights
       const auto wait_for_scores = [&](const auto& at) { (kFirst ? rings.q : rings.dout).wait_full(at); };
@@ -119,7 +119,7 @@ struct BwdSm90DkDvWide {
         const Pairs<Options> pairs = {here, band, problem.softmax_scale};
         const Gradients gradients = {pairs, first_query + first_col, first_key, shared.rows[stage], first_col};
         if constexpr (kLooksAtPairs) rings.pairs.wait_full(pairs_at);
-        here.template look_at<kBlockM, kBlockN>(shared.pairs[pairs_at.stage()].bytes, first_query, block_key);
+        here.template look_at<kBlockM, kBlockN>(shared.pairs[pairs_at.stage()].memory, first_query, block_key);
         const AllVisible all_visible =
             Block::all_visible(here, band, sequence.seqlen_q, first_query, {block_key, block_key + 64});
         hides_pairs |= !all_visible;

@@ -121,7 +121,7 @@ struct BwdSm90Dq {
         release(v_ring, v_at);
         const int first_key = block * kBlockN;
         if constexpr (Block::kLoadsPairs) rings.pairs.wait_full(pairs_at);
-        here.template look_at<kBlockM, kBlockN>(shared.pairs[pairs_at.stage()].bytes, job_query, first_key);
+        here.template look_at<kBlockM, kBlockN>(shared.pairs[pairs_at.stage()].memory, job_query, first_key);
         const Gradients tile = {pairs, first_query, first_key + first_col};
         const Survivors<Options, kBlockN, false> survives(here, warp_query, first_key);
         tile.differentiate(

@@ -171,7 +171,7 @@ struct BwdWmmaDkDv {
                                                                       stage.dout + col * kPitchV, kPitchV);
           const FragmentSurvivors<Number, kTilesN, kTilesM, Options, true> survives(map, here, first_query + col,
                                                                                     warp_key);
-          use_pairs<Size::kSmallRounded>(pairs, acc_s, [&](const auto& pairs) {
+          use_pairs(pairs, acc_s, [&](const auto& pairs) {
             acc_s.for_each([&](float& x, int n, int m, int i) {
               float& dp = acc_dp.tile[n][m].x[i];
               const int key = warp_key + 16 * n + map.row(i), query = col + 16 * m + map.col(i);

@@ -147,7 +147,7 @@ struct BwdWmmaDq {
           acc_dp.template add_product<kHeadDimV, Stored::kTransposed>(warp_dout, kPitchV, stage_v(turn) + col * kPitchV,
                                                                       kPitchV);
           const FragmentSurvivors<Number, kTilesM, kTilesN, Options> survives(map, options, warp_row, warp_key);
-          use_pairs<Size::kSmallRounded>(pairs, acc_s, [&](const auto& pairs) {
+          use_pairs(pairs, acc_s, [&](const auto& pairs) {
             acc_dp.for_each([&](float& x, int m, int n, int i) {
               const int row = 16 * m + map.row(i), key = warp_key + 16 * n + map.col(i);
               x = pair_gradient<sizeof(Element) == 4>(pairs, acc_s.tile[m][n].x[i], x, warp_lse[row], warp_delta[row],
@@ -184,8 +184,9 @@ struct BwdWmmaDq {
       if (!__syncthreads_or(!careful && acc_dq.has_non_finite())) break;
     }
 
-    acc_dq.for_each([&](float& x, int, int, int) { x *= problem.softmax_scale; });
     // Q is no longer read: the result takes its place.
+
+    acc_dq.for_each([&](float& x, int, int, int) { x *= problem.softmax_scale; });
     map.store(warp_q + warp_d * kWarpCols, kPitch, acc_dq);
     __syncthreads();
     const Matrix<Element> dq(arrays.dq, params.dq, batch, head, sequence.first_query, sequence.seqlen_q,

@@ -82,7 +82,10 @@ struct FwdSm80 {
           first_query(job.tile * kBlockM) {}
   };
 
-  using TileOfArrays = PairMemory<Options, kBlockM, kBlockN>;
+  static constexpr int kPairBytes = Options::template kTileBytes<kBlockM, kBlockN>;
+  struct alignas(16) TileOfArrays {
+    unsigned char memory[larger(kPairBytes, 16)];
+  };
   struct Shared {
     TileQ q;
     TileK k[kStages];
@@ -117,7 +120,7 @@ struct FwdSm80 {
     };
     const auto load_keys = [&](int stage, int block) {
       shared.k[stage].template load<kNumThreads>(work.k, block * kBlockN);
-      work.options.template load<kBlockM, kBlockN, kNumThreads>(shared.pairs[stage].bytes, work.first_query,
+      work.options.template load<kBlockM, kBlockN, kNumThreads>(shared.pairs[stage].memory, work.first_query,
                                                                 block * kBlockN);
     };
     const auto load_values = [&](int stage, int block) {
@@ -189,7 +192,7 @@ struct FwdSm80 {
 #pragma unroll
       for (int m = 0; m < kTilesM; ++m) rest[m] = {pairs.scale, 0.0f};
       if (sees) {
-        here.template look_at<kBlockM, kBlockN>(shared.pairs[stage].bytes, work.first_query, first_key);
+        here.template look_at<kBlockM, kBlockN>(shared.pairs[stage].memory, work.first_query, first_key);
 #pragma unroll
         for (int m = 0; m < kTilesM; ++m) {
           shared.hidden.find(m, tile_at(m));
@@ -231,8 +234,7 @@ struct FwdSm80 {
     }
 
     const bool hides_pairs =
-        Options::kHidesPairs || work.band.hides_any({work.first_query, work.first_query + kBlockM},
-                                                    {work.blocks.begin * kBlockN, work.blocks.end * kBlockN});
+        Options::kHidesPairs || work.blocks.full_begin > work.blocks.begin || work.blocks.full_end < work.blocks.end;
     const int lane = threadIdx.x % 32;
 #pragma unroll
     for (int m = 0; m < kTilesM; ++m) {

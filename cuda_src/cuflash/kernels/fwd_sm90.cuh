@@ -122,7 +122,7 @@ struct FwdSm90 {
       const auto weigh_block = [&](const auto& hide) {
         release(shared.rings.k, k_at);
         if constexpr (Block::kLoadsPairs) shared.rings.pairs.wait_full(pairs_at);
-        here.template look_at<kBlockM, kBlockN>(shared.pairs[pairs_at.stage()].bytes, job_query, block * kBlockN);
+        here.template look_at<kBlockM, kBlockN>(shared.pairs[pairs_at.stage()].memory, job_query, block * kBlockN);
         const TileOfPairs<Options> tile = {pairs, first_query, block * kBlockN + first_col};
         const typename TileOfPairs<Options>::Rest rest = tile.change(scores);
         hide(tile);
@@ -279,8 +279,6 @@ struct FwdSm90 {
     const Problem& problem = params.problem;
     const Sequence& sequence = job.sequence;
     const Band band = problem.band(sequence.seqlen_q, sequence.seqlen_k);
-    const int first_row = job.tile * kBlockM + warp_row;
-    if (!Options::kHidesPairs && !band.hides_any({first_row, first_row + 16}, {0, sequence.seqlen_k})) return;
     options.enter(sequence, job.head);
     const int head_kv = job.head / problem.group_size();
     const Matrix<const Element> q(arrays.q, params.q, sequence.batch, job.head, sequence.first_query, sequence.seqlen_q,
@@ -293,7 +291,7 @@ struct FwdSm90 {
                               problem.head_dim_v);
     const typename Block::Careful head = {
         q, k, v, out, options, band, {0, sequence.seqlen_k}, problem.softmax_scale, memory};
-    head.template write_rows<kHeadDimV>(first_row, base, inverse);
+    head.template write_rows<kHeadDimV>(job.tile * kBlockM + warp_row, base, inverse);
   }
 };
 

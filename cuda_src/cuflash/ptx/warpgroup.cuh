@@ -3,12 +3,12 @@
 
 namespace cuflash::ptx {
 
-// From now on each thread of the warpgroup has this many registers, fewer than before: the rest goes back to the block.
+// From now on each thread of the warpgroup has this many registers: the rest goes back to the block,
 template <int kCount>
 __device__ __forceinline__ void release_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kCount));
 }
-// The same with more than before, from what others gave back; waits until they have.
+// or more come from what others gave back.
 template <int kCount>
 __device__ __forceinline__ void acquire_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kCount));

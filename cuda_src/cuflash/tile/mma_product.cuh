@@ -8,8 +8,8 @@
 
 namespace cuflash {
 
-// First factors of products, 16 rows and kMmaDepth at a time. Here from shared memory: rows of a tile, from a row or
-// Corner on.
+// The first factor of a product, 16 rows and kMmaDepth at a time: rows of a tile in shared memory from a row or Corner
+// on,
 template <class Tile, class Start>
 struct RowsOf {
   TileReader<Tile, Order::kByColumns, Start> reader;
@@ -21,7 +21,7 @@ struct RowsOf {
   }
 };
 
-// A first factor from shared memory, transposed: columns of a tile, from this one on.
+// the same of the transposed tile: its columns from this one on,
 template <class Tile>
 struct ColumnsOf {
   TileReader<Tile, Order::kByRows, Corner> reader;
@@ -33,7 +33,7 @@ struct ColumnsOf {
   }
 };
 
-// A first factor that registers hold already.
+// or what registers hold already,
 template <class Element, int kCols, int kTilesM>
 struct RegistersOf {
   const WarpgroupFactor<Element, kCols> (&factors)[kTilesM];
@@ -47,8 +47,7 @@ struct RegistersOf {
   }
 };
 
-// The same of float32, whose loops are unrolled by few steps and cannot tell registers by a number: the next ones move
-// to the place of those just given.
+// which a loop cannot tell by a number: of float32 the next move to the place of those just given.
 template <int kCols, int kTilesM>
 struct RegistersOf<float, kCols, kTilesM> {
   WarpgroupFactor<float, kCols> left[kTilesM];
@@ -86,7 +85,7 @@ struct FirstKept {
   }
 };
 
-// A second factor across the rows of a tile, kMmaDepth and 16 columns at a time: ldmatrix transposes 16-bit elements.
+// A second factor across the rows of a tile, kMmaDepth and 16 columns at a time: ldmatrix transposes 16-bit elements,
 template <class Tile, class Start, int kSize = Tile::kSize>
 struct AcrossReader {
   TileReader<Tile, Order::kByColumns, Start> reader;
@@ -98,8 +97,8 @@ struct AcrossReader {
   }
 };
 
-// Longer ones come word by word, in the order of a first factor in registers (WarpgroupFactor). The words of a load, of
-// 4 even or odd rows and of two pieces of each, lie in all banks.
+// others come word by word, in the order of a first factor in registers (WarpgroupFactor). The words of a load, of 4
+// even or odd rows and of two pieces of each, lie in all banks.
 template <class Tile, class Start>
 struct AcrossReader<Tile, Start, 4> {
   TileReader<Tile, Order::kEvenRows, Start> even;
