@@ -223,6 +223,8 @@ def is_thorough_with_options(kernel: Kernel, arch: int) -> bool:
     if header == "fwd_sm80":  # of what the backward is asked for too, what takes most registers
         few_queries = kernel.arguments[4] == _sm80_tiles.SHORT_TILES[128, 128].block_m
         return arch != 80 or few_queries or names not in (("bias",), ("dropout",), ("mod", "block_mask"))
+    if header == "bwd_sm80_dkdv":  # ALiBi and sinks take few registers, and a mask no more than a bias
+        return arch != 80 or names in (("alibi",), ("mask",), ("sinks",))
     return arch != 80 and header != "find_blocks"
 
 

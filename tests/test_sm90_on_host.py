@@ -133,7 +133,10 @@ def test_packed_sequences() -> None:
 
 
 @pytest.mark.parametrize("spoiled", ["q", "dout"])
-@pytest.mark.parametrize("head_dim, deterministic", [(64, False), (64, True), (136, False)])
+@pytest.mark.parametrize(
+    "head_dim, deterministic",
+    [(64, False), *(pytest.param(*x, marks=pytest.mark.thorough) for x in ((64, True), (136, False)))],
+)
 def test_keys_out_of_use_have_no_gradient_beside_nan(spoiled: str, head_dim: int, deterministic: bool) -> None:
     case = PackedProblem(
         (70, 5), (90, 9), heads=(2, 1), head_dims=(head_dim, head_dim), seqused_k=(33, 9), dtype="float16"
