@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 from typing import Any
 
 import ml_dtypes  # noqa: F401  (gives NumPy the name "bfloat16")
@@ -246,6 +247,16 @@ def test_work_goes_to_the_current_stream_and_nobody_waits_for_it(gpu: Any) -> No
         assert_same_bits(result, same)
 
 
+def capture(stream: Any, step: Callable[[], Any]) -> tuple[Any, Any]:
+    """Capture a step on this stream, the current one; return its results, which replays write to, and the graph."""
+    warm = step()  # compiles the kernels, and leaves memory in the stream's pool
+    stream.synchronize()
+    del warm
+    stream.begin_capture()
+    captured = step()
+    return captured, stream.end_capture()
+
+
 def test_calls_can_be_captured_in_a_cuda_graph(gpu: Any) -> None:
     q, k, v, dout = (normal(gpu, (2, 4, 129, 64), "float16", seed) for seed in range(4))
     out = gpu.empty_like(q)
@@ -257,12 +268,7 @@ def test_calls_can_be_captured_in_a_cuda_graph(gpu: Any) -> None:
             _, lse = cuflash.attention(q, k, v, causal=True, out=out, return_lse=True)
             return lse, *cuflash.attention_backward(dout, q, k, v, out, lse, causal=True)
 
-        warm = step()  # compiles the kernels, and leaves memory in the stream's pool
-        stream.synchronize()
-        del warm
-        stream.begin_capture()
-        captured = step()
-        graph = stream.end_capture()
+        captured, graph = capture(stream, step)
         for seed, x in enumerate((q, k, v, dout), start=10):
             x[...] = normal(gpu, x.shape, "float16", seed)
         graph.launch(stream)
@@ -292,12 +298,7 @@ def test_a_replay_writes_to_no_memory_of_others(gpu: Any, kernel: str) -> None:
             of_merged = cuflash.merge_states_backward(dout, lse, out, lse, out, lse)
             return out, lse, *gradients, few, few_lse, *of_shared, *merged, *of_merged
 
-        warm = step()
-        stream.synchronize()
-        del warm
-        stream.begin_capture()
-        captured = step()
-        graph = stream.end_capture()
+        captured, graph = capture(stream, step)
         others = [gpu.full(size // 4, 7.0, "float32") for size in (512 * 2**i for i in range(16)) for _ in range(4)]
         for _ in range(3):
             graph.launch(stream)
@@ -327,12 +328,7 @@ def test_a_graph_is_replayed_with_other_lengths_and_another_seed(gpu: Any) -> No
     stream = gpu.cuda.Stream(non_blocking=True)
     gpu.cuda.Device().synchronize()
     with stream:
-        warm = step()
-        stream.synchronize()
-        del warm
-        stream.begin_capture()
-        captured = step()
-        graph = stream.end_capture()
+        captured, graph = capture(stream, step)
         for offsets, number in batches:
             cu_seqlens[...] = gpu.asarray(offsets, "int32")
             seed[...] = number
